@@ -1,0 +1,114 @@
+"""Tile configurations: frozen data from a pure function of (shape, dtype, architecture), with no GPU touched.
+
+An architecture is "sm_80", "sm_90", "sm_100", "gfx942", … or "interpreter". The numbers rest on the compile gate
+(`make aot`): every configuration these functions can return fits the target's shared memory, spills no register and
+uses its tensor cores. They have not been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PairwiseConfig:
+    """Tile of S [BLOCK_M, BLOCK_N], BLOCK_K lanes a step, GROUP_M row tiles a column of the tile order."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+
+
+@dataclass(frozen=True)
+class FoldConfig:
+    """BLOCK_M rows a program, BLOCK_K lanes a step, at most `column_programs` programs side by side along a row."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    column_programs: int = 8
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """R's tile [BLOCK_M, BLOCK_C] summed BLOCK_N at a time, BLOCK_P lanes of the epilogue at a time.
+
+    `max_splits` bounds the slices of the weight gradients' partial sums, and so their memory: splits · D · B floats.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_C: int
+    BLOCK_P: int
+    num_warps: int
+    num_stages: int
+    max_splits: int = 32
+
+
+#: The smallest side Triton's dot takes.
+MIN_DOT = 16
+
+
+def padded_block(B: int) -> int:
+    """B as the next power of two; 0 (no blocks) stays 0."""
+    return 1 << (B - 1).bit_length() if B else 0
+
+
+def is_small_memory(arch: str) -> bool:
+    """AMD's 64 KiB of LDS a block hold neither wide tiles nor deep pipelines."""
+    return arch.startswith("gfx")
+
+
+def pairwise_config(
+    M: int, N: int, D: int, B: int, dtype: torch.dtype, arch: str, *, terms: bool = False
+) -> PairwiseConfig:
+    """The one-pass kernel's tile for S (M, N) over D channels in blocks of B (0: no block term)."""
+    if arch == "interpreter":
+        return PairwiseConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2)
+    half = dtype in (torch.float16, torch.bfloat16)
+    if dtype == torch.float64:
+        return PairwiseConfig(32, 32, 16, num_warps=4, num_stages=1)
+    if not half:
+        # float32 on the FMA units (precision "highest") keeps operands in registers: 64×64 is what does not spill.
+        return PairwiseConfig(64, 64, 32, num_warps=4, num_stages=2)
+    small = min(M, N) <= 64 or M * N <= 512 * 512
+    if is_small_memory(arch):
+        return PairwiseConfig(64, 64 if small or terms else 128, 32, num_warps=4, num_stages=2)
+    block_k = 32 if 0 < padded_block(B) <= 32 else 64
+    if small or terms:
+        return PairwiseConfig(64, 64 if small else 128, block_k, num_warps=4, num_stages=3)
+    return PairwiseConfig(128, 128, block_k, num_warps=8, num_stages=3)
+
+
+def fold_config(M: int, D: int, B: int, dtype: torch.dtype, arch: str) -> FoldConfig:
+    """The fold and matched-pairs kernels' tile for (M, D) rows in blocks of B (0: no block term)."""
+    if arch == "interpreter":
+        return FoldConfig(32, 32, num_warps=4, num_stages=1, column_programs=2)
+    if dtype == torch.float64:
+        return FoldConfig(16, 16, num_warps=4, num_stages=1)
+    half = dtype in (torch.float16, torch.bfloat16)
+    block_k = 64 if half else 32
+    return FoldConfig(64 if half else 32, block_k, num_warps=4, num_stages=2)
+
+
+def gradient_config(M: int, D: int, B: int, dtype: torch.dtype, arch: str) -> GradientConfig:
+    """The gradient kernel's tile for rows (M, D) in blocks of B (0: no block term); a program holds whole blocks."""
+    padded = padded_block(B)
+    if arch == "interpreter":
+        block_c = max(padded, 32)
+        return GradientConfig(32, 32, block_c, min(block_c, 32), num_warps=4, num_stages=1, max_splits=2)
+    half = dtype in (torch.float16, torch.bfloat16)
+    if dtype == torch.float64:
+        return GradientConfig(16, 16, max(padded, 16), 16, num_warps=4, num_stages=1)
+    block_c = max(padded, 64)
+    block_m = 64
+    if not half:
+        return GradientConfig(32, 32, block_c, 32, num_warps=4 if block_c <= 128 else 8, num_stages=2)
+    block_n = 32 if is_small_memory(arch) or block_c > 128 else 64
+    return GradientConfig(block_m, block_n, block_c, 32, num_warps=4 if block_c <= 128 else 8, num_stages=2)

@@ -1,0 +1,87 @@
+"""Which backend computes a call: Triton where it compiles for the tensors' GPU, plain torch elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from gssf_triton.checks import check_choice
+
+BACKENDS = ("auto", "triton", "torch")
+
+#: Looked up without importing it: `import gssf_triton` must not pay for Triton.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+#: Ampere is the oldest NVIDIA architecture with bfloat16 and TF32 tensor cores, which the configurations assume.
+OLDEST_CAPABILITY = (8, 0)
+
+#: The largest block the kernels hold in one tile; torch folds larger ones.
+LARGEST_TRITON_BLOCK = 256
+
+
+@torch.compiler.assume_constant_result
+def interpreter_is_on() -> bool:
+    """True where the kernels were, or would be, decorated for Triton's interpreter."""
+    if not HAS_TRITON:
+        return False
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "on", "yes", "y"):
+        return False
+    from gssf_triton.kernels.tile import INTERPRETED
+
+    return INTERPRETED
+
+
+@torch.compiler.assume_constant_result
+def gpu_is_supported(index: int) -> bool:
+    """True where Triton compiles for GPU number `index`."""
+    if not HAS_TRITON:
+        return False
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.startswith("gfx9")
+    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+
+
+def resolve_backend(backend: str, x: Tensor, W_blocks: Tensor | None) -> str:
+    """The backend, "triton" or "torch", that computes a call on features like `x`.
+
+    Raises:
+        ValueError: an unknown backend, or blocks larger than the kernels take.
+        RuntimeError: `backend="triton"` where Triton cannot run, and how to get it.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend == "torch":
+        return "torch"
+    on_gpu = x.device.type == "cuda"
+    block_fits = W_blocks is None or W_blocks.shape[-1] <= LARGEST_TRITON_BLOCK
+    if backend == "auto":
+        # float64 has no tensor-core kernel to win with: the library's own product is the best there is.
+        if not on_gpu or x.dtype == torch.float64 or not block_fits:
+            return "torch"
+        return "triton" if gpu_is_supported(x.device.index or 0) else "torch"
+    if not HAS_TRITON:
+        raise RuntimeError(
+            'backend="triton" needs Triton, which is not installed: pip install "triton>=3.6", '
+            'or use backend="torch" or "auto"'
+        )
+    if on_gpu:
+        if not gpu_is_supported(x.device.index or 0):
+            raise RuntimeError(
+                f'backend="triton" does not support {torch.cuda.get_device_name(x.device)}: it needs compute '
+                'capability 8.0 or newer, or AMD gfx9; use backend="torch" or "auto"'
+            )
+    elif x.device.type != "cpu" or not interpreter_is_on():
+        raise RuntimeError(
+            f'backend="triton" cannot run on {x.device} tensors: move them to a GPU, or, on the CPU, set the '
+            "environment variable TRITON_INTERPRET=1 before the process starts to run the kernels in Triton's "
+            'interpreter (slow, for testing); backend="torch" or "auto" needs neither'
+        )
+    if not block_fits:
+        assert W_blocks is not None
+        raise ValueError(
+            f'W_blocks of shape {tuple(W_blocks.shape)} has blocks of {W_blocks.shape[-1]}; backend="triton" takes '
+            f'up to {LARGEST_TRITON_BLOCK}: use backend="torch" or "auto"'
+        )
+    return "triton"

@@ -1,0 +1,140 @@
+"""Every check at the boundary: what came, what was wanted, before anything runs.
+
+Each function raises `TypeError` for something that is not a tensor and `ValueError` for a tensor that does not fit; the
+message names the argument, what came and what was wanted. Nothing here reads a tensor's values, so no check ever waits
+for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPE_NAMES = "float16, bfloat16, float32 or float64"
+
+
+def shape_of(x: Tensor) -> tuple[int, ...]:
+    """The shape as a plain tuple, which prints as users write it."""
+    return tuple(x.shape)
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    if x.dtype not in FEATURE_DTYPES:
+        raise ValueError(f"{name} must be {_DTYPE_NAMES}, got {x.dtype}")
+
+
+def check_features(name: str, x: object, min_dim: int = 2) -> None:
+    """Features are floating-point tensors of at least `min_dim` dimensions, the last one the D channels."""
+    check_tensor(name, x)
+    assert isinstance(x, Tensor)
+    check_floating(name, x)
+    if x.dim() < min_dim:
+        wanted = "(..., rows, D)" if min_dim == 2 else "(..., D)"
+        raise ValueError(f"{name} must have at least {min_dim} dimension(s) {wanted}, got shape {shape_of(x)}")
+
+
+def check_same_device(reference_name: str, reference: Tensor, name: str, x: Tensor) -> None:
+    if x.device != reference.device:
+        raise ValueError(
+            f"{name} must be on {reference_name}'s device: {reference_name} is on {reference.device}, "
+            f"{name} is on {x.device}"
+        )
+
+
+def _check_weight_forms(W_diag: object, W_blocks: object) -> None:
+    """One weight at least; W_diag a float vector, W_blocks a float (G, B, B)."""
+    if W_diag is None and W_blocks is None:
+        raise ValueError("no weight given: W_diag and W_blocks are both None, at least one of them is wanted")
+    if W_diag is not None:
+        check_tensor("W_diag", W_diag)
+        assert isinstance(W_diag, Tensor)
+        check_floating("W_diag", W_diag)
+        if W_diag.dim() != 1:
+            raise ValueError(f"W_diag must have shape (D,), got {shape_of(W_diag)}")
+    if W_blocks is not None:
+        check_tensor("W_blocks", W_blocks)
+        assert isinstance(W_blocks, Tensor)
+        check_floating("W_blocks", W_blocks)
+        if W_blocks.dim() != 3 or W_blocks.shape[1] != W_blocks.shape[2] or W_blocks.shape[1] == 0:
+            raise ValueError(f"W_blocks must have shape (G, B, B) with B >= 1, got {shape_of(W_blocks)}")
+
+
+def check_weights(name: str, x: Tensor, W_diag: object, W_blocks: object) -> None:
+    """W_diag (D,) and W_blocks (G, B, B) with G*B = D, at least one of them, on the features' device."""
+    _check_weight_forms(W_diag, W_blocks)
+    channels = x.shape[-1]
+    if isinstance(W_diag, Tensor):
+        if W_diag.shape[0] != channels:
+            raise ValueError(
+                f"W_diag must have shape ({channels},), the channels of {name} {shape_of(x)}, got {shape_of(W_diag)}"
+            )
+        check_same_device(name, x, "W_diag", W_diag)
+    if isinstance(W_blocks, Tensor):
+        covered = W_blocks.shape[0] * W_blocks.shape[1]
+        if covered != channels:
+            raise ValueError(
+                f"W_blocks of shape {shape_of(W_blocks)} covers G*B = {covered} channels, "
+                f"but {name} of shape {shape_of(x)} has D = {channels}"
+            )
+        check_same_device(name, x, "W_blocks", W_blocks)
+
+
+def check_metric(W_diag: object, W_blocks: object) -> None:
+    """The weights alone, with no features beside them: they must agree with each other."""
+    _check_weight_forms(W_diag, W_blocks)
+    if isinstance(W_diag, Tensor) and isinstance(W_blocks, Tensor):
+        check_weights("W_diag", W_diag, None, W_blocks)
+
+
+def check_pair(a: object, b: object) -> None:
+    """Two sets of features that can meet: same dtype, device and D."""
+    check_features("a", a)
+    check_features("b", b)
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"a and b must have the same D: a is {shape_of(a)}, b is {shape_of(b)}")
+    check_same_device("a", a, "b", b)
+
+
+def check_same_dtype(a: Tensor, b: Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise ValueError(f"a and b must have the same dtype: a is {a.dtype}, b is {b.dtype}")
+
+
+def broadcast_batch(a: Tensor, b: Tensor) -> Sequence[int]:
+    """The common leading dimensions of a (..., M, D) and b (..., N, D)."""
+    try:
+        return torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"the leading dimensions of a and b must broadcast: a is {shape_of(a)}, b is {shape_of(b)}"
+        ) from None
+
+
+def check_paired_rows(a: Tensor, b: Tensor) -> None:
+    if a.shape[-2] != b.shape[-2]:
+        raise ValueError(
+            f"a and b must have the same number of rows to be paired: a is {shape_of(a)}, b is {shape_of(b)}"
+        )
+
+
+def check_out_dtype(out_dtype: object) -> None:
+    if out_dtype is None:
+        return
+    if not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"out_dtype must be a torch.dtype or None, got {type(out_dtype).__name__}")
+    if out_dtype not in FEATURE_DTYPES:
+        raise ValueError(f"out_dtype must be {_DTYPE_NAMES}, got {out_dtype}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,425 @@
+"""The Triton backend's operators: `torch.library` ops `gssf::…` with fake implementations and autograd.
+
+Every op is a partial derivative of one form, F(P, y, x, W) = Σ_ij P_ij y_iᵀ(W ⊙ U)x_j, linear in each of its four
+arguments, so the derivatives of every op, of any order, are ops of this file:
+
+    ∂F/∂P = pairwise(y, x, W)              ∂F/∂y = gradient(P, x, W).rows = T'(P x)
+    ∂F/∂W = gradient(P, x, y).weights      ∂F/∂x = gradient(Pᵀ, y, Wᵀ).rows = T(Pᵀ y)
+
+An op's body runs opaquely under `torch.compile`; kernels, and Triton with them, are imported at its first call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gssf_triton.autotune.plans import Plan, choose_plan
+from gssf_triton.constants import NORM_EPS
+from gssf_triton.torch_backend import accumulate_dtype, as_rows
+
+Weights = tuple[Tensor | None, Tensor | None]
+
+
+def _block_size(W_blocks: Tensor | None) -> int:
+    return 0 if W_blocks is None else W_blocks.shape[-1]
+
+
+def _transposed(W_blocks: Tensor | None) -> Tensor | None:
+    return None if W_blocks is None else W_blocks.mT
+
+
+def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return y if x is None else x if y is None else x + y
+
+
+def _to(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A gradient in its tensor's dtype."""
+    return None if x is None or like is None else x.to(like.dtype)
+
+
+def _plan(a: Tensor, b: Tensor, W_blocks: Tensor | None) -> Plan:
+    return choose_plan(a.shape[0], a.shape[1], b.shape[1], a.shape[2], _block_size(W_blocks), a.dtype.itemsize)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fold
+
+
+@torch.library.custom_op(
+    "gssf::fold", mutates_args=(), schema="(Tensor x, Tensor? w_diag, Tensor? w_blocks, bool normalize) -> Tensor"
+)
+def _fold(x: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool) -> Tensor:
+    from gssf_triton.kernels import fold as kernels
+    from gssf_triton.kernels.launch import Metric
+
+    return kernels.fold(x, Metric(w_diag, w_blocks), normalize)
+
+
+@_fold.register_fake
+def _(x: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def fold(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool = False) -> Tensor:
+    """T(x) of x (M, D); without weights the rows themselves, normalised."""
+    return _fold(x, W_diag, W_blocks, normalize)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x (..., D) with its rows on the unit sphere."""
+    return fold(as_rows(x), None, None, normalize=True).view(x.shape)
+
+
+def unit_rows_vjp(x: Tensor, grad: Tensor | None) -> Tensor | None:
+    """Gradient with respect to x, given the one with respect to x / max(‖x‖, eps)."""
+    if grad is None:
+        return None
+    wide_x, wide_grad = x.to(accumulate_dtype(x.dtype)), grad.to(accumulate_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
+    unit = wide_x / norm.clamp_min(NORM_EPS)
+    radial = torch.where(norm > NORM_EPS, (unit * wide_grad).sum(-1, keepdim=True), 0)
+    return ((wide_grad - unit * radial) / norm.clamp_min(NORM_EPS)).to(x.dtype)
+
+
+def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w_diag, w_blocks, normalize = inputs
+    ctx.normalize = normalize
+    ctx.save_for_backward(x, w_diag, w_blocks)
+
+
+def _fold_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, w_diag, w_blocks = ctx.saved_tensors
+    needs_x, needs_diag, needs_blocks, _ = ctx.needs_input_grad
+    if w_diag is None and w_blocks is None:
+        return unit_rows_vjp(x, grad) if ctx.normalize else grad, None, None, None
+    unit = unit_rows(x) if ctx.normalize else x
+    rows, d_diag, d_blocks = gradient(None, grad[None], unit[None], (w_diag, w_blocks), (needs_x, needs_diag, needs_blocks))
+    if rows is not None:
+        rows = unit_rows_vjp(x, rows[0]) if ctx.normalize else rows[0]
+    return rows, _to(d_diag, w_diag), _to(d_blocks, w_blocks), None
+
+
+_fold.register_autograd(_fold_backward, setup_context=_fold_setup)
+
+
+# ------------------------------------------------------------------------------------------------------------ pairwise
+
+
+@torch.library.custom_op(
+    "gssf::pairwise",
+    mutates_args=(),
+    schema="(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype)"
+    " -> (Tensor, Tensor)",
+)
+def _pairwise(
+    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from gssf_triton.kernels import fold as fold_kernels
+    from gssf_triton.kernels import pairwise as kernels
+    from gssf_triton.kernels.launch import Metric
+
+    plan = _plan(a, b, w_blocks)
+    rows, columns, metric = (b, a, Metric(w_diag, _transposed(w_blocks))) if plan.fold_b else (a, b, Metric(w_diag, w_blocks))
+
+    def matrix() -> tuple[Tensor, Tensor]:
+        """An empty S, and the view of it whose rows are the folded side's."""
+        S = torch.empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype, device=a.device)
+        return S, S.mT if plan.fold_b else S
+
+    if plan.kind == "one_pass":
+        S, view = matrix()
+        kernels.pairwise(rows, columns, metric, normalize, view)
+        return S, a.new_empty(0)
+
+    identity = Metric(None, None)
+    folded = fold_kernels.fold(as_rows(rows), metric, normalize).view(rows.shape)
+    if normalize:
+        columns = fold_kernels.fold(as_rows(columns), identity, True).view(columns.shape)
+    if out_dtype == a.dtype:
+        left, right = (columns, folded) if plan.fold_b else (folded, columns)
+        return torch.matmul(left, right.mT), folded
+    S, view = matrix()
+    kernels.pairwise(folded, columns, identity, False, view)
+    return S, folded
+
+
+@_pairwise.register_fake
+def _(
+    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    S = a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype)
+    plan = _plan(a, b, w_blocks)
+    if plan.kind == "one_pass":
+        return S, a.new_empty(0)
+    return S, (b if plan.fold_b else a).new_empty((b if plan.fold_b else a).shape)
+
+
+def pairwise(
+    a: Tensor, b: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
+) -> Tensor:
+    """S (Z, M, N) of a (Z, M, D) and b (Z, N, D)."""
+    return _pairwise(a, b, W_diag, W_blocks, normalize, out_dtype)[0]
+
+
+def bilinear_gradients(
+    dS: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weights: Weights,
+    normalize: bool,
+    needs: tuple[bool, bool, bool, bool],
+    folded: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of S with respect to (a, b, W_diag, W_blocks), those that `needs` asks for.
+
+    The side with fewer rows is the one whose fold the weights' gradients ride on. `folded` is T of that side, where the
+    forward pass has it at hand: then the other side's gradient is a plain product.
+    """
+    w_diag, w_blocks = weights
+    swap = b.shape[1] < a.shape[1]
+    needs_rows, needs_columns, needs_diag, needs_blocks = needs
+    if swap:
+        a, b, dS, w_blocks = b, a, dS.mT, _transposed(w_blocks)
+        needs_rows, needs_columns = needs_columns, needs_rows
+    unit_a, unit_b = (unit_rows(a), unit_rows(b)) if normalize else (a, b)
+    rows, d_diag, d_blocks = gradient(dS, unit_b, unit_a, (w_diag, w_blocks), (needs_rows, needs_diag, needs_blocks))
+    columns = None
+    if needs_columns:
+        if folded is not None and folded.dtype == dS.dtype and not torch.is_grad_enabled():
+            columns = torch.matmul(dS.mT, folded)
+        else:
+            columns, _, _ = gradient(dS.mT, unit_a, None, (w_diag, _transposed(w_blocks)), (True, False, False))
+    if normalize:
+        rows, columns = unit_rows_vjp(a, rows), unit_rows_vjp(b, columns)
+    if swap:
+        rows, columns, d_blocks = columns, rows, _transposed(d_blocks)
+    return rows, columns, _to(d_diag, w_diag), _to(d_blocks, w_blocks)
+
+
+def _pairwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, b, w_diag, w_blocks, normalize, _ = inputs
+    ctx.normalize = normalize
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(a, b, w_diag, w_blocks, output[1])
+
+
+def _pairwise_backward(ctx: Any, dS: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dS is None:
+        return (None,) * 6
+    a, b, w_diag, w_blocks, folded = ctx.saved_tensors
+    saved = folded if folded.dim() == 3 else None
+    grads = bilinear_gradients(dS, a, b, (w_diag, w_blocks), ctx.normalize, ctx.needs_input_grad[:4], saved)
+    return (*grads, None, None)
+
+
+_pairwise.register_autograd(_pairwise_backward, setup_context=_pairwise_setup)
+
+
+# --------------------------------------------------------------------------------------------------------------- terms
+
+
+@torch.library.custom_op(
+    "gssf::pairwise_terms",
+    mutates_args=(),
+    schema="(Tensor a, Tensor b, Tensor w_diag, Tensor w_blocks, bool normalize, ScalarType out_dtype)"
+    " -> (Tensor, Tensor)",
+)
+def pairwise_terms(
+    a: Tensor, b: Tensor, w_diag: Tensor, w_blocks: Tensor, normalize: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(diagonal, block) terms of S, each (Z, M, N), of a (Z, M, D) and b (Z, N, D)."""
+    from gssf_triton.kernels import pairwise as kernels
+    from gssf_triton.kernels.launch import Metric
+
+    return kernels.pairwise_terms(a, b, Metric(w_diag, w_blocks), normalize, out_dtype)
+
+
+@pairwise_terms.register_fake
+def _(
+    a: Tensor, b: Tensor, w_diag: Tensor, w_blocks: Tensor, normalize: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    diagonal = a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype)
+    return diagonal, torch.empty_like(diagonal)
+
+
+def _terms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, b, w_diag, w_blocks, normalize, _ = inputs
+    ctx.normalize = normalize
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, b, w_diag, w_blocks)
+
+
+def _terms_backward(ctx: Any, d_diagonal: Tensor | None, d_block: Tensor | None) -> tuple[Tensor | None, ...]:
+    a, b, w_diag, w_blocks = ctx.saved_tensors
+    needs_a, needs_b, needs_diag, needs_blocks = ctx.needs_input_grad[:4]
+    da = db = grad_diag = grad_blocks = None
+    if d_diagonal is not None:
+        needs = (needs_a, needs_b, needs_diag, False)
+        da, db, grad_diag, _ = bilinear_gradients(d_diagonal, a, b, (w_diag, None), ctx.normalize, needs)
+    if d_block is not None:
+        needs = (needs_a, needs_b, False, needs_blocks)
+        da_block, db_block, _, grad_blocks = bilinear_gradients(d_block, a, b, (None, w_blocks), ctx.normalize, needs)
+        da, db = _add(da, da_block), _add(db, db_block)
+    return da, db, grad_diag, grad_blocks, None, None
+
+
+pairwise_terms.register_autograd(_terms_backward, setup_context=_terms_setup)
+
+
+# -------------------------------------------------------------------------------------------------------------- paired
+
+
+@torch.library.custom_op(
+    "gssf::paired",
+    mutates_args=(),
+    schema="(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype) -> Tensor",
+)
+def paired(
+    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
+) -> Tensor:
+    """The diagonal of S, (N,), of a and b (N, D)."""
+    from gssf_triton.kernels import paired as kernels
+    from gssf_triton.kernels.launch import Metric
+
+    return kernels.paired(a, b, Metric(w_diag, w_blocks), normalize, out_dtype)
+
+
+@paired.register_fake
+def _(
+    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
+) -> Tensor:
+    return a.new_empty(a.shape[0], dtype=out_dtype)
+
+
+def _paired_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, w_diag, w_blocks, normalize, _ = inputs
+    ctx.normalize = normalize
+    ctx.save_for_backward(a, b, w_diag, w_blocks)
+
+
+def _paired_backward(ctx: Any, ds: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, w_diag, w_blocks = ctx.saved_tensors
+    needs_a, needs_b, needs_diag, needs_blocks = ctx.needs_input_grad[:4]
+    # In float32: ds of a mean over many pairs times b would leave float16's range.
+    wide = torch.promote_types(accumulate_dtype(a.dtype), ds.dtype)
+    wide_a, wide_b, wide_ds = a.to(wide), b.to(wide), ds.to(wide)[:, None]
+    unit_a, unit_b = (unit_rows(wide_a), unit_rows(wide_b)) if ctx.normalize else (wide_a, wide_b)
+    needs = (needs_a, needs_diag, needs_blocks)
+    rows, d_diag, d_blocks = gradient(None, (wide_ds * unit_b)[None], unit_a[None], (w_diag, w_blocks), needs)
+    da = None if rows is None else rows[0]
+    db = wide_ds * fold(unit_a, w_diag, w_blocks) if needs_b else None
+    if ctx.normalize:
+        da, db = unit_rows_vjp(wide_a, da), unit_rows_vjp(wide_b, db)
+    return _to(da, a), _to(db, b), _to(d_diag, w_diag), _to(d_blocks, w_blocks), None, None
+
+
+paired.register_autograd(_paired_backward, setup_context=_paired_setup)
+
+
+# ------------------------------------------------------------------------------------------------------------ gradient
+
+
+@torch.library.custom_op(
+    "gssf::gradient",
+    mutates_args=(),
+    schema="(Tensor? p, Tensor x, Tensor? y, Tensor? w_diag, Tensor? w_blocks, SymInt block_size, bool needs_rows, "
+    "bool needs_diag, bool needs_blocks) -> (Tensor, Tensor, Tensor)",
+)
+def _gradient(
+    p: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    w_diag: Tensor | None,
+    w_blocks: Tensor | None,
+    block_size: int,
+    needs_rows: bool,
+    needs_diag: bool,
+    needs_blocks: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from gssf_triton.kernels import gradient as kernels
+    from gssf_triton.kernels.launch import Metric
+
+    if p is not None and p.dtype == x.dtype:
+        plan = choose_plan(p.shape[0], p.shape[1], p.shape[2], x.shape[2], block_size, x.dtype.itemsize)
+        if plan.kind == "fold_product":
+            p, x = None, torch.matmul(p, x)
+    grads = kernels.gradient(p, x, y, Metric(w_diag, w_blocks), block_size, (needs_rows, needs_diag, needs_blocks))
+    rows, d_diag, d_blocks = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return rows, d_diag, d_blocks
+
+
+@_gradient.register_fake
+def _(
+    p: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    w_diag: Tensor | None,
+    w_blocks: Tensor | None,
+    block_size: int,
+    needs_rows: bool,
+    needs_diag: bool,
+    needs_blocks: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rows, D = x.shape[0], x.shape[1] if p is None else p.shape[1], x.shape[2]
+    wide = torch.promote_types(x.dtype if p is None else torch.promote_types(p.dtype, x.dtype), torch.float32)
+    empty = x.new_empty(0)
+    return (
+        x.new_empty((batch, rows, D)) if needs_rows else empty,
+        x.new_empty(D, dtype=wide) if needs_diag else x.new_empty(0),
+        x.new_empty((D // block_size, block_size, block_size), dtype=wide) if needs_blocks else x.new_empty(0),
+    )
+
+
+def gradient(
+    p: Tensor | None, x: Tensor, y: Tensor | None, weights: Weights, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(T'(R), Σ_i y_i ⊙ R_i, y_gᵀ R_g) of R = P x, or R = x without P; None for those `needs` does not ask for.
+
+    p (Z, M, N), x (Z, N, D), y (Z, M, D); needs is (rows, W_diag, W_blocks).
+    """
+    if not any(needs):
+        return None, None, None
+    grads = _gradient(p, x, y, *weights, _block_size(weights[1]), *needs)
+    rows, d_diag, d_blocks = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
+    return rows, d_diag, d_blocks
+
+
+def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    p, x, y, w_diag, w_blocks, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(p, x, y, w_diag, w_blocks)
+
+
+def _gradient_backward(
+    ctx: Any, u: Tensor | None, v_diag: Tensor | None, v_blocks: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """F's other partial derivatives: u meets the rows, V = (v_diag, v_blocks) the weights' gradients."""
+    p, x, y, w_diag, w_blocks = ctx.saved_tensors
+    needs_p, needs_x, needs_y, needs_diag, needs_blocks = ctx.needs_input_grad[:5]
+    # (left rows, metric) of each form that ends in R: the rows' own, and the weights'.
+    forms: list[tuple[Tensor, Weights]] = []
+    if u is not None:
+        forms.append((u, (w_diag, w_blocks)))
+    if v_diag is not None or v_blocks is not None:
+        forms.append((y, (v_diag, v_blocks)))
+    dp = dx = dy = d_diag = d_blocks = None
+    for left, weights in forms:
+        if needs_p:
+            dp = _add(dp, pairwise(left, x, *weights, False, p.dtype))
+        if needs_x and p is None:
+            dx = _add(dx, fold(as_rows(left), *weights).view(left.shape))
+        elif needs_x:
+            transposed = (weights[0], _transposed(weights[1]))
+            dx = _add(dx, gradient(p.mT, left, None, transposed, (True, False, False))[0])
+    if needs_y and (v_diag is not None or v_blocks is not None):
+        dy, _, _ = gradient(p, x, None, (v_diag, v_blocks), (True, False, False))
+    if u is not None:
+        _, d_diag, d_blocks = gradient(p, x, u, (w_diag, w_blocks), (False, needs_diag, needs_blocks))
+    grads = (_to(dp, p), _to(dx, x), _to(dy, y), _to(d_diag, w_diag), _to(d_blocks, w_blocks))
+    return (*grads, None, None, None, None)
+
+
+_gradient.register_autograd(_gradient_backward, setup_context=_gradient_setup)
