@@ -40,6 +40,8 @@ class GradientConfig:
     """R's tile [BLOCK_M, BLOCK_C] summed BLOCK_N at a time, BLOCK_P lanes of the epilogue at a time.
 
     `max_splits` bounds the slices of the weight gradients' partial sums, and so their memory: splits · D · B floats.
+    `rows_apart`: R's rows of a whole block do not fit the registers beside the fold's operands, so R is stored and the
+    fold kernel, which splits blocks, makes the rows from it.
     """
 
     BLOCK_M: int
@@ -49,6 +51,7 @@ class GradientConfig:
     num_warps: int
     num_stages: int
     max_splits: int = 32
+    rows_apart: bool = False
 
 
 #: The smallest side Triton's dot takes.
@@ -58,6 +61,20 @@ MIN_DOT = 16
 def padded_block(B: int) -> int:
     """B as the next power of two; 0 (no blocks) stays 0."""
     return 1 << (B - 1).bit_length() if B else 0
+
+
+def dot_precision(dtype: torch.dtype, arch: str, *, tf32: bool, whole_rows: bool = False) -> str:
+    """Triton's `input_precision` for a product of `dtype` operands.
+
+    float32 uses TF32 where that is allowed. Where it is not, the product runs on NVIDIA's FMA units, which keep the
+    whole reduction of an operand in registers: a reduction over a tile's `whole_rows` does not fit there and takes
+    three TF32 products instead, which carry 21 bits of each operand. AMD multiplies float32 in its matrix cores.
+    """
+    if dtype != torch.float32 or arch == "interpreter":
+        return "ieee"
+    if tf32:
+        return "tf32"
+    return "tf32x3" if whole_rows and arch.startswith("sm_") else "ieee"
 
 
 def is_small_memory(arch: str) -> bool:
@@ -76,13 +93,14 @@ def pairwise_config(
         return PairwiseConfig(32, 32, 16, num_warps=4, num_stages=1)
     if not half:
         # float32 on the FMA units (precision "highest") keeps operands in registers: 64×64 is what does not spill.
-        return PairwiseConfig(64, 64, 32, num_warps=4, num_stages=2)
+        return PairwiseConfig(64, 32 if terms else 64, 32, num_warps=4, num_stages=2)
     small = min(M, N) <= 64 or M * N <= 512 * 512
     if is_small_memory(arch):
         return PairwiseConfig(64, 64 if small or terms else 128, 32, num_warps=4, num_stages=2)
-    block_k = 32 if 0 < padded_block(B) <= 32 else 64
+    # Two accumulators and 64 lanes of both folds are more registers than Ampere's mma.sync leaves.
+    block_k = 32 if 0 < padded_block(B) <= 32 or (terms and arch.startswith("sm_8")) else 64
     if small or terms:
-        return PairwiseConfig(64, 64 if small else 128, block_k, num_warps=4, num_stages=3)
+        return PairwiseConfig(64, 64, block_k, num_warps=4, num_stages=3)
     return PairwiseConfig(128, 128, block_k, num_warps=8, num_stages=3)
 
 
@@ -94,21 +112,31 @@ def fold_config(M: int, D: int, B: int, dtype: torch.dtype, arch: str) -> FoldCo
         return FoldConfig(16, 16, num_warps=4, num_stages=1)
     half = dtype in (torch.float16, torch.bfloat16)
     block_k = 64 if half else 32
-    return FoldConfig(64 if half else 32, block_k, num_warps=4, num_stages=2)
+    return FoldConfig(64, block_k, num_warps=8 if arch.startswith("sm_8") else 4, num_stages=2)
 
 
-def gradient_config(M: int, D: int, B: int, dtype: torch.dtype, arch: str) -> GradientConfig:
-    """The gradient kernel's tile for rows (M, D) in blocks of B (0: no block term); a program holds whole blocks."""
+def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> GradientConfig:
+    """The gradient kernel's tile for blocks of B (0: no block term), of which a program holds whole ones.
+
+    R's rows of a whole block and the epilogue's operands share the registers, so the larger the block, the fewer rows.
+    `tf32`: the float32 products may round to TF32 (always so for half-precision features).
+    """
     padded = padded_block(B)
     if arch == "interpreter":
         block_c = max(padded, 32)
         return GradientConfig(32, 32, block_c, min(block_c, 32), num_warps=4, num_stages=1, max_splits=2)
     half = dtype in (torch.float16, torch.bfloat16)
-    if dtype == torch.float64:
-        return GradientConfig(16, 16, max(padded, 16), 16, num_warps=4, num_stages=1)
     block_c = max(padded, 64)
-    block_m = 64
-    if not half:
-        return GradientConfig(32, 32, block_c, 32, num_warps=4 if block_c <= 128 else 8, num_stages=2)
-    block_n = 32 if is_small_memory(arch) or block_c > 128 else 64
-    return GradientConfig(block_m, block_n, block_c, 32, num_warps=4 if block_c <= 128 else 8, num_stages=2)
+    tensor_cores = half or (dtype == torch.float32 and tf32)
+    if arch.startswith("sm_9") and tensor_cores:
+        if block_c <= 64:
+            return GradientConfig(64, 64 if half else 32, block_c, 32, num_warps=4, num_stages=2)
+        return GradientConfig(64, 32, block_c, 32, num_warps=8, num_stages=2)
+    if arch.startswith("sm_") and tensor_cores:
+        if block_c <= (64 if arch.startswith("sm_8") else 128):
+            return GradientConfig(64, 32, block_c, 32, num_warps=8, num_stages=2)
+        if block_c <= 128:
+            return GradientConfig(32, 32, block_c, 16, num_warps=8, num_stages=1)
+    # Three TF32 products to an exact one: [16, 256] numbers of R, high and low parts, are all of a thread's registers.
+    apart = block_c > 128 and dtype == torch.float32 and not tf32 and arch.startswith("sm_")
+    return GradientConfig(16, 32, block_c, 16, num_warps=8 if apart else 4, num_stages=1, rows_apart=apart)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune.configs import fold_config
-from gssf_triton.kernels.launch import Metric, describe, needs_wide_channels, numerics, pointer
+from gssf_triton.kernels.launch import Metric, describe, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, channels, clamped_rows, fold_chunk, folded, inverse_norm, load_masked
 
 
@@ -88,7 +88,7 @@ def fold(x: Tensor, metric: Metric, normalize: bool) -> Tensor:
         M=M, D=D, chunks=chunks, chunks_per_program=chunks_per_program,
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K,
         NORMALIZE=normalize, EVEN_D=metric.is_even(D, config.BLOCK_K), WIDE=needs_wide_channels(x),
-        **numerics(x.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **numerics(x),
+        **options(config),
     )  # fmt: skip
     return out

@@ -12,12 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune.configs import GradientConfig, gradient_config
+from gssf_triton.kernels.fold import fold
 from gssf_triton.kernels.launch import (
     Metric,
     acc_type,
     accumulator,
     describe,
     needs_wide_channels,
+    options,
     pointer,
     precision,
 )
@@ -91,9 +93,9 @@ def gradient_kernel(
     summed over its tiles in order, in a slice of the partial sums (splits, …) that no other program writes; the
     launcher adds the slices up. So the result never depends on which program comes first.
 
-    R and the epilogue's products are in ACC (on tensor cores in TF32, whose range is float32's: float16 would lose
-    small gradients, and these products are only BLOCK_C / N of the work). The epilogue walks BLOCK_P lanes at a time to
-    bound its registers.
+    R and the epilogue's products are in ACC: for half-precision features on tensor cores in TF32, whose range is
+    float32's, since float16 would lose small gradients, and these products are only BLOCK_C / N of the work. The
+    epilogue walks BLOCK_P lanes at a time to bound its registers.
     """
     tl.static_assert(BLOCK_C % BLOCK_P == 0)
     columns = tl.cdiv(lane_count, BLOCK_C)
@@ -129,19 +131,18 @@ def gradient_kernel(
             r = tl.load(x_ptrs, mask=mask_m[:, None] & valid_q[None, :], other=0.0).to(ACC)
 
         if GRAD_DIAG:
-            y_ptrs = y_ptr + z * stride_yz + (rows_m * stride_ym)[:, None] + (channel_q * stride_yd)[None, :]
-            y = tl.load(y_ptrs, mask=mask_m[:, None] & valid_q[None, :], other=0.0).to(ACC)
-            slot = dw_diag_ptr + split.to(tl.int64) * D + offs_q
-            total = tl.sum(y * r, axis=0)
+            y_rows = y_ptr + z * stride_yz + (rows_m * stride_ym)[:, None] + (channel_q * stride_yd)[None, :]
+            y = tl.load(y_rows, mask=mask_m[:, None] & valid_q[None, :], other=0.0).to(ACC)
+            diag_slot = dw_diag_ptr + split.to(tl.int64) * D + offs_q
+            dw_diag = tl.sum(y * r, axis=0)
             if tile > split:
-                total += tl.load(slot, mask=valid_q, other=0.0)
-            tl.store(slot, total, mask=valid_q)
+                dw_diag += tl.load(diag_slot, mask=valid_q, other=0.0)
+            tl.store(diag_slot, dw_diag, mask=valid_q)
 
         if ROWS and not HAS_BLOCKS:
             w_diag = tl.load(w_diag_ptr + offs_q * stride_wd, mask=valid_q, other=0.0).to(ACC)
-            out_ptrs = rows_ptr + z * stride_rz + (rows_m * stride_rm)[:, None] + (channel_q * stride_rd)[None, :]
-            out = cast(r * w_diag[None, :], rows_ptr.dtype.element_ty)
-            tl.store(out_ptrs, out, mask=mask_m[:, None] & valid_q[None, :])
+            row_ptrs = rows_ptr + z * stride_rz + (rows_m * stride_rm)[:, None] + (channel_q * stride_rd)[None, :]
+            tl.store(row_ptrs, cast(r * w_diag[None, :], rows_ptr.dtype.element_ty), mask=mask_m[:, None] & valid_q[None, :])
 
         if GRAD_BLOCKS or (ROWS and HAS_BLOCKS):
             for first in range(0, BLOCK_C, BLOCK_P):
@@ -157,9 +158,9 @@ def gradient_kernel(
                     w_ptrs = w_blocks_ptr + (group_p * stride_wg + inner_p * stride_wp)[:, None]
                     w = tl.load(w_ptrs + (inner_q * stride_wq)[None, :], mask=same_group, other=0.0).to(ACC)
                     if HAS_DIAG:
-                        w_diag = tl.load(w_diag_ptr + offs_p * stride_wd, mask=valid_p, other=0.0).to(ACC)
+                        diag_p = tl.load(w_diag_ptr + offs_p * stride_wd, mask=valid_p, other=0.0).to(ACC)
                         on_diagonal = (offs_p[:, None] == offs_q[None, :]) & same_group
-                        w += tl.where(on_diagonal, w_diag[:, None], 0.0)
+                        w += tl.where(on_diagonal, diag_p[:, None], 0.0)
                     out = dot(r, tl.trans(w), tl.zeros([BLOCK_M, BLOCK_P], ACC), EPILOGUE_PRECISION)
                     out_ptrs = (
                         rows_ptr + z * stride_rz + (rows_m * stride_rm)[:, None] + (channel_p * stride_rd)[None, :]
@@ -205,7 +206,14 @@ def gradient(
     product_dtype = x.dtype if p is None else torch.promote_types(p.dtype, x.dtype)
     wide = torch.promote_types(product_dtype, torch.float32)
     kernel_block = block_size if needs_blocks or metric.W_blocks is not None else 0
-    config = gradient_config(M, D, kernel_block, product_dtype, describe(x.device))
+    tf32 = x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+    config = gradient_config(kernel_block, product_dtype, describe(x.device), tf32=tf32)
+    if config.rows_apart and needs_rows:
+        R = x if p is None else torch.matmul(p.to(product_dtype), x.to(product_dtype))
+        rows = fold(R.reshape(batch * M, D), metric.transposed, normalize=False).view(batch, M, D).to(x.dtype)
+        _, dw_diag, dw_blocks = gradient(None, R, y, metric, block_size, (False, needs_diag, needs_blocks))
+        return rows, dw_diag, dw_blocks
+
     row_tiles = batch * triton.cdiv(M, config.BLOCK_M)
     # All row tiles side by side, unless each would need its own slice of the weights' partial sums.
     splits = min(row_tiles, config.max_splits) if needs_diag or needs_blocks else row_tiles
@@ -217,7 +225,7 @@ def gradient(
     dw_blocks = None
     if needs_blocks:
         dw_blocks = make((splits, D // block_size, block_size, block_size), dtype=wide, device=x.device)
-    if work:
+    if work and (needs_rows or needs_diag or needs_blocks):
         p = None if p is None else p.to(product_dtype)
         _launch(p, x, y, metric, kernel_block, rows, dw_diag, dw_blocks, splits, config)
     return (
@@ -258,6 +266,8 @@ def _launch(
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_C=config.BLOCK_C, BLOCK_P=config.BLOCK_P,
         PRODUCT=p is not None, ROWS=rows is not None, GRAD_DIAG=dw_diag is not None, GRAD_BLOCKS=dw_blocks is not None,
         WIDE=needs_wide_channels(x, *(t for t in (y, rows) if t is not None)),
-        PRECISION=precision(product_dtype, from_half), EPILOGUE_PRECISION=precision(acc, from_half), ACC=acc_type(acc),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        PRECISION=precision(product_dtype, x.device, from_half=from_half),
+        EPILOGUE_PRECISION=precision(acc, x.device, from_half=from_half, whole_rows=True),
+        ACC=acc_type(acc),
+        **options(config),
     )  # fmt: skip

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.kernels.tile import INTERPRETED
+from gssf_triton.autotune.configs import dot_precision
 
 #: Offsets below this fit the 32-bit arithmetic that Triton uses for 32-bit operands.
 INT32_LIMIT = 2**31
@@ -47,14 +47,12 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def precision(dtype: torch.dtype, from_half: bool = False) -> str:
-    """Input precision of a product of `dtype` operands.
-
-    float32 products use TF32 where the user allows it, or where the operands came from half-precision features
-    (`from_half`): TF32 keeps more of them than their own dtype did.
-    """
+def precision(
+    dtype: torch.dtype, device: torch.device, *, from_half: bool = False, whole_rows: bool = False
+) -> str:
+    """`configs.dot_precision` under the user's setting, torch.set_float32_matmul_precision."""
     tf32 = from_half or torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if dtype == torch.float32 and tf32 and not INTERPRETED else "ieee"
+    return dot_precision(dtype, describe(device), tf32=tf32, whole_rows=whole_rows)
 
 
 def pointer(name: str, x: Tensor | None, dims: str, absent: Tensor, stride: str | None = None) -> dict[str, Any]:
@@ -83,6 +81,11 @@ class Metric:
     @property
     def padded_block(self) -> int:
         return triton.next_power_of_2(self.block_size) if self.block_size else 0
+
+    @property
+    def transposed(self) -> Metric:
+        """The metric seen from the other side."""
+        return Metric(self.W_diag, None if self.W_blocks is None else self.W_blocks.mT)
 
     def lanes(self, channels: int) -> int:
         """Channels, with every block padded to a power of two."""
@@ -115,6 +118,21 @@ class Metric:
         }
 
 
-def numerics(dtype: torch.dtype) -> dict[str, Any]:
-    """Precision and accumulator of a kernel over `dtype` features."""
-    return {"PRECISION": precision(dtype), "ACC": acc_type(accumulator(dtype))}
+def numerics(x: Tensor) -> dict[str, Any]:
+    """Precision and accumulator of a kernel over features like x."""
+    return {"PRECISION": precision(x.dtype, x.device), "ACC": acc_type(accumulator(x.dtype))}
+
+
+class Config(Protocol):
+    """What every configuration has."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+
+def options(config: Config) -> dict[str, Any]:
+    """The compiler's options; fused multiply-adds are asked for, since Triton's default for them is changing."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune.configs import pairwise_config
-from gssf_triton.kernels.launch import Metric, describe, needs_wide_channels, numerics, pointer
+from gssf_triton.kernels.launch import Metric, describe, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, similarity_tile
 
 
@@ -101,8 +101,8 @@ def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, GROUP_M=config.GROUP_M,
         TERMS=terms, NORMALIZE=normalize,
         EVEN_D=metric.is_even(D, config.BLOCK_K), WIDE=needs_wide_channels(a, b),
-        **numerics(a.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **numerics(a),
+        **options(config),
     )  # fmt: skip
 
 

@@ -1,0 +1,66 @@
+# Everything needs only Python 3.10+ with venv, make and pip's network: `make test` or `make demo` on a fresh machine
+# first sets up $(VENV), once, and again when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Worker processes of `make test`.
+TEST_JOBS ?= 2
+# More arguments for pytest, the demo and the benchmark, e.g. make demo DEMO_FLAGS="--metric diag --steps 500".
+TEST_FLAGS ?=
+DEMO_FLAGS ?=
+BENCH_FLAGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+STAMP := $(VENV)/.setup-done
+# The package as a wheel lays it out, for mypy.
+TYPING := build/typing
+
+.PHONY: help setup test lint format aot demo bench check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## set up .venv with the package, editable, and all it is developed with
+
+# torch comes first, under its pin: a looser requirement would fetch gigabytes of another build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade -c constraints.txt pip setuptools
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+test: $(STAMP) ## run the tests and the docstrings' examples, in Triton's interpreter where there is no GPU
+	$(BIN)/python -m pytest -n $(TEST_JOBS) $(TEST_FLAGS)
+
+lint: $(STAMP) ## ruff's rules and format, mypy's types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(TYPING)
+	@$(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_py --build-lib $(TYPING)
+	$(BIN)/mypy $(TYPING)/gssf_triton perf examples | \
+		sed -E 's,^$(TYPING)/(gssf_triton/(kernels|autotune)/)?,\2/,; s,^/(gssf_triton/),\1,'
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+aot: $(STAMP) ## compile every tile configuration for GPUs that need not be there
+	env -u TRITON_INTERPRET $(BIN)/python -m gssf_triton.autotune.compile_gate
+
+demo: $(STAMP) ## train and compare the metrics on glyph-name retrieval, into runs/demo
+	$(BIN)/python examples/glyph_retrieval.py --out runs/demo $(DEMO_FLAGS)
+
+bench: $(STAMP) ## measure speed and memory on this machine's GPU
+	$(BIN)/python perf/sweep.py $(BENCH_FLAGS)
+
+check: lint test aot ## everything a change must pass
+
+clean: ## remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

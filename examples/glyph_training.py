@@ -1,0 +1,205 @@
+"""Train two towers under one metric, with checkpoints that resume to the same bits, and measure retrieval."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from glyph_model import ImageTower, TextTower, tokenize
+from torch import Tensor, nn
+
+from gssf_triton.data.glyphs import Glyphs
+from gssf_triton.nn import GSSF
+
+METRICS = ("cosine", "diag", "bdiag", "both")
+TITLES = {"cosine": "cosine", "diag": "Diag", "bdiag": "B-Diag", "both": "both"}
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's numbers, besides the metric and the seed."""
+
+    steps: int = 400
+    batch_size: int = 256
+    dim: int = 256
+    block_size: int = 32
+    loss: str = "info_nce"
+    learning_rate: float = 2e-3
+    margin: float = 0.2
+    evaluations: int = 8
+    held_out: int = 1000
+
+
+class Retriever(nn.Module):
+    """Towers and metric; `forward` gives the similarity matrix of images with names."""
+
+    def __init__(self, metric: str, dim: int, block_size: int) -> None:
+        super().__init__()
+        self.images = ImageTower(dim)
+        self.texts = TextTower(dim)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.metric = GSSF(dim, block_size, diag=metric != "bdiag", blocks=metric in ("bdiag", "both"))
+        # Cosine is GSSF where it starts, held there: the same code is measured in every column.
+        self.metric.requires_grad_(metric != "cosine")
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        S: Tensor = self.metric(self.images(images), self.texts(tokens))
+        return S
+
+
+def info_nce(S: Tensor, log_scale: Tensor) -> Tensor:
+    """CLIP's loss: cross entropy of matching pairs, both directions."""
+    logits = log_scale.exp().clamp_max(100) * S
+    target = torch.arange(len(S), device=S.device)
+    return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.mT, target)) / 2
+
+
+def hardest_triplet(S: Tensor, margin: float) -> Tensor:
+    """VSE++'s hinge (Faghri et al., BMVC 2018): the hardest negative of each image and each name, summed."""
+    positive = S.diagonal()
+    negatives = S.masked_fill(torch.eye(len(S), dtype=torch.bool, device=S.device), -torch.inf)
+    rows = (margin + negatives.amax(1) - positive).clamp_min(0)
+    columns = (margin + negatives.amax(0) - positive).clamp_min(0)
+    return (rows + columns).sum()
+
+
+class Sampler:
+    """Batches of distinct names, so that every other pair of a batch is a negative, each in a random typeface."""
+
+    def __init__(self, glyphs: Glyphs, batch_size: int, seed: int) -> None:
+        order = np.argsort(glyphs.name_ids, kind="stable")
+        counts = np.bincount(glyphs.name_ids, minlength=len(glyphs.names))
+        self.order, self.counts = torch.from_numpy(order), torch.from_numpy(counts)
+        self.starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)[:-1]]))
+        self.images = torch.from_numpy(glyphs.images)
+        self.tokens = tokenize(glyphs.names)
+        self.batch_size = min(batch_size, len(glyphs.names))
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        names = torch.randperm(len(self.counts), generator=self.generator)[: self.batch_size]
+        which = (torch.rand(len(names), generator=self.generator) * self.counts[names]).long()
+        images = self.images[self.order[self.starts[names] + which]]
+        # A shift of up to two pixels: a glyph's place in its image says nothing.
+        dy, dx = (int(torch.randint(-2, 3, (), generator=self.generator)) for _ in range(2))
+        return torch.roll(images, (dy, dx), (1, 2)).float() / 255, self.tokens[names]
+
+
+def test_pairs(test: Glyphs, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """One image of each test name, in a typeface drawn once for all runs, and the names' tokens."""
+    generator = np.random.default_rng(seed)
+    chosen = [generator.choice(np.flatnonzero(test.name_ids == i)) for i in range(len(test.names))]
+    return torch.from_numpy(test.images[chosen]).float() / 255, tokenize(test.names)
+
+
+def recalls(S: Tensor) -> dict[str, float]:
+    """R@1, 5, 10 in percent, both ways, and their sum, where row i matches column i only.
+
+    A tie counts against the match: a constant S must not look perfect.
+    """
+    positive = S.diagonal()
+    others = ~torch.eye(len(S), dtype=torch.bool, device=S.device)
+    ranks = {
+        "i2t": ((S >= positive[:, None]) & others).sum(1),
+        "t2i": ((S >= positive[None, :]) & others).sum(0),
+    }
+    scores = {f"{way}_r{k}": 100 * (rank < k).double().mean().item() for way, rank in ranks.items() for k in KS}
+    return scores | {"rsum": sum(scores.values())}
+
+
+@torch.no_grad()
+def similarities(model: Retriever, images: Tensor, tokens: Tensor) -> Tensor:
+    """S of all test images with all test names, on the CPU."""
+    model.eval()
+    device = model.log_scale.device
+    S: Tensor = model(images.to(device), tokens.to(device)).float().cpu()
+    model.train()
+    return S
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+class Run:
+    """One column's training with one seed: resumes from `checkpoint` where that holds the same settings."""
+
+    def __init__(
+        self, settings: Settings, metric: str, seed: int, train: Glyphs, pairs: tuple[Tensor, Tensor],
+        device: torch.device, checkpoint: Path,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(seed)
+        self.settings, self.metric, self.seed, self.pairs = settings, metric, seed, pairs
+        self.device, self.checkpoint = device, checkpoint
+        self.model = Retriever(metric, settings.dim, settings.block_size).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
+        self.sampler = Sampler(train, settings.batch_size, seed)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        if checkpoint.exists():
+            self._resume(torch.load(checkpoint, map_location="cpu", weights_only=True))
+
+    def _identity(self) -> dict[str, Any]:
+        return asdict(self.settings) | {"metric": self.metric, "seed": self.seed}
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        if state["identity"] != self._identity():
+            changed = [k for k, v in self._identity().items() if state["identity"].get(k) != v]
+            raise ValueError(
+                f"{self.checkpoint} holds a run with other settings ({', '.join(changed)}): "
+                "choose another --out, or start over with --fresh"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.generator.set_state(state["generator"])
+        self.step, self.history = state["step"], state["history"]
+
+    def save(self) -> None:
+        save(
+            self.checkpoint,
+            {
+                "identity": self._identity(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.sampler.generator.get_state(),
+                "step": self.step,
+                "history": self.history,
+            },
+        )
+
+    def train(self) -> Iterator[dict[str, float]]:
+        """Train to the last step, yielding {"step", "loss"} each step; measures and saves as often as settings say."""
+        settings = self.settings
+        every = max(1, settings.steps // settings.evaluations)
+        while self.step < settings.steps:
+            # Warm up over a twentieth, then a half cosine down to zero.
+            warm = min(1.0, (self.step + 1) / max(1, settings.steps // 20))
+            for group in self.optimizer.param_groups:
+                falling = 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
+                group["lr"] = settings.learning_rate * warm * falling
+            images, tokens = self.sampler.draw()
+            S = self.model(images.to(self.device), tokens.to(self.device))
+            if settings.loss == "info_nce":
+                loss = info_nce(S, self.model.log_scale)
+            else:
+                loss = hardest_triplet(S, settings.margin)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+            measured = {"step": float(self.step), "loss": loss.item()}
+            if self.step % every == 0 or self.step == settings.steps:
+                self.history.append(measured | recalls(similarities(self.model, *self.pairs)))
+                self.save()
+            yield measured

@@ -1,0 +1,1 @@
+"""Data sets for the examples: `gssf_triton.data.glyphs`. Needs the extra `gssf_triton[data]`."""

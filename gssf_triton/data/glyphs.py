@@ -1,0 +1,203 @@
+"""The glyph–name set: images of characters and their Unicode names, rendered from fonts every matplotlib user has.
+
+54,284 real 32×32 glyph images of 7,354 names ("GREEK SMALL LETTER ALPHA WITH TONOS"), most in several typefaces, with no
+download: matplotlib ships the DejaVu and STIX fonts, Python ships `unicodedata.name`. Names are compositional, so
+retrieving names never seen in training is possible, and hard.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import unicodedata
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+IMAGE_SIZE = 32
+#: Point size at 72 dpi: leaves capitals about 15 of the 32 pixels and room for accents; the few larger are scaled down.
+FONT_SIZE = 20
+#: Raised whenever the rendering or the file's layout changes, so that an old cache is not taken for a new one.
+FORMAT = 1
+TYPEFACES = ("DejaVu", "STIXGeneral")
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """Images of named characters.
+
+    Attributes:
+        images: (n, 32, 32) uint8, ink 255 on 0.
+        name_ids: (n,) int64, each image's place in `names`.
+        typeface_ids: (n,) int64, each image's place in `typefaces`.
+        names: The distinct Unicode names, sorted.
+        typefaces: The font faces' file names without ending, sorted.
+    """
+
+    images: NDArray[np.uint8]
+    name_ids: NDArray[np.int64]
+    typeface_ids: NDArray[np.int64]
+    names: tuple[str, ...]
+    typefaces: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def only(self, name_ids: NDArray[np.int64]) -> Glyphs:
+        """The images of these names, which are renumbered in the order given."""
+        place = np.full(len(self.names), -1, dtype=np.int64)
+        place[name_ids] = np.arange(len(name_ids))
+        kept = place[self.name_ids] >= 0
+        names = tuple(self.names[i] for i in name_ids)
+        return Glyphs(self.images[kept], place[self.name_ids[kept]], self.typeface_ids[kept], names, self.typefaces)
+
+    def split(self, held_out: int = 1000, seed: int = 0) -> tuple[Glyphs, Glyphs]:
+        """(train, test) with no name in both: `held_out` names, drawn by `seed`, are in test only.
+
+        Raises:
+            ValueError: `held_out` is not between 1 and the number of names less one.
+        """
+        if not 0 < held_out < len(self.names):
+            raise ValueError(f"held_out must be from 1 to {len(self.names) - 1}, got {held_out}")
+        order = np.random.default_rng(seed).permutation(len(self.names))
+        return self.only(np.sort(order[held_out:])), self.only(np.sort(order[:held_out]))
+
+
+def _centred(bitmap: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The inked part of a bitmap in the middle of a 32×32 image, scaled down where it is larger."""
+    rows, columns = np.flatnonzero(bitmap.any(1)), np.flatnonzero(bitmap.any(0))
+    ink = bitmap[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    if max(ink.shape) > IMAGE_SIZE:
+        from PIL import Image
+
+        scale = IMAGE_SIZE / max(ink.shape)
+        size = (max(1, round(ink.shape[1] * scale)), max(1, round(ink.shape[0] * scale)))
+        ink = np.asarray(Image.fromarray(ink).resize(size, Image.Resampling.BOX))
+    image = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    top, left = (IMAGE_SIZE - ink.shape[0]) // 2, (IMAGE_SIZE - ink.shape[1]) // 2
+    image[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
+    return image
+
+
+def render(progress: bool = True) -> Glyphs:
+    """Render every named character of matplotlib's DejaVu and STIX faces; some seconds, the same every time."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+    from tqdm import tqdm
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    faces = sorted(path for path in folder.glob("*.ttf") if path.name.startswith(TYPEFACES))
+    images, names, typeface_ids = [], [], []
+    for typeface, path in enumerate(tqdm(faces, desc="rendering glyphs", unit="face", disable=not progress)):
+        font = FT2Font(str(path))
+        font.set_size(FONT_SIZE, 72)
+        for code, glyph in sorted(font.get_charmap().items()):
+            name = unicodedata.name(chr(code), None)
+            if name is None or glyph == 0:  # no name (private use), or the box that stands for a missing glyph
+                continue
+            font.set_text(chr(code))
+            font.draw_glyphs_to_bitmap()
+            bitmap = np.asarray(font.get_image())
+            if bitmap.size == 0 or not bitmap.any():  # spaces and other characters without ink
+                continue
+            images.append(_centred(bitmap))
+            names.append(name)
+            typeface_ids.append(typeface)
+    distinct, name_ids = np.unique(np.array(names), return_inverse=True)
+    return Glyphs(
+        np.stack(images),
+        name_ids.astype(np.int64).reshape(-1),
+        np.array(typeface_ids, dtype=np.int64),
+        tuple(str(name) for name in distinct),
+        tuple(path.stem for path in faces),
+    )
+
+
+def cache_path() -> Path:
+    """Where the rendered set is kept: $GSSF_CACHE_DIR, or the user's cache directory."""
+    import matplotlib
+
+    chosen = os.environ.get("GSSF_CACHE_DIR")
+    if chosen:
+        folder = Path(chosen)
+    else:
+        from platformdirs import user_cache_dir
+
+        folder = Path(user_cache_dir("gssf_triton"))
+    return folder / f"glyphs-v{FORMAT}-mpl{matplotlib.__version__}-ucd{unicodedata.unidata_version}.npz"
+
+
+def _read(path: Path) -> Glyphs:
+    """Read a cache file; anything but a whole one raises ValueError, OSError, KeyError or BadZipFile."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in ("images", "name_ids", "typeface_ids", "names", "typefaces")}
+    images, name_ids, typeface_ids = arrays["images"], arrays["name_ids"], arrays["typeface_ids"]
+    names, typefaces = arrays["names"], arrays["typefaces"]
+    whole = (
+        images.ndim == 3
+        and images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE)
+        and images.dtype == np.uint8
+        and len(images) == len(name_ids) == len(typeface_ids) > 0
+        and name_ids.min() >= 0
+        and name_ids.max() < len(names)
+        and typeface_ids.min() >= 0
+        and typeface_ids.max() < len(typefaces)
+    )
+    if not whole:
+        raise ValueError(f"{path} does not hold a whole glyph set")
+    return Glyphs(images, name_ids, typeface_ids, tuple(names.tolist()), tuple(typefaces.tolist()))
+
+
+def _write(path: Path, glyphs: Glyphs) -> None:
+    """Write whole or not at all: to a file beside it, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(
+                file,
+                images=glyphs.images,
+                name_ids=glyphs.name_ids,
+                typeface_ids=glyphs.typeface_ids,
+                names=np.array(glyphs.names),
+                typefaces=np.array(glyphs.typefaces),
+            )
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_glyphs(progress: bool = True) -> Glyphs:
+    """The glyph–name set, from the cache, or rendered and cached at the first call.
+
+    A cache file that cannot be read is set aside (`….bad`) with a warning and rebuilt; a cache directory that cannot be
+    written to costs a warning and the rendering, nothing else.
+
+    Example:
+        >>> from gssf_triton.data.glyphs import load_glyphs
+        >>> glyphs = load_glyphs(progress=False)
+        >>> glyphs.images.shape[1:], "GREEK SMALL LETTER ALPHA WITH TONOS" in glyphs.names
+        ((32, 32), True)
+    """
+    path = cache_path()
+    if path.exists():
+        try:
+            return _read(path)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as fault:
+            aside = path.with_suffix(".bad")
+            warnings.warn(f"the glyph cache {path} is unreadable ({fault}): set aside as {aside.name}", stacklevel=2)
+            try:
+                os.replace(path, aside)
+            except OSError as refusal:
+                warnings.warn(f"the unreadable glyph cache could not be moved ({refusal})", stacklevel=2)
+    glyphs = render(progress)
+    try:
+        _write(path, glyphs)
+    except OSError as refusal:
+        warnings.warn(f"the glyph set could not be cached in {path.parent} ({refusal})", stacklevel=2)
+    return glyphs
