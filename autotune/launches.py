@@ -89,7 +89,9 @@ def _numerics(name: str) -> tuple[torch.dtype, str]:
     return next((dtype, precision) for label, dtype, precision in NUMERICS if label == name)
 
 
-def _make(kernel: str, arch: str, numerics: str, variant: str, config: Any, flags: dict[str, Any], dots: bool) -> Launch:
+def _make(
+    kernel: str, arch: str, numerics: str, variant: str, config: Any, flags: dict[str, Any], dots: bool
+) -> Launch:
     tile = {k: v for k, v in asdict(config).items() if k.isupper()}
     dtype, precision = _numerics(numerics)
     constants = tile | flags

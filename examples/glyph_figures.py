@@ -15,7 +15,7 @@ import torch
 from glyph_training import METRICS, TITLES
 from torch import Tensor
 
-#: Okabe and Ito's colours, told apart by colour-blind readers too; each curve has a marker of its own besides.
+#: Okabe and Ito's colours, which colour-blind readers tell apart; each curve has a marker of its own besides.
 COLOURS = dict(zip(METRICS, ("#555555", "#E69F00", "#0072B2", "#009E73"), strict=True))
 MARKERS = dict(zip(METRICS, "osD^", strict=True))
 RIGHT, WRONG = "#00725A", "#8A8A8A"
@@ -30,8 +30,9 @@ def learning_curves(results: list[dict[str, Any]], path: Path) -> None:
             continue
         steps = [point["step"] for point in runs[0]]
         values = np.array([[point["rsum"] for point in run] for run in runs])
-        style = {"color": COLOURS[metric], "marker": MARKERS[metric], "markersize": 5}
-        axes.plot(steps, values.mean(0), label=TITLES[metric], **style)
+        axes.plot(
+            steps, values.mean(0), label=TITLES[metric], color=COLOURS[metric], marker=MARKERS[metric], markersize=5
+        )
         if len(runs) > 1:
             axes.fill_between(steps, values.min(0), values.max(0), color=COLOURS[metric], alpha=0.15, linewidth=0)
     seeds = len({run["seed"] for run in results})
@@ -73,7 +74,8 @@ def retrieval_sheet(S: Tensor, images: Tensor, names: tuple[str, ...], title: st
     queries, top_names, top_glyphs = 6, 5, 6
     figure = plt.figure(figsize=(13, 8.2), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.05))
+    panels: Any = figure.subfigures(1, 2, width_ratios=(1, 1.05))
+    left, right = panels
 
     left.suptitle("glyph → names", fontsize=12)
     order = S.argsort(dim=1, descending=True, stable=True)

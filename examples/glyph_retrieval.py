@@ -84,7 +84,9 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def train_all(args: argparse.Namespace, settings: Settings, glyphs: Glyphs, device: torch.device) -> list[dict[str, Any]]:
+def train_all(
+    args: argparse.Namespace, settings: Settings, glyphs: Glyphs, device: torch.device
+) -> list[dict[str, Any]]:
     train, test = glyphs.split(settings.held_out)
     pairs = test_pairs(test)
     metrics = METRICS if args.metric == "all" else (args.metric,)
@@ -111,7 +113,9 @@ def train_all(args: argparse.Namespace, settings: Settings, glyphs: Glyphs, devi
     }  # fmt: skip
     save_json(args.out / "results.json", content)
     learning_curves(results, args.out / "learning_curve")
-    title = f"{len(test.names):,} names never seen in training: metric {TITLES[sheet_from.metric]}, seed {sheet_from.seed}"
+    title = (
+        f"{len(test.names):,} names never seen in training: metric {TITLES[sheet_from.metric]}, seed {sheet_from.seed}"
+    )
     S = similarities(sheet_from.model, *pairs)
     retrieval_sheet(S, pairs[0], test.names, title, args.out / "retrieval_sheet.png")
     return results

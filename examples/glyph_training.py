@@ -107,8 +107,8 @@ def recalls(S: Tensor) -> dict[str, float]:
     positive = S.diagonal()
     others = ~torch.eye(len(S), dtype=torch.bool, device=S.device)
     ranks = {
-        "i2t": ((S >= positive[:, None]) & others).sum(1),
-        "t2i": ((S >= positive[None, :]) & others).sum(0),
+        "i2t": ((positive[:, None] <= S) & others).sum(1),
+        "t2i": ((positive[None, :] <= S) & others).sum(0),
     }
     scores = {f"{way}_r{k}": 100 * (rank < k).double().mean().item() for way, rank in ranks.items() for k in KS}
     return scores | {"rsum": sum(scores.values())}

@@ -42,9 +42,6 @@ class GSSF(nn.Module):
         True
     """
 
-    W_diag: nn.Parameter | None
-    W_blocks: nn.Parameter | None
-
     def __init__(
         self,
         dim: int,
@@ -66,12 +63,12 @@ class GSSF(nn.Module):
         self.dim = dim
         self.block_size = block_size
         self.normalize = normalize
-        factory = {"device": device, "dtype": dtype}
-        self.register_parameter("W_diag", nn.Parameter(torch.empty(dim, **factory)) if diag else None)
-        self.register_parameter(
-            "W_blocks",
-            nn.Parameter(torch.empty(dim // block_size, block_size, block_size, **factory)) if blocks else None,
-        )
+        W_diag = torch.empty(dim, device=device, dtype=dtype) if diag else None
+        W_blocks = None
+        if blocks:
+            W_blocks = torch.empty(dim // block_size, block_size, block_size, device=device, dtype=dtype)
+        self.W_diag = None if W_diag is None else nn.Parameter(W_diag)
+        self.W_blocks = None if W_blocks is None else nn.Parameter(W_blocks)
         self.reset_parameters()
 
     @torch.no_grad()

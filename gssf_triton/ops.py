@@ -95,7 +95,9 @@ def _fold_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if w_diag is None and w_blocks is None:
         return unit_rows_vjp(x, grad) if ctx.normalize else grad, None, None, None
     unit = unit_rows(x) if ctx.normalize else x
-    rows, d_diag, d_blocks = gradient(None, grad[None], unit[None], (w_diag, w_blocks), (needs_x, needs_diag, needs_blocks))
+    rows, d_diag, d_blocks = gradient(
+        None, grad[None], unit[None], (w_diag, w_blocks), (needs_x, needs_diag, needs_blocks)
+    )
     if rows is not None:
         rows = unit_rows_vjp(x, rows[0]) if ctx.normalize else rows[0]
     return rows, _to(d_diag, w_diag), _to(d_blocks, w_blocks), None
@@ -121,7 +123,9 @@ def _pairwise(
     from gssf_triton.kernels.launch import Metric
 
     plan = _plan(a, b, w_blocks)
-    rows, columns, metric = (b, a, Metric(w_diag, _transposed(w_blocks))) if plan.fold_b else (a, b, Metric(w_diag, w_blocks))
+    rows, columns, metric = (
+        (b, a, Metric(w_diag, _transposed(w_blocks))) if plan.fold_b else (a, b, Metric(w_diag, w_blocks))
+    )
 
     def matrix() -> tuple[Tensor, Tensor]:
         """An empty S, and the view of it whose rows are the folded side's."""
@@ -345,7 +349,8 @@ def _gradient(
     if p is not None and p.dtype == x.dtype:
         plan = choose_plan(p.shape[0], p.shape[1], p.shape[2], x.shape[2], block_size, x.dtype.itemsize)
         if plan.kind == "fold_product":
-            p, x = None, torch.matmul(p, x)
+            x = torch.matmul(p, x)
+            p = None
     grads = kernels.gradient(p, x, y, Metric(w_diag, w_blocks), block_size, (needs_rows, needs_diag, needs_blocks))
     rows, d_diag, d_blocks = (x.new_empty(0) if grad is None else grad for grad in grads)
     return rows, d_diag, d_blocks

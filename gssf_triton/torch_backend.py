@@ -1,7 +1,7 @@
 """The same functions in plain torch: any device, any float dtype, differentiable any number of times.
 
-Everything rests on the fold, S = T(a) bᵀ: T costs D·B multiply-adds a row, the product D·N, so S costs what cosine costs.
-No intermediate is larger than S or T(a).
+Everything rests on the fold, S = T(a) bᵀ: T costs D·B multiply-adds a row, the product D·N, so S costs what cosine
+does. No intermediate is larger than S or T(a).
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ def fold(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: b
             # The diagonal rides in the blocks, (G, B, B) numbers: one batched product folds both terms, and no
             # elementwise pass over the rows is left.
             weight = weight + torch.diag_embed(W_diag.to(wide).view(groups, size))
-        folded = torch.bmm(rows.reshape(rows.shape[0], groups, size).transpose(0, 1), weight).transpose(0, 1).reshape(rows.shape)
+        folded = (
+            torch.bmm(rows.reshape(rows.shape[0], groups, size).transpose(0, 1), weight)
+            .transpose(0, 1)
+            .reshape(rows.shape)
+        )
     return folded.to(x.dtype).view(x.shape)
 
 

@@ -142,7 +142,9 @@ def gradient_kernel(
         if ROWS and not HAS_BLOCKS:
             w_diag = tl.load(w_diag_ptr + offs_q * stride_wd, mask=valid_q, other=0.0).to(ACC)
             row_ptrs = rows_ptr + z * stride_rz + (rows_m * stride_rm)[:, None] + (channel_q * stride_rd)[None, :]
-            tl.store(row_ptrs, cast(r * w_diag[None, :], rows_ptr.dtype.element_ty), mask=mask_m[:, None] & valid_q[None, :])
+            tl.store(
+                row_ptrs, cast(r * w_diag[None, :], rows_ptr.dtype.element_ty), mask=mask_m[:, None] & valid_q[None, :]
+            )
 
         if GRAD_BLOCKS or (ROWS and HAS_BLOCKS):
             for first in range(0, BLOCK_C, BLOCK_P):
@@ -210,9 +212,9 @@ def gradient(
     config = gradient_config(kernel_block, product_dtype, describe(x.device), tf32=tf32)
     if config.rows_apart and needs_rows:
         R = x if p is None else torch.matmul(p.to(product_dtype), x.to(product_dtype))
-        rows = fold(R.reshape(batch * M, D), metric.transposed, normalize=False).view(batch, M, D).to(x.dtype)
-        _, dw_diag, dw_blocks = gradient(None, R, y, metric, block_size, (False, needs_diag, needs_blocks))
-        return rows, dw_diag, dw_blocks
+        _, sum_diag, sum_blocks = gradient(None, R, y, metric, block_size, (False, needs_diag, needs_blocks))
+        folded = fold(R.reshape(batch * M, D), metric.transposed, normalize=False)
+        return folded.view(batch, M, D).to(x.dtype), sum_diag, sum_blocks
 
     row_tiles = batch * triton.cdiv(M, config.BLOCK_M)
     # All row tiles side by side, unless each would need its own slice of the weights' partial sums.

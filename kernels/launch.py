@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from gssf_triton.autotune.configs import dot_precision
 INT32_LIMIT = 2**31
 
 
-@lru_cache(maxsize=None)
+@cache
 def _describe_gpu(index: int) -> str:
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
@@ -47,9 +47,7 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def precision(
-    dtype: torch.dtype, device: torch.device, *, from_half: bool = False, whole_rows: bool = False
-) -> str:
+def precision(dtype: torch.dtype, device: torch.device, *, from_half: bool = False, whole_rows: bool = False) -> str:
     """`configs.dot_precision` under the user's setting, torch.set_float32_matmul_precision."""
     tf32 = from_half or torch.get_float32_matmul_precision() != "highest"
     return dot_precision(dtype, describe(device), tf32=tf32, whole_rows=whole_rows)

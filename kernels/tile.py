@@ -69,7 +69,7 @@ def clamped_rows(tile, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def channels(chunk, D, B: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
-    """Channel of each lane of a chunk and whether the lane is one, [BLOCK_K] each. WIDE: channel × stride needs int64."""
+    """Channel of each lane of a chunk and whether it is one, [BLOCK_K] each. WIDE: channel × stride needs int64."""
     lanes = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
     if BLOCK_B == B:
         offs = lanes
@@ -156,9 +156,7 @@ def fold_chunk(
     if HAS_BLOCKS:
         block = tl.zeros([BLOCK_M, BLOCK_K], ACC)
         if BLOCK_B <= BLOCK_K:
-            w = block_weight(
-                chunk, chunk, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D, B, BLOCK_B, BLOCK_K
-            )
+            w = block_weight(chunk, chunk, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D, B, BLOCK_B, BLOCK_K)
             block = dot(a, cast(w, a.dtype), block, PRECISION)
         else:
             PARTS: tl.constexpr = BLOCK_B // BLOCK_K
@@ -166,9 +164,7 @@ def fold_chunk(
             for part in range(first, first + PARTS):
                 offs_p, valid_p = channels(part, D, B, BLOCK_B, BLOCK_K, WIDE)
                 a_p = load_masked(a_rows[:, None] + (offs_p * stride_ad)[None, :], valid_p[None, :], EVEN_D)
-                w = block_weight(
-                    part, chunk, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D, B, BLOCK_B, BLOCK_K
-                )
+                w = block_weight(part, chunk, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D, B, BLOCK_B, BLOCK_K)
                 block = dot(a_p, cast(w, a.dtype), block, PRECISION)
     return a, diagonal, block
 

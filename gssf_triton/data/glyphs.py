@@ -1,6 +1,6 @@
 """The glyph–name set: images of characters and their Unicode names, rendered from fonts every matplotlib user has.
 
-54,284 real 32×32 glyph images of 7,354 names ("GREEK SMALL LETTER ALPHA WITH TONOS"), most in several typefaces, with no
+54,284 real 32×32 glyph images of 7,354 names ("GREEK SMALL LETTER ALPHA WITH TONOS"), most in several faces, with no
 download: matplotlib ships the DejaVu and STIX fonts, Python ships `unicodedata.name`. Names are compositional, so
 retrieving names never seen in training is possible, and hard.
 """
