@@ -15,14 +15,14 @@ import torch
 from glyph_training import METRICS, TITLES
 from torch import Tensor
 
-#: Okabe and Ito's colours, which colour-blind readers tell apart; each curve has a marker of its own besides.
+#: Okabe and Ito's colours, which colour-blind readers tell apart; each curve has its own marker.
 COLOURS = dict(zip(METRICS, ("#555555", "#E69F00", "#0072B2", "#009E73"), strict=True))
 MARKERS = dict(zip(METRICS, "osD^", strict=True))
 RIGHT, WRONG = "#00725A", "#8A8A8A"
 
 
 def learning_curves(results: list[dict[str, Any]], path: Path) -> None:
-    """rsum on the unseen names against training steps, one curve a metric, a band from the lowest to the highest seed."""
+    """rsum on the unseen names against training steps: a curve a metric, a band from the lowest to the highest seed."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for metric in METRICS:
         runs = [run["history"] for run in results if run["metric"] == metric]

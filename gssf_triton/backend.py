@@ -22,7 +22,6 @@ OLDEST_CAPABILITY = (8, 0)
 LARGEST_TRITON_BLOCK = 256
 
 
-@torch.compiler.assume_constant_result
 def interpreter_is_on() -> bool:
     """True where the kernels were, or would be, decorated for Triton's interpreter."""
     if not HAS_TRITON:
@@ -34,14 +33,14 @@ def interpreter_is_on() -> bool:
     return INTERPRETED
 
 
-@torch.compiler.assume_constant_result
 def gpu_is_supported(index: int) -> bool:
     """True where Triton compiles for GPU number `index`."""
     if not HAS_TRITON:
         return False
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(index).gcnArchName.startswith("gfx9")
-    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor) >= OLDEST_CAPABILITY
 
 
 def resolve_backend(backend: str, x: Tensor, W_blocks: Tensor | None) -> str:

@@ -40,8 +40,12 @@ def _to(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if x is None or like is None else x.to(like.dtype)
 
 
-def _plan(a: Tensor, b: Tensor, W_blocks: Tensor | None) -> Plan:
-    return choose_plan(a.shape[0], a.shape[1], b.shape[1], a.shape[2], _block_size(W_blocks), a.dtype.itemsize)
+def _plan(a: Tensor, b: Tensor, W_blocks: Tensor | None, normalize: bool) -> Plan:
+    plan = choose_plan(a.shape[0], a.shape[1], b.shape[1], a.shape[2], _block_size(W_blocks), a.dtype.itemsize)
+    if normalize and a.dtype == torch.float16:
+        # The one-pass kernel scales at the end: T of a long row would leave float16's range before that.
+        return Plan("fold_product", plan.fold_b)
+    return plan
 
 
 # ---------------------------------------------------------------------------------------------------------------- fold
@@ -122,7 +126,7 @@ def _pairwise(
     from gssf_triton.kernels import pairwise as kernels
     from gssf_triton.kernels.launch import Metric
 
-    plan = _plan(a, b, w_blocks)
+    plan = _plan(a, b, w_blocks, normalize)
     rows, columns, metric = (
         (b, a, Metric(w_diag, _transposed(w_blocks))) if plan.fold_b else (a, b, Metric(w_diag, w_blocks))
     )
@@ -154,7 +158,7 @@ def _(
     a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     S = a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype)
-    plan = _plan(a, b, w_blocks)
+    plan = _plan(a, b, w_blocks, normalize)
     if plan.kind == "one_pass":
         return S, a.new_empty(0)
     return S, (b if plan.fold_b else a).new_empty((b if plan.fold_b else a).shape)
@@ -235,9 +239,14 @@ def pairwise_terms(
     a: Tensor, b: Tensor, w_diag: Tensor, w_blocks: Tensor, normalize: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(diagonal, block) terms of S, each (Z, M, N), of a (Z, M, D) and b (Z, N, D)."""
+    from gssf_triton.kernels import fold as fold_kernels
     from gssf_triton.kernels import pairwise as kernels
     from gssf_triton.kernels.launch import Metric
 
+    if normalize and a.dtype == torch.float16:  # see _plan
+        identity = Metric(None, None)
+        a, b = (fold_kernels.fold(as_rows(x), identity, True).view(x.shape) for x in (a, b))
+        normalize = False
     return kernels.pairwise_terms(a, b, Metric(w_diag, w_blocks), normalize, out_dtype)
 
 
@@ -393,8 +402,9 @@ def gradient(
 
 
 def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    p, x, y, w_diag, w_blocks, *_ = inputs
+    p, x, y, w_diag, w_blocks, _, *needs = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(grad for grad, wanted in zip(output, needs, strict=True) if not wanted))
     ctx.save_for_backward(p, x, y, w_diag, w_blocks)
 
 

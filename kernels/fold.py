@@ -61,7 +61,7 @@ def fold_kernel(
     for chunk in range(first, tl.minimum(first + chunks_per_program, chunks)):
         x, diagonal, block = fold_chunk(
             chunk, x_rows, stride_xd, w_diag_ptr, stride_wd, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D,
-            B, BLOCK_B, BLOCK_M, BLOCK_K, HAS_DIAG, HAS_BLOCKS, EVEN_D, WIDE, PRECISION, ACC,
+            B, BLOCK_B, BLOCK_M, BLOCK_K, HAS_DIAG, HAS_BLOCKS, EVEN_D, WIDE, True, PRECISION, ACC,
         )  # fmt: skip
         t = folded(x, diagonal, block, HAS_DIAG, HAS_BLOCKS, ACC)
         if NORMALIZE:

@@ -54,7 +54,7 @@ def paired_kernel(
     for chunk in range(0, chunks):
         a, diagonal, block = fold_chunk(
             chunk, a_rows, stride_ad, w_diag_ptr, stride_wd, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D,
-            B, BLOCK_B, BLOCK_M, BLOCK_K, HAS_DIAG, HAS_BLOCKS, EVEN_D, WIDE, PRECISION, ACC,
+            B, BLOCK_B, BLOCK_M, BLOCK_K, HAS_DIAG, HAS_BLOCKS, EVEN_D, WIDE, False, PRECISION, ACC,
         )  # fmt: skip
         offs, valid = channels(chunk, D, B, BLOCK_B, BLOCK_K, WIDE)
         b = load_masked(b_rows[:, None] + (offs * stride_bd)[None, :], valid[None, :], EVEN_D).to(ACC)

@@ -138,13 +138,15 @@ def fold_chunk(
     HAS_BLOCKS: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDE: tl.constexpr,
+    CONFINE: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """One chunk of T(a) = a ⊙ W_diag + [a_1 W_1 | … | a_G W_G], its two terms apart, and of a itself.
 
     Returns (a, diagonal, block): a in its own dtype, the terms in ACC, [BLOCK_M, BLOCK_K] each. Where a term has no
-    weight a stands in its place, and is never looked at.
+    weight a stands in its place, and is never looked at. CONFINE keeps a NaN or Inf of a row in its own block of T(a),
+    where packed blocks share a product and a zero weight times NaN is NaN: needed only where T(a) itself is the result.
     """
     offs, valid = channels(chunk, D, B, BLOCK_B, BLOCK_K, WIDE)
     a = load_masked(a_rows[:, None] + (offs * stride_ad)[None, :], valid[None, :], EVEN_D)
@@ -157,7 +159,15 @@ def fold_chunk(
         block = tl.zeros([BLOCK_M, BLOCK_K], ACC)
         if BLOCK_B <= BLOCK_K:
             w = block_weight(chunk, chunk, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D, B, BLOCK_B, BLOCK_K)
-            block = dot(a, cast(w, a.dtype), block, PRECISION)
+            if CONFINE and BLOCK_B < BLOCK_K:
+                GROUPS: tl.constexpr = BLOCK_K // BLOCK_B
+                not_finite = (a - a).to(ACC)  # 0, or NaN
+                by_group = tl.sum(tl.reshape(not_finite, [BLOCK_M, GROUPS, BLOCK_B]), axis=2)[:, :, None]
+                block = tl.reshape(tl.broadcast_to(by_group, [BLOCK_M, GROUPS, BLOCK_B]), [BLOCK_M, BLOCK_K])
+                finite = tl.where(not_finite == 0, a, 0.0).to(a.dtype)
+                block = dot(finite, cast(w, a.dtype), block, PRECISION)
+            else:
+                block = dot(a, cast(w, a.dtype), block, PRECISION)
         else:
             PARTS: tl.constexpr = BLOCK_B // BLOCK_K
             first = chunk // PARTS * PARTS
@@ -232,7 +242,7 @@ def similarity_tile(
     for chunk in range(0, chunks):
         a, diagonal, block = fold_chunk(
             chunk, a_rows, stride_ad, w_diag_ptr, stride_wd, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D,
-            B, BLOCK_B, BLOCK_M, BLOCK_K, HAS_DIAG, HAS_BLOCKS, EVEN_D, WIDE, PRECISION, ACC,
+            B, BLOCK_B, BLOCK_M, BLOCK_K, HAS_DIAG, HAS_BLOCKS, EVEN_D, WIDE, False, PRECISION, ACC,
         )  # fmt: skip
         offs, valid = channels(chunk, D, B, BLOCK_B, BLOCK_K, WIDE)
         b = load_masked(b_rows[None, :] + (offs * stride_bd)[:, None], valid[:, None], EVEN_D)  # [BLOCK_K, BLOCK_N]

@@ -1,0 +1,102 @@
+"""One switch for the whole suite: a GPU that Triton compiles for, or Triton's interpreter on the CPU.
+
+The switch must be thrown before Triton is imported, so it comes before every other import. Set TRITON_INTERPRET
+yourself to overrule it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import torch
+
+if "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ:
+    raise RuntimeError("Triton was imported before tests/conftest.py could choose between the GPU and the interpreter")
+
+
+def _gpu_for_triton() -> bool:
+    """Ampere or newer, or an AMD data-centre GPU."""
+    if not torch.cuda.is_available():
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if _gpu_for_triton() else "1")
+# cuBLAS gives the same bits twice only with a fixed workspace, read when its first handle is made.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Fresh data in every run; the workers of `pytest -n` inherit the run's seed through the environment.
+SEED = int(os.environ.setdefault("GSSF_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
+
+from collections.abc import Iterator  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+
+# The interpreter takes milliseconds where a GPU takes microseconds: no deadline, and few, small examples.
+settings.register_profile(
+    "gssf",
+    deadline=None,
+    max_examples=10 if INTERPRETED else 100,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("gssf")
+
+# The tensors are small: threads would only get into each other's way, and into the other workers'.
+torch.set_num_threads(1)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    where = "interpreter, CPU" if INTERPRETED else torch.cuda.get_device_name()
+    return f"gssf_triton: Triton on {where}; repeat this run's data with GSSF_TEST_SEED={SEED}"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the tensors of a test lie."""
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(scope="session", params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both backends, always: Triton's kernels run on the GPU, or in the interpreter."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _same_data_in_every_order() -> None:
+    torch.manual_seed(SEED)
+    torch.set_float32_matmul_precision("highest")
+
+
+def _poisoned(allocate: Any) -> Any:
+    def allocate_and_poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        buffer: torch.Tensor = allocate(*args, **kwargs)
+        with torch.no_grad():
+            if buffer.dtype.is_floating_point:
+                buffer.fill_(float("nan"))
+            elif buffer.dtype in (torch.int32, torch.int64):
+                buffer.fill_(torch.iinfo(buffer.dtype).max)
+        return buffer
+
+    return allocate_and_poison
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poison_uninitialised_memory() -> Iterator[None]:
+    """Fresh buffers hold NaN, not lucky zeros: an output element that no program writes fails its test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+            (torch.Tensor, "new_empty_strided"),
+        ):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield

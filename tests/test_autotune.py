@@ -1,0 +1,129 @@
+"""Configurations, plans and the compile gate: pure data and arithmetic, testable on any machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+
+from gssf_triton.autotune import configs, plans
+from gssf_triton.autotune.launches import ARCHITECTURES, all_launches
+
+HALF, FULL = torch.bfloat16, torch.float32
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+ARCHES = [*ARCHITECTURES, "interpreter"]
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B", [0, 4, 5, 24, 32, 64, 100, 128, 256])
+def test_configurations_are_legal_tiles(arch: str, dtype: torch.dtype, B: int) -> None:
+    tile = configs.pairwise_config(1000, 1000, 512, B, dtype, arch)
+    fold = configs.fold_config(1000, 512, B, dtype, arch)
+    gradient = configs.gradient_config(B, dtype, arch, tf32=False)
+    sides = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, fold.BLOCK_M, fold.BLOCK_K)
+    sides += (gradient.BLOCK_M, gradient.BLOCK_N, gradient.BLOCK_C, gradient.BLOCK_P)
+    assert all(side >= configs.MIN_DOT and side & (side - 1) == 0 for side in sides)
+    assert configs.padded_block(B) <= gradient.BLOCK_C, "a program of the gradient kernel holds whole blocks"
+    assert gradient.BLOCK_C % gradient.BLOCK_P == 0
+
+
+def test_configurations_are_frozen_and_depend_on_nothing_else() -> None:
+    first = configs.pairwise_config(8192, 8192, 1024, 32, HALF, "sm_90")
+    assert first == configs.pairwise_config(8192, 8192, 1024, 32, HALF, "sm_90")
+    with pytest.raises(FrozenInstanceError):
+        first.BLOCK_M = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("B,padded", [(0, 0), (1, 1), (4, 4), (5, 8), (24, 32), (100, 128), (256, 256)])
+def test_blocks_are_padded_to_powers_of_two(B: int, padded: int) -> None:
+    assert configs.padded_block(B) == padded
+
+
+def test_precision_is_tf32_only_where_allowed() -> None:
+    assert configs.dot_precision(FULL, "sm_90", tf32=True) == "tf32"
+    assert configs.dot_precision(FULL, "sm_90", tf32=False) == "ieee"
+    assert configs.dot_precision(FULL, "sm_90", tf32=False, whole_rows=True) == "tf32x3"
+    assert configs.dot_precision(FULL, "gfx942", tf32=False, whole_rows=True) == "ieee"
+    assert configs.dot_precision(HALF, "sm_90", tf32=True) == "ieee"
+
+
+def test_small_problems_take_one_launch_and_large_ones_the_library() -> None:
+    assert plans.choose_plan(1, 64, 64, 256, 32, 2).kind == "one_pass"
+    assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2).kind == "fold_product"
+
+
+def test_the_side_with_fewer_rows_is_folded() -> None:
+    assert not plans.choose_plan(1, 64, 10**6, 512, 32, 2).fold_b
+    assert plans.choose_plan(1, 10**6, 64, 512, 32, 2).fold_b
+    assert not plans.choose_plan(1, 100, 100, 512, 32, 2).fold_b
+
+
+def test_plans_swap_with_the_sides() -> None:
+    """S and its transpose are the same work."""
+    for M, N in [(64, 4096), (512, 2048), (10_000, 300)]:
+        assert plans.choose_plan(1, M, N, 512, 64, 2).kind == plans.choose_plan(1, N, M, 512, 64, 2).kind
+
+
+def test_force_plan_holds_inside_and_ends_with_the_block() -> None:
+    free = plans.choose_plan(1, 8192, 8192, 1024, 32, 2)
+    with plans.force_plan("one_pass"):
+        assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2).kind == "one_pass"
+    assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2) == free
+    with (
+        pytest.raises(ValueError, match="kind must be one of 'one_pass', 'fold_product', got 'fast'"),
+        plans.force_plan("fast"),
+    ):
+        pass
+
+
+def test_the_gate_covers_every_target_numerics_and_kernel() -> None:
+    launches = all_launches()
+    assert len(launches) == len(set(launches))
+    seen = {(x.arch, x.numerics, x.kernel) for x in launches}
+    kernels = ("pairwise", "fold", "paired", "gradient")
+    assert seen == {(a, n, k) for a in ARCHITECTURES for n in ("bf16", "fp16", "fp32", "tf32") for k in kernels}
+
+
+def test_the_gate_fails_on_each_fault() -> None:
+    from gssf_triton.autotune.compile_gate import faults
+    from gssf_triton.autotune.resources import Resources
+
+    launch = next(
+        x for x in all_launches(["sm_90"]) if x.wants_tensor_cores and x.tensor_instruction.startswith("wgmma")
+    )
+    good = Resources(registers=128, shared=1000, spills=0, tensor_ops=4)
+    assert faults(launch, good) == []
+    assert "does not compile: E" in faults(launch, replace(good, error="E"))[0]
+    assert "232,449 bytes" in faults(launch, replace(good, shared=232_449))[0]
+    assert "spills (8)" in faults(launch, replace(good, spills=8))[0]
+    assert "no wgmma.mma_async" in faults(launch, replace(good, tensor_ops=0))[0]
+
+
+def test_the_gate_compiles_without_a_gpu_and_reports_failures_by_exit_status() -> None:
+    """One kernel for one target, in a process of its own: compiling needs decorators that the interpreter replaces."""
+    program = """
+from dataclasses import replace
+from gssf_triton.autotune.launches import all_launches
+from gssf_triton.autotune.resources import compile_launch
+
+good = next(x for x in all_launches(["sm_90"]) if x.kernel == "fold" and x.numerics == "bf16" and "B=32" in x.variant)
+resources = compile_launch(good)
+assert not resources.error and resources.tensor_ops and resources.registers and resources.shared, resources
+bad = replace(good, constants=tuple((k, 24 if k == "BLOCK_M" else v) for k, v in good.constants))
+assert compile_launch(bad).error
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernel_constants_agree_with_the_package() -> None:
+    from gssf_triton.constants import NORM_EPS
+    from gssf_triton.kernels import tile
+
+    assert tile.NORM_EPS.value == NORM_EPS

@@ -1,0 +1,114 @@
+"""The glyph example: its metrics against brute force, its checkpoints, and a whole short run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from glyph_model import MAX_WORDS, tokenize  # noqa: E402
+from glyph_training import Run, Settings, hardest_triplet, info_nce, recalls, test_pairs  # noqa: E402
+
+from gssf_triton.data.glyphs import Glyphs, load_glyphs  # noqa: E402
+
+test_pairs.__test__ = False  # type: ignore[attr-defined]
+
+TINY = Settings(steps=6, batch_size=16, dim=32, block_size=8, evaluations=2, held_out=40)
+
+
+@pytest.fixture(scope="module")
+def split() -> tuple[Glyphs, Glyphs]:
+    import numpy as np
+
+    glyphs = load_glyphs(progress=False)
+    return glyphs.only(np.arange(0, len(glyphs.names), 50)).split(held_out=TINY.held_out)
+
+
+def make(split: tuple[Glyphs, Glyphs], path: Path, settings: Settings = TINY) -> Run:
+    train, test = split
+    return Run(settings, "both", 0, train, test_pairs(test), torch.device("cpu"), path)
+
+
+def test_recalls_count_ranks() -> None:
+    S = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.7, 0.0], [0.0, 0.6, 0.5]])
+    scores = recalls(S)
+    assert scores["i2t_r1"] == pytest.approx(100 / 3) and scores["t2i_r1"] == pytest.approx(100)
+    assert scores["i2t_r5"] == scores["t2i_r10"] == 100
+
+
+def test_recalls_of_a_constant_matrix_are_no_better_than_nothing() -> None:
+    assert recalls(torch.zeros(50, 50))["rsum"] == 0
+
+
+def test_losses_fall_to_zero_on_a_perfect_matrix_and_not_before() -> None:
+    perfect = torch.eye(8)
+    assert hardest_triplet(perfect, 0.2).item() == 0
+    assert info_nce(perfect, torch.tensor(100.0).log()).item() < 1e-6
+    assert hardest_triplet(torch.zeros(8, 8), 0.2).item() == pytest.approx(2 * 8 * 0.2)
+    assert info_nce(torch.zeros(8, 8), torch.tensor(0.0)).item() == pytest.approx(torch.tensor(8.0).log().item())
+
+
+def test_tokens_tell_names_apart_and_know_parts_of_unseen_words() -> None:
+    tokens = tokenize(["GREEK SMALL LETTER ALPHA", "GREEK SMALL LETTER BETA", "ALPHABETICAL"])
+    assert tokens.shape[1] == MAX_WORDS and not torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0, :3], tokens[1, :3])
+    assert len(set(tokens[0, 3].tolist()) & set(tokens[2, 0].tolist()) - {0}) >= 2
+
+
+def test_batches_hold_distinct_names(split: tuple[Glyphs, Glyphs], tmp_path: Path) -> None:
+    sampler = make(split, tmp_path / "x.pt").sampler
+    for _ in range(5):
+        _, tokens = sampler.draw()
+        assert len(tokens.flatten(1).unique(dim=0)) == TINY.batch_size
+
+
+def test_a_run_cut_short_resumes_to_the_same_bits(split: tuple[Glyphs, Glyphs], tmp_path: Path) -> None:
+    whole = make(split, tmp_path / "whole.pt")
+    list(whole.train())
+
+    cut = make(split, tmp_path / "cut.pt")
+    for measured in cut.train():
+        if measured["step"] == 4:  # after the checkpoint at step 3: the fourth step is lost and done again
+            break
+    resumed = make(split, tmp_path / "cut.pt")
+    assert resumed.step == 3
+    list(resumed.train())
+
+    assert resumed.history == whole.history
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_other_settings_in_the_same_folder_are_refused(split: tuple[Glyphs, Glyphs], tmp_path: Path) -> None:
+    list(make(split, tmp_path / "x.pt").train())
+    with pytest.raises(ValueError, match=r"other settings \(steps\): .*--fresh"):
+        make(split, tmp_path / "x.pt", Settings(**{**TINY.__dict__, "steps": 8}))
+
+
+def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "glyph_retrieval.py"), "--out", str(tmp_path / "run"), "--steps", "4"]
+    command += ["--batch-size", "32", "--dim", "32", "--block-size", "8", "--held-out", "60", "--metric", "all"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [run["metric"] for run in results["runs"]] == ["cosine", "diag", "bdiag", "both"]
+    for run in results["runs"]:
+        assert f"{run['history'][-1]['rsum']:.1f}" in done.stdout
+    for name in ("learning_curve.png", "learning_curve.svg", "retrieval_sheet.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 1000
+
+    again = subprocess.run([*command, "--block-size", "16"], capture_output=True, text=True)
+    assert again.returncode == 2 and "other settings (block_size)" in again.stderr
+
+
+def test_misuse_ends_in_one_clear_line() -> None:
+    command = [sys.executable, str(EXAMPLES / "glyph_retrieval.py"), "--dim", "100", "--block-size", "32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--block-size must divide --dim = 100, got 32" in done.stderr

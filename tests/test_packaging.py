@@ -1,0 +1,120 @@
+"""A built wheel, installed away from the checkout, is the whole package: what users get, not what lies here."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gssf_triton
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("gssf_triton", "kernels", "autotune", "pyproject.toml", "README.md", "LICENSE")
+
+# Neither `site` (-S: no editable install's import hook) nor the environment nor the working directory (-I) may help:
+# the package comes from the wheel, its dependencies from the folders given.
+USE_THE_WHEEL = """
+import sys
+wheel, dependencies = sys.argv[1], sys.argv[2:]
+sys.path[:0] = [wheel]
+sys.path += dependencies
+import importlib.util, torch, gssf_triton, gssf_triton.autotune.configs, gssf_triton.kernels, gssf_triton.nn
+
+for module in (gssf_triton, gssf_triton.autotune.configs, gssf_triton.kernels, gssf_triton.nn):
+    assert module.__file__.startswith(wheel), module.__file__
+assert importlib.util.find_spec("kernels") is None and importlib.util.find_spec("autotune") is None
+
+a, b = torch.arange(8.0).reshape(2, 4), torch.arange(12.0).reshape(3, 4).sin()
+W_diag, W_blocks = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.arange(8.0).reshape(2, 2, 2).cos()
+expected = a @ (torch.diag(W_diag) + torch.block_diag(*W_blocks)) @ b.T
+torch.testing.assert_close(gssf_triton.pairwise_sim(a, b, W_diag, W_blocks), expected)
+print(gssf_triton.__version__)
+"""
+
+
+def _run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: a build leaves its traces in the tree it runs in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    _run(
+        *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
+        *("--no-index", "--wheel-dir", folder, source),
+        cwd=folder,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path, names: set[str]) -> str:
+    (name,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(name).decode()
+
+
+def test_wheel_holds_every_module(names: set[str]) -> None:
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "gssf_triton").rglob("*.py")}
+    for folder in ("kernels", "autotune"):
+        expected |= {f"gssf_triton/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
+    tables = (ROOT / "autotune" / "tables").glob("*.json")
+    expected |= {"gssf_triton/py.typed"} | {f"gssf_triton/{path.relative_to(ROOT)}" for path in tables}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+
+
+def test_wheel_installs_one_top_level_name(names: set[str]) -> None:
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"gssf_triton"}
+
+
+def test_wheel_carries_the_license(names: set[str]) -> None:
+    assert any(re.search(r"\.dist-info/licenses/LICENSE$", name) for name in names)
+
+
+def test_metadata_asks_for_torch_and_numpy_alone(metadata: str) -> None:
+    required = [line.split(": ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
+    assert sorted(line for line in required if "extra ==" not in line) == ["numpy", "torch>=2.6"]
+    assert f"\nVersion: {gssf_triton.__version__}\n" in metadata
+
+
+def test_installed_wheel_computes(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    _run(
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel),
+        cwd=tmp_path,
+    )
+    dependencies = {str(Path(str(module.__file__)).parents[1]) for module in (torch, np)}
+    version = _run(sys.executable, "-I", "-S", "-c", USE_THE_WHEEL, site, *dependencies, cwd=tmp_path)
+    assert version.strip() == gssf_triton.__version__
+
+
+@pytest.mark.parametrize("folder", ["kernels", "autotune"])
+def test_environment_knows_the_folders_as_subpackages_alone(folder: str) -> None:
+    """However the package was installed here, editable or not: `kernels` is another package's name."""
+    program = (
+        "import sys, importlib.util; spec = importlib.util.find_spec(sys.argv[1]); "
+        "assert spec is None or not (spec.origin or '').startswith(sys.argv[2]), spec"
+    )
+    _run(sys.executable, "-I", "-c", program, folder, ROOT, cwd=ROOT.parent)
