@@ -1,0 +1,174 @@
+"""`gssf_triton.pairwise_sim` and its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from _cells import DTYPES, Cell
+from _operation import Contender, Inputs, Operation, Probe, Program
+from torch import Tensor
+
+import gssf_triton
+from gssf_triton.autotune.plans import force_plan
+
+#: Rows and groups that the float64 truth is computed for.
+PROBED_ROWS = 64
+PROBED_GROUPS = 2
+#: Elements that are float64 at a time, 0.5 GB.
+CHUNK = 2**26
+
+WEIGHTED = ("a", "b", "W_diag", "W_blocks")
+
+
+def make_inputs(cell: Cell, device: torch.device, generator: torch.Generator) -> Inputs:
+    """Rows of about unit length, a metric around the identity."""
+    s, dtype = cell.shape, DTYPES[cell.dtype]
+
+    def normal(*size: int, scale: float, mean: float = 0.0) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).mul_(scale).add_(mean).to(dtype)
+
+    return Inputs(
+        {
+            "a": normal(s.M, s.D, scale=s.D**-0.5),
+            "b": normal(s.N, s.D, scale=s.D**-0.5),
+            "W_diag": normal(s.D, scale=0.3, mean=1.0),
+            "W_blocks": normal(s.D // s.B, s.B, s.B, scale=s.B**-0.5),
+        },
+        upstream=normal(s.M, s.N, scale=1.0),
+    )
+
+
+def fold_in_torch(x: Tensor, W_diag: Tensor, W_blocks: Tensor) -> Tensor:
+    """T(x) as one writes it in torch: a batched product over the blocks, the diagonal in one multiply-add."""
+    groups, size, _ = W_blocks.shape
+    blocks = torch.bmm(x.view(-1, groups, size).transpose(0, 1), W_blocks)
+    return torch.addcmul(blocks.transpose(0, 1).reshape(x.shape), x, W_diag)
+
+
+def torch_formulation(a: Tensor, b: Tensor, W_diag: Tensor, W_blocks: Tensor) -> Tensor:
+    """S by the fold of the smaller side and one product: the best there is without kernels of one's own."""
+    if a.shape[0] <= b.shape[0]:
+        return fold_in_torch(a, W_diag, W_blocks) @ b.T
+    return a @ fold_in_torch(b, W_diag, W_blocks.mT).T
+
+
+def _cosine(inputs: Inputs) -> Program:
+    leaves = inputs.leaves("a", "b")
+    return Program(lambda: leaves["a"] @ leaves["b"].T, leaves, inputs.upstream)
+
+
+def _torch(inputs: Inputs) -> Program:
+    leaves = inputs.leaves(*WEIGHTED)
+    return Program(lambda: torch_formulation(**leaves), leaves, inputs.upstream)
+
+
+def _compiled(inputs: Inputs) -> Program:
+    leaves = inputs.leaves(*WEIGHTED)
+    # Past its limit of recompilations torch.compile runs eagerly without a word: every shape gets a fresh start.
+    torch.compiler.reset()
+    compiled = torch.compile(torch_formulation, dynamic=False, fullgraph=True)
+    return Program(lambda: compiled(**leaves), leaves, inputs.upstream)
+
+
+def _dense(inputs: Inputs) -> Program:
+    """a (W ⊙ U) bᵀ with all of W stored; the mask keeps W's gradient to the topology."""
+    W_diag, W_blocks = inputs.tensors["W_diag"], inputs.tensors["W_blocks"]
+    groups, size, _ = W_blocks.shape
+    mask = torch.block_diag(*torch.ones_like(W_blocks))
+    leaves = inputs.leaves("a", "b") | {"W": gssf_triton.dense_metric(W_diag, W_blocks).detach().requires_grad_()}
+
+    def forward() -> Tensor:
+        a, b, W = leaves["a"], leaves["b"], leaves["W"] * mask
+        return (a @ W) @ b.T if a.shape[0] <= b.shape[0] else a @ (b @ W.T).T
+
+    def rename(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        dW = gradients["dW"]
+        blocks = dW.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return {"da": gradients["da"], "db": gradients["db"], "dW_diag": dW.diagonal(), "dW_blocks": blocks}
+
+    return Program(forward, leaves, inputs.upstream, rename)
+
+
+def _gssf(plan: str | None = None) -> Callable[[Inputs], Program]:
+    """Ours: the plan of its own choice, or the one named."""
+
+    def build(inputs: Inputs) -> Program:
+        leaves = inputs.leaves(*WEIGHTED)
+        program = Program(lambda: gssf_triton.pairwise_sim(*leaves.values()), leaves, inputs.upstream)
+        if plan:
+            program.around = partial(force_plan, plan)
+        return program
+
+    return build
+
+
+def _product64(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float64, a chunk of right's rows at a time."""
+    chunk = max(1, CHUNK // max(left.shape[0], right.shape[1]))
+    total = torch.zeros(left.shape[0], right.shape[1], dtype=torch.float64, device=left.device)
+    for columns, rows in zip(left.split(chunk, dim=1), right.split(chunk), strict=True):
+        total += columns.double() @ rows.double()
+    return total
+
+
+def probes(inputs: Inputs, mathematics: str, mode: str) -> Iterator[Probe]:
+    """S, da and db at some rows and dW at some groups, each from all of dS, in float64."""
+    a, b, dS = inputs.tensors["a"], inputs.tensors["b"], inputs.upstream
+    W_diag, W_blocks = inputs.tensors["W_diag"].double(), inputs.tensors["W_blocks"].double()
+    groups, size, _ = W_blocks.shape
+
+    def fold(x: Tensor, blocks: Tensor) -> Tensor:
+        x = x.double()
+        if mathematics == "cosine":
+            return x
+        return x * W_diag + torch.einsum("mgp,gpq->mgq", x.view(-1, groups, size), blocks).reshape(x.shape)
+
+    def some(count: int, of: int) -> Tensor:
+        return torch.linspace(0, of - 1, min(count, of), device=a.device).long()
+
+    rows, columns = some(PROBED_ROWS, a.shape[0]), some(PROBED_ROWS, b.shape[0])
+    yield Probe("out", lambda S: S[rows][:, columns], fold(a[rows], W_blocks) @ b[columns].double().T)
+    if mode == "forward":
+        return
+    yield Probe("da", lambda da: da[rows], fold(_product64(dS[rows], b), W_blocks.mT))
+    # dSᵀ T(a) = T(dSᵀ a): T acts on the channels alone, so it may come after the sum over the rows.
+    yield Probe("db", lambda db: db[columns], fold(_product64(dS[:, columns].T, a), W_blocks))
+    if mathematics == "cosine":
+        return
+    for g in some(PROBED_GROUPS, groups).tolist():
+        lanes = slice(g * size, (g + 1) * size)
+        dW = torch.zeros(size, size, dtype=torch.float64, device=a.device)
+        chunk = max(1, CHUNK // b.shape[0])
+        for a_part, dS_part in zip(a.split(chunk), dS.split(chunk), strict=True):
+            dW += a_part[:, lanes].double().T @ _product64(dS_part, b[:, lanes])
+        yield Probe("dW_blocks", lambda d, g=g: d[g], dW)  # type: ignore[misc]
+        yield Probe("dW_diag", lambda d, lanes=lanes: d[lanes], dW.diagonal())  # type: ignore[misc]
+
+
+PAIRWISE = Operation(
+    name="pairwise_sim",
+    suites=("quick", "full"),
+    make_inputs=make_inputs,
+    contenders=(
+        Contender("cosine", "cosine, a @ b.T", _cosine, mathematics="cosine"),
+        Contender("gssf", "gssf_triton", _gssf(), mathematics="gssf", ours=True),
+        Contender(
+            "gssf_one_pass", "gssf_triton, one pass", _gssf("one_pass"), mathematics="gssf", ours=True, gpu_only=True
+        ),
+        Contender(
+            "gssf_fold_product",
+            "gssf_triton, fold + product",
+            _gssf("fold_product"),
+            mathematics="gssf",
+            ours=True,
+            gpu_only=True,
+        ),
+        Contender("torch", "torch, bmm + product", _torch, mathematics="gssf"),
+        Contender("torch_compile", "torch.compile", _compiled, mathematics="gssf", compiled=True),
+        Contender("dense", "dense masked W", _dense, mathematics="gssf"),
+    ),
+    probes=probes,
+    yardstick="torch",
+)

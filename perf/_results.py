@@ -1,0 +1,122 @@
+"""One run, one JSON: written after every cell, taken up again, compared with an older one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+#: A median that moved by less than this is noise, however narrow the quartiles are.
+NOISE = {"cuda": 0.03, "cpu": 0.10}
+
+#: Where a line through the shapes could hold several values of the other dimensions, these are preferred.
+PREFERRED = {"D": 1024, "B": 32}
+
+Run = dict[str, Any]
+CellRow = dict[str, Any]
+
+
+def write(path: Path, run: Run) -> None:
+    """Replace `path` in one step: a run that is killed leaves the previous cell's file, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            json.dump(run, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Run:
+    """A run.
+
+    Raises:
+        ValueError: the file is not one, or of another schema.
+    """
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not a run of schema {SCHEMA}")
+    return run
+
+
+def may_resume(old: Run, new: Run) -> list[str]:
+    """Why `new` may not add to `old`: one run is one machine, one build, one setting."""
+    reasons = []
+    for name in ("suite", "device", "driver", "cpu", "versions", "settings"):
+        if old[name] != new[name]:
+            reasons.append(f"{name}: {old[name]} then, {new[name]} now")
+    if old["commit"]["hash"] != new["commit"]["hash"]:
+        reasons.append(f"commit: {old['commit']['hash']} then, {new['commit']['hash']} now")
+    return reasons
+
+
+def measure_of(run: Run) -> str:
+    """A GPU's seconds compare from run to run; a CPU's only against the baseline beside them."""
+    return "seconds" if run["device"]["type"] == "cuda" else "relative"
+
+
+def compare(old: Run, new: Run) -> tuple[list[str], int]:
+    """Lines that say what got slower, or stopped being right, and how many measurements were compared.
+
+    Slower beyond noise: the quartiles lie apart and the median moved by more than `NOISE`.
+
+    Raises:
+        ValueError: the two runs come from different devices.
+    """
+    if old["device"]["name"] != new["device"]["name"] or old["device"]["type"] != new["device"]["type"]:
+        raise ValueError(f"cannot compare {old['device']['name']} with {new['device']['name']}")
+    measure, noise = measure_of(new), NOISE[new["device"]["type"]]
+    lines, compared = [], 0
+    for key, cell in new["cells"].items():
+        for name, entry in cell["contenders"].items():
+            before = old["cells"].get(key, {}).get("contenders", {}).get(name)
+            if before is None or before["status"] != "ok" or not entry["ours"]:
+                continue
+            compared += 1
+            if entry["status"] != "ok":
+                lines.append(f"{key} {name}: {entry['status']} ({entry['reason']}), was ok")
+                continue
+            then, now = before[measure], entry[measure]
+            if now["q1"] > then["q3"] and now["median"] > then["median"] * (1 + noise):
+                change = now["median"] / then["median"]
+                unit = "s" if measure == "seconds" else "× baseline"
+                lines.append(f"{key} {name}: {change:.2f}× ({then['median']:.4g} {unit} → {now['median']:.4g} {unit})")
+    return lines, compared
+
+
+def device_name(run: Run) -> str:
+    """For people: a CPU's name with the threads it was given."""
+    if run["device"]["type"] == "cpu":
+        return f"{run['cpu']['name']}, {run['cpu']['threads']} threads"
+    return str(run["device"]["name"])
+
+
+def line(cells: list[CellRow], axis: str) -> tuple[str, list[CellRow]]:
+    """What is fixed along `axis`, and the cells: the longest line of M = N ("MN"), D or B through the square shapes."""
+    fixed = {"MN": ("D", "B"), "D": ("M", "B"), "B": ("M", "D")}[axis]
+
+    def others(cell: CellRow) -> tuple[int, ...]:
+        return tuple(cell[name] for name in fixed)
+
+    square = [cell for cell in cells if cell["M"] == cell["N"]]
+    if not square:
+        return "", []
+    lengths = Counter(map(others, square))
+
+    def rank(values: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+        preferred = sum(PREFERRED.get(name) == value for name, value in zip(fixed, values, strict=True))
+        return lengths[values], preferred, values
+
+    best = max(lengths, key=rank)
+    title = ", ".join(f"{'M = N' if n == 'M' else n} = {value:,}" for n, value in zip(fixed, best, strict=True))
+    return title, sorted((cell for cell in square if others(cell) == best), key=lambda cell: int(cell[axis[0]]))

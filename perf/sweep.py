@@ -1,0 +1,249 @@
+"""Measure gssf_triton and its peers side by side, on a GPU or a CPU.
+
+    python perf/sweep.py                                  # quick: under two minutes on two CPU cores
+    python perf/sweep.py --suite full --resume            # takes an interrupted run up again
+    python perf/sweep.py --compare perf/results/cpu-2core/quick.json    # exit status 1 where something got slower
+    python perf/sweep.py --shape 4096,4096,1024,32        # one shape of your own
+
+Writes one JSON a run, by default perf/results/<device>/<suite>.json, and the plots beside it.
+Exit status: 0, or 1 where something of ours got slower, failed or was wrong, 2 for arguments that don't fit, 130 when
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import _machine
+import _results
+import torch
+from _cells import DTYPES, Cell, Shape, grid, suite_cells
+from _measure import measure
+from _registry import contender_names, labels, members, suites
+from _timing import Effort
+from tqdm import tqdm
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+#: Rounds of a cell: (suite, kind of device).
+EFFORTS = {
+    ("quick", "cpu"): Effort(least=5, most=60, seconds=0.8),
+    ("quick", "cuda"): Effort(least=20, most=200, seconds=0.3),
+    ("full", "cpu"): Effort(least=9, most=100, seconds=6.0),
+    ("full", "cuda"): Effort(least=20, most=300, seconds=0.5),
+}
+
+
+def parse_shape(text: str) -> Shape:
+    try:
+        M, N, D, B = (int(part) for part in text.split(","))
+        return Shape(M, N, D, B)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no M,N,D,B: {error}") from error
+
+
+def parse_contenders(text: str) -> set[str]:
+    names = set(text.split(","))
+    if unknown := names - set(contender_names()):
+        raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(contender_names())}")
+    return names
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="perf/sweep.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    p.add_argument("--suite", choices=suites(), default="quick", help="what to measure (default: quick)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+    p.add_argument("--out", type=Path, metavar="JSON", help="the run's file (default: perf/results/DEVICE/SUITE.json)")
+    p.add_argument("--resume", action="store_true", help="keep the cells that the run's file already holds")
+    p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what got slower than in OLD beyond noise")
+    p.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no cell that would end after this")
+    p.add_argument("--shape", type=parse_shape, action="append", metavar="M,N,D,B", help="these shapes, not a suite's")
+    p.add_argument("--dtype", choices=list(DTYPES), action="append", help="with --shape: these dtypes (default: fp32)")
+    p.add_argument("--contenders", type=parse_contenders, metavar="A,B", help="of the contenders only these")
+    p.add_argument("--seconds", type=float, help="time a cell's samples may take (default: the suite's)")
+    p.add_argument(
+        "--float32-precision",
+        choices=("highest", "high"),
+        default="highest",
+        help="high allows TF32 (default: highest)",
+    )
+    p.add_argument("--no-plots", action="store_true", help="write the JSON only")
+    return p
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def new_run(suite: str, device: torch.device, settings: dict[str, Any]) -> _results.Run:
+    return {
+        "schema": _results.SCHEMA,
+        "suite": suite,
+        "started": now(),
+        "finished": None,
+        "load_at_start": _machine.load(),
+        "complete": False,
+        **_machine.describe(device),
+        "versions": _machine.versions(),
+        "commit": _machine.commit(),
+        "settings": settings,
+        "seed": random.SystemRandom().randrange(2**31),
+        "planned": [],
+        "ceilings": None,
+        "cells": {},
+    }
+
+
+def measure_all(
+    run: _results.Run,
+    out: Path,
+    cells: list[Cell],
+    device: torch.device,
+    effort: Effort,
+    wanted: set[str] | None,
+    deadline: float,
+) -> None:
+    """Every cell that the run lacks, least work first, the file rewritten after each."""
+    dtypes = list(dict.fromkeys(cell.dtype for cell in cells))
+    known = (run["ceilings"] or {}).get("flops_per_second", {})
+    if not set(dtypes) <= set(known):
+        run["ceilings"] = _machine.ceilings(device, list(dict.fromkeys([*known, *dtypes])), effort.seconds)
+    run["planned"] = [cell.key for cell in cells]
+    _results.write(out, run)
+    missing = [cell for cell in cells if cell.key not in run["cells"]]
+    last = 0.0
+    with tqdm(total=len(cells), initial=len(cells) - len(missing), unit="cell", dynamic_ncols=True) as bar:
+        for cell in missing:
+            start = time.monotonic()
+            # Cells come in order of work: the next one takes as long as the last one at least.
+            if start + last > deadline:
+                bar.write(f"time limit: {len(cells) - bar.n} of {len(cells)} cells left; --resume measures them")
+                break
+            bar.set_postfix_str(f"{cell.mode} {cell.dtype} {cell.shape}")
+            run["cells"][cell.key] = measure(cell, device, effort, run["seed"], wanted)
+            _results.write(out, run)
+            last = time.monotonic() - start
+            bar.update()
+    run["complete"] = all(key in run["cells"] for key in run["planned"])
+    if missing:
+        run["finished"] = now()
+    _results.write(out, run)
+
+
+def summary(run: _results.Run) -> str:
+    """Time relative to the baseline, a line a cell."""
+    names = labels()
+    lines = []
+    for key, cell in run["cells"].items():
+        lines.append(key)
+        for name, entry in cell["contenders"].items():
+            if entry["status"] != "ok":
+                lines.append(f"    {names[name]:28} {entry['status']}: {entry['reason']}")
+            elif "relative" in entry:
+                ratio = entry["relative"]
+                time_text = ""
+                if run["device"]["type"] == "cuda":
+                    time_text = f"  {entry['seconds']['median'] * 1e3:9.3f} ms"
+                spread = f"{ratio['median']:6.3f} × baseline [{ratio['q1']:.3f}, {ratio['q3']:.3f}]"
+                peak = f"{entry['peak_bytes'] / 2**20:9.1f} MiB"
+                lines.append(f"    {names[name]:28} {spread}{time_text}{peak}  n={ratio['n']}")
+    return "\n".join(lines)
+
+
+def failures(run: _results.Run) -> list[str]:
+    """What of ours has no time, and why."""
+    return [
+        f"{key} {name}: {entry['status']} ({entry['reason']})"
+        for key, cell in run["cells"].items()
+        for name, entry in cell["contenders"].items()
+        if entry["ours"] and entry["status"] != "ok"
+    ]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    args = p.parse_args(argv)
+    started = time.monotonic()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        p.error(f"--device {device}: there is none to measure on")
+    if args.dtype and not args.shape:
+        p.error("--dtype goes with --shape; a suite has dtypes of its own")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision(args.float32_precision)
+    base = EFFORTS[args.suite, device.type]
+    effort = Effort(base.least, base.most, base.seconds if args.seconds is None else args.seconds)
+    suite = "custom" if args.shape else args.suite
+    operations = members(args.suite)
+    if args.shape:
+        cells = grid(operations, args.shape, args.dtype or ["fp32"])
+    else:
+        cells = suite_cells(args.suite, device.type, operations)
+    settings = {
+        "float32_precision": args.float32_precision,
+        "least_samples": effort.least,
+        "most_samples": effort.most,
+        "seconds_a_cell": effort.seconds,
+        "contenders": sorted(args.contenders) if args.contenders else None,
+    }
+    run = new_run(suite, device, settings)
+    out = args.out or RESULTS / run["device"]["slug"] / f"{suite}.json"
+    try:
+        old = _results.read(args.compare) if args.compare else None
+        if args.resume and out.exists():
+            held = _results.read(out)
+            if reasons := _results.may_resume(held, run):
+                p.error(f"--resume: {out} is another run:\n  " + "\n  ".join(reasons))
+            run = held
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    busy = run["load_at_start"]
+    if device.type == "cpu" and busy is not None and busy > 0.5 * _machine.cores():
+        print(f"note: a load of {busy} on {_machine.cores()} cores; expect wide quartiles", file=sys.stderr)
+    deadline = started + args.time_limit if args.time_limit else float("inf")
+    # A polite kill ends as Ctrl-C does; an impolite one loses the cell it met and no other.
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        measure_all(run, out, cells, device, effort, args.contenders, deadline)
+    except KeyboardInterrupt:
+        print(f"interrupted; {len(run['cells'])} cells are in {out}, --resume goes on", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print(summary(run))
+    print(f"{out}: {len(run['cells'])} cells")
+    if not args.no_plots:
+        from _plots import draw
+
+        for path in draw(run, out):
+            print(path)
+    status = 0
+    for line in failures(run):
+        print(f"FAILED  {line}")
+        status = 1
+    if old is not None:
+        try:
+            slower, compared = _results.compare(old, run)
+        except ValueError as error:
+            p.error(str(error))
+        for line in slower:
+            print(f"SLOWER  {line}")
+        print(f"{compared} measurements compared with {args.compare}, {len(slower)} got slower beyond noise")
+        status = 1 if slower else status
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
