@@ -139,4 +139,5 @@ def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> Gra
             return GradientConfig(32, 32, block_c, 16, num_warps=8, num_stages=1)
     # Three TF32 products to an exact one: [16, 256] numbers of R, high and low parts, are all of a thread's registers.
     apart = block_c > 128 and dtype == torch.float32 and not tf32 and arch.startswith("sm_")
-    return GradientConfig(16, 32, block_c, 16, num_warps=8 if apart else 4, num_stages=1, rows_apart=apart)
+    wide = block_c > 128 and arch.startswith("sm_")
+    return GradientConfig(16, 32, block_c, 16, num_warps=8 if wide else 4, num_stages=1, rows_apart=apart)

@@ -128,3 +128,16 @@ def ceilings(device: torch.device, dtypes: list[str], seconds: float) -> dict[st
         "copy_bytes_per_second": copy_bandwidth(device, seconds).as_dict(),
         "flops_per_second": {dtype: matrix_rate(dtype, device, seconds).as_dict() for dtype in dtypes},
     }
+
+
+def higher(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Of two measurements of the ceilings, each line from the one that reached higher."""
+
+    def pick(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
+        return max(x, y, key=lambda spread: float(spread["best"]))
+
+    rates = {**one["flops_per_second"], **other["flops_per_second"]}
+    for dtype in one["flops_per_second"].keys() & other["flops_per_second"].keys():
+        rates[dtype] = pick(one["flops_per_second"][dtype], other["flops_per_second"][dtype])
+    copies = pick(one["copy_bytes_per_second"], other["copy_bytes_per_second"])
+    return {"copy_bytes_per_second": copies, "flops_per_second": rates}

@@ -108,20 +108,13 @@ def roofline(run: Run) -> Figure | None:
             xs = [low, ridge, high]
             ax.plot(xs, [min(peak, bandwidth * x) / scale for x in xs], color="#444444", zorder=1)
             bytes_unit = f"{bandwidth / 1e12:.2f} TB/s" if bandwidth >= 1e12 else f"{bandwidth / 1e9:.1f} GB/s"
-            ax.annotate(
-                f"product {peak / scale:,.0f} {unit}, copy {bytes_unit}",
-                xy=(high, peak / scale),
-                xytext=(-6, 7),
-                textcoords="offset points",
-                ha="right",
-                fontsize=15,
-                color="#444444",
-            )
+            text = f"product {peak / scale:,.0f} {unit}, copy {bytes_unit}"
+            ax.text(0.985, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=15, color="#444444")
             for name, (flop_per_byte, rates) in points.items():
                 ax.plot(flop_per_byte, [r / scale for r in rates], linestyle="", **_mark(name))
             ax.set(xscale="log", yscale="log", title=f"{dtype}, {TITLES[mode]}", xlim=(low, high))
-            floor = min([r / scale for _, rates in points.values() for r in rates] or [peak / scale / 10])
-            ax.set_ylim(floor / 1.6, peak / scale * 2.2)
+            reached = [rate for _, rates in points.values() for rate in rates]
+            ax.set_ylim(min([*reached, peak / 10]) / scale / 1.6, max([*reached, peak]) / scale * 2.2)
             ax.xaxis.set_major_formatter(FuncFormatter(_plain))
             ax.yaxis.set_major_formatter(FuncFormatter(_plain))
             _thin_minor(ax)
@@ -171,7 +164,7 @@ def relative(run: Run, dtype: str) -> Figure | None:
         for ax, (axis, name) in zip(row, axes_names.items(), strict=True):
             fixed, cells = line(_cells(run, dtype, mode), axis)
             for contender, found in _series(cells, axis, lambda entry: entry.get("relative")).items():
-                drawn = True
+                drawn = drawn or len(found) > 1  # a lone point is no picture
                 xs, medians = [x for x, _ in found], [s["median"] for _, s in found]
                 spread = [[s["median"] - s["q1"] for _, s in found], [s["q3"] - s["median"] for _, s in found]]
                 ax.errorbar(xs, medians, yerr=spread, capsize=4, **_mark(contender))
@@ -194,7 +187,7 @@ def memory(run: Run, dtype: str) -> Figure | None:
     for ax, mode in zip(row, PASSES, strict=True):
         fixed, cells = line(_cells(run, dtype, mode), "MN")
         for contender, found in _series(cells, "MN", lambda entry: entry.get("peak_bytes")).items():
-            drawn = True
+            drawn = drawn or len(found) > 1
             ax.plot([x for x, _ in found], [peak / 2**20 for _, peak in found], **_mark(contender))
         ax.set(xscale="log", yscale="log", title=f"{TITLES[mode]}, {fixed}", xlabel="M = N")
         if cells:

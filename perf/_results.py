@@ -97,7 +97,8 @@ def compare(old: Run, new: Run) -> tuple[list[str], int]:
 def device_name(run: Run) -> str:
     """For people: a CPU's name with the threads it was given."""
     if run["device"]["type"] == "cpu":
-        return f"{run['cpu']['name']}, {run['cpu']['threads']} threads"
+        threads = run["cpu"]["threads"]
+        return f"{run['cpu']['name']}, {threads} thread{'s' * (threads > 1)}"
     return str(run["device"]["name"])
 
 

@@ -112,12 +112,16 @@ def measure_all(
 ) -> None:
     """Every cell that the run lacks, least work first, the file rewritten after each."""
     dtypes = list(dict.fromkeys(cell.dtype for cell in cells))
-    known = (run["ceilings"] or {}).get("flops_per_second", {})
-    if not set(dtypes) <= set(known):
-        run["ceilings"] = _machine.ceilings(device, list(dict.fromkeys([*known, *dtypes])), effort.seconds)
+
+    def raise_ceilings() -> None:
+        found = _machine.ceilings(device, dtypes, effort.seconds)
+        run["ceilings"] = _machine.higher(run["ceilings"], found) if run["ceilings"] else found
+
     run["planned"] = [cell.key for cell in cells]
-    _results.write(out, run)
     missing = [cell for cell in cells if cell.key not in run["cells"]]
+    if missing:
+        raise_ceilings()
+        _results.write(out, run)
     last = 0.0
     with tqdm(total=len(cells), initial=len(cells) - len(missing), unit="cell", dynamic_ncols=True) as bar:
         for cell in missing:
@@ -133,6 +137,8 @@ def measure_all(
             bar.update()
     run["complete"] = all(key in run["cells"] for key in run["planned"])
     if missing:
+        # Before and after: a machine that was busy, or cold, at one of the two was slower than it can be.
+        raise_ceilings()
         run["finished"] = now()
     _results.write(out, run)
 

@@ -33,7 +33,7 @@ import sweep  # noqa: E402
 from _costs import TABLE, Cost, cost  # noqa: E402
 
 SHAPE = _cells.Shape(24, 40, 32, 8)
-TINY = ["--device", "cpu", "--seconds", "0.01", "--contenders", "gssf,dense", "--shape", "24,40,32,8"]
+TINY = ["--device", "cpu", "--seconds", "0.01", "--contenders", "gssf,dense", "--shape", "24,24,32,8"]
 
 
 @pytest.fixture(autouse=True)
