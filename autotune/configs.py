@@ -104,6 +104,24 @@ def pairwise_config(
     return PairwiseConfig(128, 128, block_k, num_warps=8, num_stages=3)
 
 
+def stream_config(dtype: torch.dtype, arch: str, *, teacher: bool = False) -> PairwiseConfig:
+    """The streaming kernel's tile: the product's, and beside its accumulator room for what an epilogue makes of it.
+
+    `teacher`: two accumulators.
+    """
+    if arch == "interpreter":
+        return PairwiseConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2)
+    if dtype == torch.float64:
+        return PairwiseConfig(32, 32, 16, num_warps=4, num_stages=1)
+    if dtype == torch.float32:
+        return PairwiseConfig(64, 32 if teacher else 64, 32, num_warps=4, num_stages=2)
+    if is_small_memory(arch):
+        return PairwiseConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if teacher:
+        return PairwiseConfig(64, 64, 64, num_warps=4, num_stages=3)
+    return PairwiseConfig(128, 128, 64, num_warps=8, num_stages=3)
+
+
 def fold_config(M: int, D: int, B: int, dtype: torch.dtype, arch: str) -> FoldConfig:
     """The fold and matched-pairs kernels' tile for (M, D) rows in blocks of B (0: no block term)."""
     if arch == "interpreter":

@@ -94,19 +94,38 @@ def check_metric(W_diag: object, W_blocks: object) -> None:
         check_weights("W_diag", W_diag, None, W_blocks)
 
 
-def check_pair(a: object, b: object) -> None:
-    """Two sets of features that can meet: same dtype, device and D."""
-    check_features("a", a)
-    check_features("b", b)
+def check_pair(a: object, b: object, names: tuple[str, str] = ("a", "b")) -> None:
+    """Two sets of features that can meet: same device and D."""
+    name_a, name_b = names
+    check_features(name_a, a)
+    check_features(name_b, b)
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
     if a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"a and b must have the same D: a is {shape_of(a)}, b is {shape_of(b)}")
-    check_same_device("a", a, "b", b)
+        raise ValueError(
+            f"{name_a} and {name_b} must have the same D: {name_a} is {shape_of(a)}, {name_b} is {shape_of(b)}"
+        )
+    check_same_device(name_a, a, name_b, b)
 
 
-def check_same_dtype(a: Tensor, b: Tensor) -> None:
+def check_batches(names: tuple[str, str], a: object, b: object, paired: bool) -> None:
+    """Two matrices of features, (M, D) and (N, D); with `paired` M = N, a[i] matching b[i]."""
+    check_pair(a, b, names)
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    for name, x in zip(names, (a, b), strict=True):
+        if x.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions (rows, D), got shape {shape_of(x)}")
+    if paired and a.shape[0] != b.shape[0]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same number of rows, {names[0]}[i] matching {names[1]}[i]: "
+            f"{names[0]} is {shape_of(a)}, {names[1]} is {shape_of(b)}"
+        )
+
+
+def check_same_dtype(a: Tensor, b: Tensor, names: tuple[str, str] = ("a", "b")) -> None:
     if a.dtype != b.dtype:
-        raise ValueError(f"a and b must have the same dtype: a is {a.dtype}, b is {b.dtype}")
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same dtype: {names[0]} is {a.dtype}, {names[1]} is {b.dtype}"
+        )
 
 
 def broadcast_batch(a: Tensor, b: Tensor) -> Sequence[int]:
@@ -138,3 +157,11 @@ def check_out_dtype(out_dtype: object) -> None:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """A number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")

@@ -18,7 +18,7 @@ from gssf_triton import checks, ops, torch_backend
 from gssf_triton.backend import resolve_backend
 
 
-def _autocast(*features: Tensor) -> tuple[Tensor, ...]:
+def autocast_features(*features: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast features are cast as matmul's operands are; float64 is left alone, as there."""
     device_type = features[0].device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
@@ -47,7 +47,7 @@ def _check_pairwise(
     checks.check_weights("a", a, W_diag, W_blocks)
     batch = tuple(checks.broadcast_batch(a, b))
     checks.check_out_dtype(out_dtype)
-    a, b = _autocast(a, b)
+    a, b = autocast_features(a, b)
     checks.check_same_dtype(a, b)
     return a, b, batch, out_dtype or a.dtype, resolve_backend(backend, a, W_blocks)
 
@@ -195,7 +195,7 @@ def paired_sim(
     checks.check_weights("a", a, W_diag, W_blocks)
     batch = checks.broadcast_batch(a, b)
     checks.check_out_dtype(out_dtype)
-    a, b = _autocast(a, b)
+    a, b = autocast_features(a, b)
     checks.check_same_dtype(a, b)
     dtype = out_dtype or a.dtype
     if resolve_backend(backend, a, W_blocks) == "torch":
@@ -250,7 +250,7 @@ def transform(
     checks.check_features("x", x, min_dim=1)
     checks.check_weights("x", x, W_diag, W_blocks)
     checks.check_choice("side", side, ("a", "b"))
-    (x,) = _autocast(x)
+    (x,) = autocast_features(x)
     weight = W_blocks.mT if W_blocks is not None and side == "b" else W_blocks
     if resolve_backend(backend, x, W_blocks) == "torch":
         return torch_backend.fold(x, W_diag, weight, normalize)

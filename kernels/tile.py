@@ -252,9 +252,12 @@ def similarity_tile(
         if TERMS:
             s_diag = dot(cast(diagonal, b.dtype), b, s_diag, PRECISION)
             s = dot(cast(block, b.dtype), b, s, PRECISION)
-        else:
+        elif HAS_DIAG or HAS_BLOCKS:
             t = folded(a, diagonal, block, HAS_DIAG, HAS_BLOCKS, ACC)
             s = dot(cast(t, b.dtype), b, s, PRECISION)
+        else:
+            # Folded before: straight from shared memory to the tensor cores, with no detour through ACC.
+            s = dot(a, b, s, PRECISION)
     if NORMALIZE:
         scale = inverse_norm(squares_a)[:, None] * inverse_norm(squares_b)[None, :]
         s *= scale

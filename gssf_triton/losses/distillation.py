@@ -1,0 +1,153 @@
+"""Distillation of one model's similarities into another's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gssf_triton import checks
+from gssf_triton.losses.common import REDUCTIONS, incoming, operand, prepare, reduce, scalar
+from gssf_triton.losses.ranks import Ranks, gather_rows
+from gssf_triton.streaming.epilogues import log_sum_exp
+from gssf_triton.streaming.op import stream_op
+
+
+class _Distillation(torch.autograd.Function):
+    """KL(softmax of the teacher's row ‖ softmax of the student's row); both similarities come from one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        t: Tensor,
+        y: Tensor,
+        teacher_t: Tensor,
+        teacher_y: Tensor,
+        scale: Tensor,
+        half: bool,
+        teacher_half: bool,
+        summed: bool,
+        ranks: Ranks,
+        backend: str,
+    ) -> Tensor:
+        left, right = operand(t, half, backend), operand(y, half, backend)
+        teacher_left, teacher_right = (operand(x, teacher_half, backend) for x in (teacher_t, teacher_y))
+        scalars = scale * torch.stack(
+            (left.unit * right.unit, (teacher_left.unit * teacher_right.unit).to(left.unit.dtype))
+        )
+        nothing = t.new_empty((0, t.shape[0])), t.new_empty((0, y.shape[0]))
+        row, _, _, _, _ = stream_op(
+            "distillation", left.rows, right.rows, teacher_left.rows, teacher_right.rows, *nothing, None, None,
+            scalars, 0, False, backend,
+        )  # fmt: skip
+        student_lse, teacher_lse = log_sum_exp(row[0:2]), log_sum_exp(row[2:4])
+        loss = row[4] / row[3] - teacher_lse + student_lse if y.shape[0] else row[4]
+        ctx.save_for_backward(
+            left.rows, right.rows, teacher_left.rows, teacher_right.rows, left.unit, right.unit, scale, scalars,
+            torch.stack((student_lse, teacher_lse)).to(t.dtype),
+        )  # fmt: skip
+        ctx.ranks, ctx.backend = ranks, backend
+        return (ranks.sum(loss.sum()) if summed else loss).to(t.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        t, y, teacher_t, teacher_y, unit_t, unit_y, scale, scalars, lse = ctx.saved_tensors
+        factor, weight = incoming(grad, scale)
+        if grad.dim() == 1 and ctx.ranks.group is not None:
+            factor, weight = torch.ones_like(factor), grad.to(scale.dtype)
+        rows = torch.cat((lse, weight.expand(t.shape[0])[None]))
+        _, _, totals, d_t, d_y = stream_op(
+            "distillation_slope", t, y, teacher_t, teacher_y, rows, rows.new_empty((0, y.shape[0])), None, None,
+            scalars, 0, True, ctx.backend,
+        )  # fmt: skip
+        common = factor * ctx.ranks.count
+        d_scale = totals[0].to(scale.dtype) * unit_t * unit_y * common
+        return (
+            d_t.mul_(common * scale * unit_y),
+            d_y.mul_(common * scale * unit_t),
+            None,
+            None,
+            d_scale,
+            *(None,) * 5,
+        )
+
+
+def distillation_loss(
+    a: Tensor,
+    b: Tensor,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    teacher_a: Tensor,
+    teacher_b: Tensor,
+    teacher_W_diag: Tensor | None = None,
+    teacher_W_blocks: Tensor | None = None,
+    logit_scale: Tensor | float,
+    normalize: bool = False,
+    reduction: str = "mean",
+    group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Make the student's similarities rank as the teacher's do, without storing either's.
+
+    $$L = \frac{1}{M} \sum_i \mathrm{KL}\big(\mathrm{softmax}_j(\tau S^{teacher}_{ij}) \,\|\,
+    \mathrm{softmax}_j(\tau S_{ij})\big)$$
+
+    Args:
+        a: The student's queries, (M, D).
+        b: The student's gallery, (N, D).
+        W_diag: The student's diagonal weight, (D,), or None.
+        W_blocks: The student's block-diagonal weight, (G, B, B) with G·B = D, or None.
+        teacher_a: The teacher's queries, (M, E), of the same items as a; any E.
+        teacher_b: The teacher's gallery, (N, E), of the same items as b.
+        teacher_W_diag: The teacher's diagonal weight, (E,), or None.
+        teacher_W_blocks: The teacher's block-diagonal weight, or None. Without either: plain dot products.
+        logit_scale: τ of both softmaxes, a number or a tensor of one element.
+        normalize: Put all four on the unit sphere first.
+        reduction: "mean" over the queries, "sum", or "none" for one value a query.
+        group: As in `info_nce`: each process passes its part of the queries and of the gallery.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        () or (M,), in float32 (float64 for float64 features). Differentiable once in a, b, the student's weights and
+        logit_scale (through the student's softmax); never in anything of the teacher's.
+
+    Raises:
+        TypeError: an argument that is not what it should be.
+        ValueError: shapes, dtypes or devices that do not agree, or no weight for the student.
+
+    Source:
+        Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, on rows of similarities.
+
+    Example:
+        >>> import torch, gssf_triton
+        >>> a = torch.eye(3)
+        >>> gssf_triton.distillation_loss(a, a, torch.ones(3), teacher_a=a, teacher_b=a, logit_scale=5.0).item()
+        0.0
+        >>> gssf_triton.distillation_loss(a, a, torch.ones(3), teacher_a=a, teacher_b=a.flip(0), logit_scale=1.0)
+        tensor(0.2496)
+    """
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    sides = prepare(a, b, W_diag, W_blocks, normalize, backend, paired=False)
+    names = ("teacher_a", "teacher_b")
+    with torch.no_grad():
+        teacher = prepare(
+            teacher_a, teacher_b, teacher_W_diag, teacher_W_blocks, normalize, backend,
+            names=names, paired=False, identity=True,
+        )  # fmt: skip
+    for name, x, like, of in (("teacher_a", teacher_a, a, "a"), ("teacher_b", teacher_b, b, "b")):
+        checks.check_same_device(of, like, name, x)
+        if x.shape[0] != like.shape[0]:
+            raise ValueError(f"{name} must have {like.shape[0]} rows, as {of} has, got shape {tuple(x.shape)}")
+    scale = scalar("logit_scale", logit_scale, sides.t)
+    ranks = Ranks.of(group, a.shape[0], a.device)
+    columns = ranks if group is None else Ranks.of(group, b.shape[0], b.device)
+    loss: Tensor = _Distillation.apply(
+        sides.t, gather_rows(sides.y, columns), teacher.t.to(sides.t.dtype),
+        columns.gather(teacher.y).to(sides.t.dtype), scale, sides.half, teacher.half, reduction != "none", ranks,
+        sides.backend,
+    )  # fmt: skip
+    return reduce(loss, reduction, ranks.pairs)

@@ -1,0 +1,176 @@
+"""InfoNCE, the softmax loss of CLIP, over GSSF similarities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gssf_triton import checks
+from gssf_triton.losses.common import REDUCTIONS, check_ids, incoming, operand, prepare, reduce, scalar
+from gssf_triton.losses.ranks import Ranks, gather_rows
+from gssf_triton.streaming.epilogues import log_sum_exp, merge_softmax
+from gssf_triton.streaming.op import stream_op
+
+
+class _InfoNCE(torch.autograd.Function):
+    """½(−log softmax over the row − log softmax over the column) at the matching pair, or the row's part alone.
+
+    Forward is one product. Backward recomputes S chunk by chunk, with the matching pairs left out: their softmax minus 1
+    would drown in half precision, so their part is added outside the product, in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        t: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        row_ids: Tensor | None,
+        column_ids: Tensor | None,
+        half: bool,
+        symmetric: bool,
+        smoothing: float,
+        summed: bool,
+        ranks: Ranks,
+        backend: str,
+    ) -> Tensor:
+        left, right = operand(t, half, backend), operand(y, half, backend)
+        unit = left.unit * right.unit
+        own = ranks.own
+        both = "both" if symmetric else "rows"
+        kind = f"softmax_sums_{both}" if smoothing else f"softmax_{both}"
+        scalars = (scale * unit)[None]
+        nothing = t.new_empty((0, t.shape[0])), t.new_empty((0, y.shape[0]))
+        row, column, _, _, _ = stream_op(
+            kind, left.rows, right.rows, None, None, *nothing, row_ids, column_ids, scalars, own.start, False, backend
+        )
+        match = row[-1].to(t.dtype)
+        z = (match * scalars[0]).double()
+
+        def loss_of(state: Tensor) -> Tensor:
+            loss = log_sum_exp(state) - z
+            return loss + smoothing * (z - state[2] / state[3]) if smoothing else loss
+
+        loss = loss_of(row)
+        if symmetric:
+            column = ranks.merge(column, merge_softmax)
+            loss = (loss + loss_of(column[:, own])) / 2
+        ctx.save_for_backward(
+            left.rows, right.rows, left.unit, right.unit, scale, match, row, column, row_ids, column_ids
+        )
+        ctx.symmetric, ctx.smoothing, ctx.ranks, ctx.backend, ctx.wide = symmetric, smoothing, ranks, backend, t.dtype
+        return ranks.sum(loss.sum()).to(t.dtype) if summed else loss.to(t.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        t, y, unit_t, unit_y, scale, match, row, column, row_ids, column_ids = ctx.saved_tensors
+        symmetric, smoothing, ranks, wide = ctx.symmetric, ctx.smoothing, ctx.ranks, ctx.wide
+        own = ranks.own
+        alpha = scale * unit_t * unit_y
+        factor, weight = incoming(grad, match)
+        if grad.dim() == 1 and ranks.group is not None:
+            # Every process's slopes must be in the same units before they are added.
+            factor, weight = torch.ones_like(factor), grad.to(wide)
+        weight = weight.expand(t.shape[0]) * (0.5 if symmetric else 1.0)
+
+        def vectors(state: Tensor, weights: Tensor) -> Tensor:
+            """(log-sum-exp, weight, what smoothing takes off every softmax) as the slope's epilogue reads them."""
+            lse = log_sum_exp(state).to(wide)
+            uniform = (smoothing / state[3]).to(wide) if smoothing else torch.zeros_like(lse)
+            return torch.stack((lse, weights, uniform))
+
+        rows = vectors(row, weight)
+        columns = y.new_empty((0, y.shape[0]), dtype=wide)
+        if symmetric:
+            weights = ranks.gather(weight) if grad.dim() == 1 else weight.new_full((y.shape[0],), 0.5)
+            columns = vectors(column, weights)
+        _, _, totals, d_t, d_y = stream_op(
+            f"softmax_slope_{'both' if symmetric else 'rows'}", t, y, None, None, rows, columns, row_ids, column_ids,
+            alpha[None], own.start, True, ctx.backend,
+        )  # fmt: skip
+        z = match * alpha
+        at_match = torch.zeros_like(z)
+        for lse, w, uniform in (rows, columns[:, own])[: 2 if symmetric else 1]:
+            at_match += w * (torch.expm1(z - lse) + smoothing - uniform)
+        d_t = d_t.addcmul_(at_match[:, None], y[own].to(wide))
+        d_y[own].addcmul_(at_match[:, None], t.to(wide))
+        common = factor * ranks.count
+        d_scale = (totals[0] + (at_match * match).sum()).to(wide) * unit_t * unit_y * common
+        return d_t.mul_(common * scale * unit_y), d_y.mul_(common * scale * unit_t), d_scale, *(None,) * 8
+
+
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    logit_scale: Tensor | float,
+    ids: Tensor | None = None,
+    symmetric: bool = True,
+    label_smoothing: float = 0.0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""InfoNCE over the similarities of a batch of matching pairs, without storing them.
+
+    $$L = \frac{1}{N} \sum_i \tfrac12 \left(-\log\frac{e^{\tau S_{ii}}}{\sum_j e^{\tau S_{ij}}}
+    -\log\frac{e^{\tau S_{ii}}}{\sum_j e^{\tau S_{ji}}}\right)$$
+
+    Memory grows with N: S is computed in chunks of constant size, forward once, backward again (four products in all).
+
+    Args:
+        a: Queries, (N, D), float16, bfloat16, float32 or float64.
+        b: Gallery, (N, D), of a's dtype and device; b[i] matches a[i].
+        W_diag: Diagonal weight, (D,), or None.
+        W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None. One of the two weights at least is given.
+        logit_scale: τ, a number or a tensor of one element; multiplies the similarities.
+        ids: (N,) integers or None. Pairs of equal ids are never negatives of each other: several captions of one image,
+            for instance.
+        symmetric: Both directions, halved; False takes a against b alone.
+        label_smoothing: ε in [0, 1): the target is 1 − ε at the match and ε spread over all K candidates of the row,
+            as in torch.nn.functional.cross_entropy.
+        normalize: Put both sides on the unit sphere first.
+        reduction: "mean", "sum", or "none" for one value a pair.
+        group: A torch.distributed process group: each process passes its part of the batch and gets the loss of the whole
+            batch ("none": of its own pairs). Gradients assume that they are averaged over processes, as DDP and FSDP do.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        () or, with "none", (N,), in float32 (float64 for float64 features). Differentiable once in a, b, the weights and
+        logit_scale.
+
+    Raises:
+        TypeError: an argument that is not what it should be.
+        ValueError: shapes, dtypes or devices that do not agree, no weight, or ids of the wrong length.
+
+    Source:
+        van den Oord et al., "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748, eq. 4;
+        symmetric as in Radford et al., CLIP, ICML 2021, fig. 3.
+
+    Example:
+        >>> import torch, gssf_triton
+        >>> a = torch.eye(3)
+        >>> gssf_triton.info_nce(a, a, torch.ones(3), logit_scale=10.0)
+        tensor(9.0796e-05)
+        >>> gssf_triton.info_nce(a, a, torch.ones(3), logit_scale=0.0, reduction="none")
+        tensor([1.0986, 1.0986, 1.0986])
+    """
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    checks.check_fraction("label_smoothing", label_smoothing)
+    sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
+    ids = check_ids(ids, a.shape[0], a.device)
+    scale = scalar("logit_scale", logit_scale, sides.t)
+    ranks = Ranks.of(group, a.shape[0], a.device)
+    column_ids = None if ids is None else ranks.gather(ids)
+    loss: Tensor = _InfoNCE.apply(
+        sides.t, gather_rows(sides.y, ranks), scale, ids, column_ids, sides.half, symmetric, float(label_smoothing),
+        reduction != "none", ranks, sides.backend,
+    )  # fmt: skip
+    return reduce(loss, reduction, ranks.pairs)

@@ -1,0 +1,146 @@
+"""Walk S in chunks of constant size, in a fixed order: memory grows with M + N, and the same call gives the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gssf_triton.streaming.epilogues import EPILOGUES, Chunk, Epilogue, Kept
+
+#: States are kept in float64: M + N numbers, in which sums over a million columns and their indices stay exact.
+STATE_DTYPE = torch.float64
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The rows and columns whose products are the similarities, and the teacher's where there is one.
+
+    `t` (M, D) is folded already. Row i matches column i + offset; equal ids are never each other's negatives.
+    """
+
+    t: Tensor
+    y: Tensor
+    teacher_t: Tensor | None
+    teacher_y: Tensor | None
+    rows: Tensor
+    columns: Tensor
+    row_ids: Tensor | None
+    column_ids: Tensor | None
+    scalars: Tensor
+    offset: int
+
+
+class Engine(Protocol):
+    """What computes one chunk: plain torch, or the Triton kernel."""
+
+    #: Rows and columns of a chunk.
+    chunk: tuple[int, int]
+
+    def tile(self, operands: Operands, rows: slice, columns: slice, epilogue: str, wants_slope: bool) -> Kept:
+        """Outputs as (outputs, partial states, length): the partial states in the order of their columns or rows."""
+        ...
+
+    def add_product(self, out: Tensor, p: Tensor, x: Tensor) -> None:
+        """out += p @ x, in out's dtype; undoing whatever scale the engine gives its slopes."""
+        ...
+
+
+class TorchEngine:
+    """Chunks by torch's own products, epilogues by `epilogues`."""
+
+    def __init__(self, chunk: tuple[int, int]) -> None:
+        self.chunk = chunk
+
+    def tile(self, operands: Operands, rows: slice, columns: slice, epilogue: str, wants_slope: bool) -> Kept:
+        teacher = None
+        if operands.teacher_t is not None and operands.teacher_y is not None:
+            teacher = operands.teacher_t[rows] @ operands.teacher_y[columns].mT
+        same = None
+        if operands.row_ids is not None and operands.column_ids is not None:
+            same = operands.row_ids[rows, None] == operands.column_ids[None, columns]
+        kept = EPILOGUES[epilogue].tile(
+            Chunk(
+                s=operands.t[rows] @ operands.y[columns].mT,
+                teacher=teacher,
+                rows=operands.rows[:, rows],
+                columns=operands.columns[:, columns],
+                diagonal=rows.start + operands.offset - columns.start,
+                same=same,
+                scalars=operands.scalars,
+                wants_slope=wants_slope,
+            )
+        )
+        return Kept(kept.row_out[:, None], kept.column_out[:, None], kept.totals, kept.slope)
+
+    def add_product(self, out: Tensor, p: Tensor, x: Tensor) -> None:
+        out.addmm_(p, x)
+
+
+def spans(length: int, step: int) -> Iterator[slice]:
+    """[0, length) in runs of at most `step`."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _empty_state(values: tuple[float, ...], length: int, device: torch.device) -> Tensor:
+    states = [torch.full((length,), value, dtype=STATE_DTYPE, device=device) for value in values]
+    return torch.stack(states) if states else torch.zeros((0, length), dtype=STATE_DTYPE, device=device)
+
+
+def _merge_partials(epilogue: Epilogue, partials: Tensor) -> Tensor:
+    """(outputs, P, length) as one state (outputs, length): neighbours are merged, then pairs of those, and so on."""
+    states = partials.to(STATE_DTYPE)
+    while states.shape[1] > 1:
+        even = states.shape[1] // 2 * 2
+        merged = epilogue.merge(states[:, 0:even:2], states[:, 1:even:2])
+        states = torch.cat((merged, states[:, even:]), dim=1)
+    return states[:, 0]
+
+
+def _merge_into(state: Tensor, epilogue: Epilogue, partials: Tensor, run: slice, start: int, empty: int) -> None:
+    if not empty:
+        return
+    new = _merge_partials(epilogue, partials)
+    if epilogue.index_output is not None:
+        new[epilogue.index_output] += start
+    state[:, run] = epilogue.merge(state[:, run], new)
+
+
+@dataclass
+class Result:
+    """States (outputs, M) and (outputs, N), the totals, and the slope's products with both sides, if asked for."""
+
+    row_state: Tensor
+    column_state: Tensor
+    totals: Tensor
+    d_t: Tensor | None
+    d_y: Tensor | None
+
+
+def stream(engine: Engine, name: str, operands: Operands, wants_slope: bool) -> Result:
+    """Everything the epilogue keeps of S, and with `wants_slope` slope @ y (M, D) and slopeᵀ @ t (N, D)."""
+    epilogue = EPILOGUES[name]
+    t, y = operands.t, operands.y
+    M, N, device = t.shape[0], y.shape[0], t.device
+    wide = torch.promote_types(t.dtype, torch.float32)
+    row_state = _empty_state(epilogue.row_empty, M, device)
+    column_state = _empty_state(epilogue.column_empty, N, device)
+    totals = torch.zeros(epilogue.totals, dtype=STATE_DTYPE, device=device)
+    d_t = d_y = None
+    if wants_slope:
+        d_t, d_y = (torch.zeros(x.shape, dtype=wide, device=device) for x in (t, y))
+    for rows in spans(M, engine.chunk[0]):
+        for columns in spans(N, engine.chunk[1]):
+            kept = engine.tile(operands, rows, columns, name, wants_slope)
+            _merge_into(row_state, epilogue, kept.row_out, rows, columns.start, len(epilogue.row_empty))
+            _merge_into(column_state, epilogue, kept.column_out, columns, rows.start, len(epilogue.column_empty))
+            totals += kept.totals.to(STATE_DTYPE)
+            if d_t is not None and d_y is not None:
+                assert kept.slope is not None
+                engine.add_product(d_t[rows], kept.slope, y[columns])
+                engine.add_product(d_y[columns], kept.slope.mT, t[rows])
+    return Result(row_state, column_state, totals, d_t, d_y)

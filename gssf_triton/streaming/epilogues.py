@@ -1,0 +1,334 @@
+"""Epilogues in plain torch: what is kept of one chunk of S, and how what several chunks kept is merged.
+
+An epilogue sees the chunk's similarities `s` (R, C), what the caller says of its rows (`rows`, one vector a name, (R,)
+each) and columns, and returns what it keeps of every row (`row_out`) and every column (`column_out`), sums over the whole
+chunk (`totals`), and the chunk's slope ∂loss/∂(scale·s) where one is asked for. A new loss is a new entry of `EPILOGUES`,
+here and in `gssf_triton.kernels.epilogues`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: What a reduction of a state begins with: no similarity seen yet.
+EMPTY_MAX = float("-inf")
+
+
+@dataclass
+class Chunk:
+    """Similarities of a run of rows with a run of columns, and what the epilogue may know of both.
+
+    `s` (R, C) may be overwritten. `diagonal` is the offset of the matching pairs in it: column = row + diagonal.
+    `same` (R, C) marks pairs of equal ids, matching pairs included; None where there are no ids. `scalars` holds the
+    scale first, then the epilogue's own.
+    """
+
+    s: Tensor
+    teacher: Tensor | None
+    rows: Tensor
+    columns: Tensor
+    diagonal: int
+    same: Tensor | None
+    scalars: Tensor
+    wants_slope: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.s.shape[0], self.s.shape[1]
+
+    def matches(self, x: Tensor) -> Tensor:
+        """The view of a chunk-shaped x that holds its matching pairs; empty where the chunk has none."""
+        R, C = self.shape
+        if self.diagonal <= -R or self.diagonal >= C:
+            return x.new_empty(0)
+        return x.diagonal(self.diagonal)
+
+    def duplicates(self) -> Tensor | None:
+        """Pairs of equal ids other than the matching ones, which are never negatives."""
+        if self.same is None:
+            return None
+        self.matches(self.same).fill_(False)
+        return self.same
+
+
+@dataclass
+class Kept:
+    """An epilogue's results: (row_outputs, R), (column_outputs, C), (totals,) and the slope (R, C) or None."""
+
+    row_out: Tensor
+    column_out: Tensor
+    totals: Tensor
+    slope: Tensor | None = None
+
+
+Merge = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """`merge(old, new)` joins two states (outputs, X) of the same rows, `old` of the columns that come first.
+
+    `row_empty` and `column_empty` are the states before anything is merged, a number an output; `index_output` is the one
+    that counts within the chunk. Merging in a fixed order gives the same bits; any order gives the same mathematics, which
+    is what lets chunks and GPUs share one definition.
+    """
+
+    tile: Callable[[Chunk], Kept]
+    merge: Merge
+    row_empty: tuple[float, ...] = ()
+    column_empty: tuple[float, ...] = ()
+    totals: int = 0
+    index_output: int | None = None
+    uses_teacher: bool = False
+    makes_slope: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
+def _shift(old: Tensor, new: Tensor) -> Tensor:
+    """exp(old − new) of running maxima, 1 where they are equal: also at ±inf, where the difference is not a number."""
+    return torch.where(old == new, 1.0, torch.exp(old - new))
+
+
+def merge_softmax(old: Tensor, new: Tensor) -> Tensor:
+    """Two states (max, Σ exp(z − max), then plain sums): rescaled to the larger maximum, and added."""
+    top = torch.maximum(old[0], new[0])
+    total = old[1] * _shift(old[0], top) + new[1] * _shift(new[0], top)
+    return torch.cat((top[None], total[None], old[2:] + new[2:]))
+
+
+def merge_sums(old: Tensor, new: Tensor) -> Tensor:
+    return old + new
+
+
+def merge_hardest(old: Tensor, new: Tensor) -> Tensor:
+    """Two states (value, index): the larger value, and at equal ones the lower index, which is the older state's.
+
+    A NaN wins over every number, as in torch.max.
+    """
+    wins = (new[0] > old[0]) | (new[0].isnan() & ~old[0].isnan())
+    return torch.where(wins, new, old)
+
+
+def merge_distillation(old: Tensor, new: Tensor) -> Tensor:
+    """Two states (student's max and sum, teacher's max and sum, Σ exp(teacher − its max)·(teacher − student))."""
+    student, teacher = merge_softmax(old[0:2], new[0:2]), merge_softmax(old[2:4], new[2:4])
+    cross = old[4] * _shift(old[2], teacher[0]) + new[4] * _shift(new[2], teacher[0])
+    return torch.cat((student, teacher, cross[None]))
+
+
+def log_sum_exp(state: Tensor) -> Tensor:
+    """log Σ exp z of a merged state (max, sum, …); −inf where nothing was merged."""
+    return torch.where(state[1] == 0, EMPTY_MAX, state[0] + torch.log(state[1]))
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _max_and_sum(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    top = z.amax(dim)
+    floor = torch.where(top == EMPTY_MAX, 0.0, top)  # all excluded: exp(−inf − 0) = 0, no NaN
+    return top, torch.exp(z - floor.unsqueeze(dim)).sum(dim)
+
+
+def _weighted_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Σ x·y of two chunks, with no third chunk."""
+    return torch.dot(x.reshape(-1), y.reshape(-1))
+
+
+def _no_totals(chunk: Chunk) -> Tensor:
+    return chunk.s.new_zeros(0)
+
+
+def _nothing(chunk: Chunk, size: int) -> Tensor:
+    return chunk.s.new_zeros((0, size))
+
+
+# ------------------------------------------------------------------------------------------------------------- softmax
+
+
+def _softmax_state(z: Tensor, dim: int, excluded: Tensor | None, sums: bool) -> Tensor:
+    state = [*_max_and_sum(z, dim)]
+    if sums:
+        kept = z if excluded is None else z.masked_fill(excluded, 0.0)
+        state.append(kept.sum(dim))
+        size = float(z.shape[dim])
+        state.append(torch.full_like(state[0], size) if excluded is None else size - excluded.sum(dim))
+    return torch.stack(state)
+
+
+def _softmax_stats(sums: bool, columns: bool) -> Callable[[Chunk], Kept]:
+    def tile(chunk: Chunk) -> Kept:
+        """(max, Σ exp, then with `sums` Σ z and the count) of the scaled logits z, of each row and each column.
+
+        Rows also keep their match's similarity, last: from the product that fills the sums, so that a row with no negative
+        has a loss of exactly 0.
+        """
+        excluded = chunk.duplicates()
+        match = chunk.s.new_zeros(chunk.shape[0])
+        first = max(0, -chunk.diagonal)
+        on_diagonal = chunk.matches(chunk.s)
+        match[first : first + len(on_diagonal)] = on_diagonal
+        z = chunk.s.mul_(chunk.scalars[0])
+        if excluded is not None:
+            z = z.masked_fill_(excluded, EMPTY_MAX)
+        row = torch.cat((_softmax_state(z, 1, excluded, sums), match[None]))
+        column = _softmax_state(z, 0, excluded, sums) if columns else _nothing(chunk, chunk.shape[1])
+        return Kept(row, column, _no_totals(chunk))
+
+    return tile
+
+
+def _softmax_slope(columns: bool) -> Callable[[Chunk], Kept]:
+    def tile(chunk: Chunk) -> Kept:
+        """w_r·(exp(z − lse_r) − u_r) + the columns' part, 0 for matching pairs; rows hold (lse, w, u) with u = ε/K."""
+        excluded = chunk.duplicates()
+        z = chunk.s * chunk.scalars[0]
+        lse, weight, uniform = chunk.rows.unsqueeze(-1)
+        slope = (z - lse).exp_().sub_(uniform).mul_(weight)
+        if columns:
+            lse, weight, uniform = chunk.columns.unsqueeze(-2)
+            slope += z.sub_(lse).exp_().sub_(uniform).mul_(weight)
+        chunk.matches(slope).zero_()
+        if excluded is not None:
+            slope.masked_fill_(excluded, 0.0)
+        return Kept(
+            _nothing(chunk, chunk.shape[0]),
+            _nothing(chunk, chunk.shape[1]),
+            _weighted_sum(slope, chunk.s)[None],
+            slope,
+        )
+
+    return tile
+
+
+# ------------------------------------------------------------------------------------------------------------- sigmoid
+
+
+def _sigmoid(chunk: Chunk) -> Kept:
+    """Row sums of −log σ(y·(scale·s + bias)), y = 1 for matching pairs and equal ids, else −1; rows hold (w,).
+
+    The totals are Σ slope·s and Σ slope: the gradients of the scale and the bias.
+    """
+    x = torch.addcmul(chunk.scalars[1], chunk.s, chunk.scalars[0])
+    if chunk.same is None:
+        chunk.matches(x).neg_()
+    else:
+        chunk.matches(chunk.same).fill_(True)
+        x = torch.where(chunk.same, -x, x)  # = −y·(scale·s + bias)
+    row = F.softplus(x).sum(1)
+    slope = totals = None
+    if chunk.wants_slope:
+        slope = x.sigmoid_().mul_(chunk.rows[0].unsqueeze(-1))
+        if chunk.same is None:
+            chunk.matches(slope).neg_()
+        else:
+            slope = torch.where(chunk.same, -slope, slope)
+        totals = torch.stack((_weighted_sum(slope, chunk.s), slope.sum()))
+    return Kept(
+        row[None], _nothing(chunk, chunk.shape[1]), chunk.s.new_zeros(2) if totals is None else totals, slope
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- hinge
+
+
+def _negatives(chunk: Chunk) -> Tensor:
+    """The chunk times its scale with −inf in place of matching pairs and equal ids."""
+    s = chunk.s.mul_(chunk.scalars[0])
+    if chunk.same is not None:
+        s = s.masked_fill_(chunk.same, EMPTY_MAX)
+    chunk.matches(s).fill_(EMPTY_MAX)
+    return s
+
+
+def _hinge_hardest(chunk: Chunk) -> Kept:
+    """(value, index within the chunk) of the most similar negative of each row and each column; lowest index first."""
+    s = _negatives(chunk)
+    row, column = (torch.stack((top, at.to(s.dtype))) for top, at in (s.max(1), s.max(0)))
+    return Kept(row, column, _no_totals(chunk))
+
+
+def _hinge_all(chunk: Chunk) -> Kept:
+    """Σ max(0, margin + s − positive) over the negatives of each row and each column, and how many are above 0.
+
+    Rows hold (margin − positive, w), so do columns.
+    """
+    s = chunk.s.mul_(chunk.scalars[0])
+    excluded = chunk.same
+    if excluded is not None:
+        chunk.matches(excluded).fill_(True)
+    R, C = chunk.shape
+    slope = chunk.s.new_zeros((R, C)) if chunk.wants_slope else None
+    states = []
+    for dim, vectors in ((1, chunk.rows), (0, chunk.columns)):
+        other = -1 if dim == 1 else -2
+        violation = s + vectors[0].unsqueeze(other)
+        if excluded is None:
+            chunk.matches(violation).zero_()
+        else:
+            violation.masked_fill_(excluded, 0.0)
+        # NaN stays a violation: it must not vanish from the loss.
+        positive = ~(violation <= 0)
+        count = positive.to(violation.dtype)
+        states.append(torch.stack((violation.mul_(count).sum(dim), count.sum(dim))))
+        if slope is not None:
+            slope += count.mul_(vectors[1].unsqueeze(other))
+    return Kept(states[0], states[1], _no_totals(chunk), slope)
+
+
+# -------------------------------------------------------------------------------------------------------- distillation
+
+
+def _distillation_stats(chunk: Chunk) -> Kept:
+    """Each row's (max, Σ exp) of the student's and of the teacher's logits, and Σ exp(t − max t)·(t − s)."""
+    assert chunk.teacher is not None
+    student, teacher = chunk.s.mul_(chunk.scalars[0]), chunk.teacher.mul_(chunk.scalars[1])
+    top_s, sum_s = _max_and_sum(student, 1)
+    top_t = teacher.amax(1)
+    weight = torch.exp(teacher - top_t.unsqueeze(1))
+    state = torch.stack((top_s, sum_s, top_t, weight.sum(1), weight.mul_(teacher.sub_(student)).sum(1)))
+    return Kept(state, _nothing(chunk, chunk.shape[1]), _no_totals(chunk))
+
+
+def _distillation_slope(chunk: Chunk) -> Kept:
+    """w·(softmax(student) − softmax(teacher)); rows hold (student's lse, teacher's lse, w). The total is Σ slope·s."""
+    assert chunk.teacher is not None
+    lse_s, lse_t, weight = chunk.rows.unsqueeze(-1)
+    slope = torch.exp(chunk.s * chunk.scalars[0] - lse_s)
+    slope -= torch.exp(chunk.teacher * chunk.scalars[1] - lse_t)
+    slope *= weight
+    nothing = _nothing(chunk, chunk.shape[0])
+    return Kept(nothing, _nothing(chunk, chunk.shape[1]), _weighted_sum(slope, chunk.s)[None], slope)
+
+
+_SOFTMAX = (EMPTY_MAX, 0.0)
+_SOFTMAX_SUMS = (EMPTY_MAX, 0.0, 0.0, 0.0)
+_MATCH = (0.0,)
+
+EPILOGUES = {
+    "softmax_rows": Epilogue(_softmax_stats(False, False), merge_softmax, _SOFTMAX + _MATCH),
+    "softmax_both": Epilogue(_softmax_stats(False, True), merge_softmax, _SOFTMAX + _MATCH, _SOFTMAX),
+    "softmax_sums_rows": Epilogue(_softmax_stats(True, False), merge_softmax, _SOFTMAX_SUMS + _MATCH),
+    "softmax_sums_both": Epilogue(_softmax_stats(True, True), merge_softmax, _SOFTMAX_SUMS + _MATCH, _SOFTMAX_SUMS),
+    "softmax_slope_rows": Epilogue(_softmax_slope(False), merge_sums, totals=1, makes_slope=True),
+    "softmax_slope_both": Epilogue(_softmax_slope(True), merge_sums, totals=1, makes_slope=True),
+    "sigmoid": Epilogue(
+        _sigmoid, merge_sums, (0.0,), totals=2, makes_slope=True
+    ),
+    "hinge_hardest": Epilogue(_hinge_hardest, merge_hardest, (EMPTY_MAX, -1.0), (EMPTY_MAX, -1.0), index_output=1),
+    "hinge_all": Epilogue(_hinge_all, merge_sums, (0.0, 0.0), (0.0, 0.0), makes_slope=True),
+    "distillation": Epilogue(
+        _distillation_stats, merge_distillation, (EMPTY_MAX, 0.0, EMPTY_MAX, 0.0, 0.0),
+        uses_teacher=True,
+    ),
+    "distillation_slope": Epilogue(
+        _distillation_slope, merge_sums, totals=1, uses_teacher=True, makes_slope=True
+    ),
+}  # fmt: skip
