@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from gssf_triton.autotune.configs import dot_precision, fold_config, gradient_config, padded_block, pairwise_config
+from gssf_triton.autotune.configs import (
+    dot_precision,
+    fold_config,
+    gradient_config,
+    padded_block,
+    pairwise_config,
+    stream_config,
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,32 @@ def _gradient(arch: str, numerics: str) -> Iterator[Launch]:
             yield _make("gradient", arch, numerics, f"B={B} {label}", config, flags, dots=product or B > 0)
 
 
+#: (epilogue, makes a slope, has a second similarity) of the streaming kernel, the heaviest variant of each.
+STREAMED = (
+    ("softmax_sums_both", False, False),
+    ("softmax_slope_both", True, False),
+    ("sigmoid", True, False),
+    ("hinge_hardest", False, False),
+    ("hinge_all", True, False),
+    ("distillation", False, True),
+    ("distillation_slope", True, True),
+)
+
+
+def _stream(arch: str, numerics: str) -> Iterator[Launch]:
+    if numerics == "bf16":  # its operands are float16
+        return
+    dtype, precision = _numerics(numerics)
+    for epilogue, slope, teacher in STREAMED:
+        config = stream_config(dtype, arch, teacher=teacher)
+        flags = {
+            "EPILOGUE": epilogue, "COLUMNS": epilogue.endswith("both"), "SUMS": "_sums_" in epilogue, "TEACHER":
+            teacher, "HAS_IDS": not teacher, "SLOPE": slope, "EVEN_D": True, "EVEN_E": True, "WIDE": False,
+            "PRECISION": precision, "ACC": "fp32",
+        }  # fmt: skip
+        yield _make("stream", arch, numerics, epilogue, config, flags, dots=True)
+
+
 def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[Launch]:
     """Every distinct launch for these architectures, in a fixed order."""
     launches: dict[tuple[Any, ...], Launch] = {}
@@ -171,6 +204,7 @@ def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[La
                 _rowwise("fold", arch, numerics),
                 _rowwise("paired", arch, numerics),
                 _gradient(arch, numerics),
+                _stream(arch, numerics),
             ):
                 for launch in source:
                     key = (launch.kernel, arch, numerics, launch.constants, launch.num_warps, launch.num_stages)

@@ -24,11 +24,12 @@ class Resources:
 
 
 #: Pointers with a dtype of their own: weights and their gradients stay float32 beside half-precision features.
-FLOAT32_POINTERS = {"w_diag_ptr", "dw_diag_ptr", "dw_blocks_ptr"}
+FLOAT32_POINTERS = {"w_diag_ptr", "dw_diag_ptr", "dw_blocks_ptr", "row_in_ptr", "column_in_ptr", "scalars_ptr",
+                    "row_out_ptr", "column_out_ptr", "totals_ptr"}  # fmt: skip
 POINTER_TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "tf32": "*fp32"}
 #: Contiguous rows, the common case: Triton makes a constant of an argument that equals 1.
 UNIT_STRIDES = {"stride_ad", "stride_bd", "stride_xd", "stride_yd", "stride_td", "stride_rd", "stride_pn", "stride_sn",
-                "stride_wd", "stride_wq"}  # fmt: skip
+                "stride_wd", "stride_wq", "stride_ud", "stride_vd", "stride_rm", "stride_cn"}  # fmt: skip
 
 
 def _kernel(name: str) -> Any:
@@ -44,9 +45,19 @@ def _kernel(name: str) -> Any:
         from gssf_triton.kernels.paired import paired_kernel
 
         return paired_kernel
+    if name == "stream":
+        from gssf_triton.kernels.stream import stream_kernel
+
+        return stream_kernel
     from gssf_triton.kernels.gradient import gradient_kernel
 
     return gradient_kernel
+
+
+def _epilogue(name: str) -> Any:
+    from gssf_triton.kernels.epilogues import EPILOGUES
+
+    return EPILOGUES[name][0]
 
 
 def _source(launch: Launch) -> Any:
@@ -56,6 +67,8 @@ def _source(launch: Launch) -> Any:
     kernel = _kernel(launch.kernel)
     constants = dict(launch.constants)
     constants["ACC"] = tl.float32
+    if "EPILOGUE" in constants:
+        constants["EPILOGUE"] = _epilogue(constants["EPILOGUE"])
     signature, constexprs, attrs = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -64,6 +77,10 @@ def _source(launch: Launch) -> Any:
         elif name in UNIT_STRIDES:
             signature[name] = "constexpr"
             constexprs[name] = 1
+        elif name.endswith("_ids_ptr"):
+            signature[name] = "*i64"
+        elif name == "slope_scale":
+            signature[name] = "fp32"
         elif name.endswith("_ptr"):
             wide = name in FLOAT32_POINTERS or (name == "w_blocks_ptr" and launch.kernel == "gradient")
             signature[name] = "*fp32" if wide else POINTER_TYPES[launch.numerics]

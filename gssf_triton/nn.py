@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gssf_triton import functional
+from gssf_triton.losses.modules import DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
+
+__all__ = ["GSSF", "DistillationLoss", "InfoNCELoss", "SigmoidLoss", "TripletLoss"]
 
 
 class GSSF(nn.Module):

@@ -1,5 +1,6 @@
-"""Epilogues of the streaming kernel: what is kept of one tile of S. The same mathematics in torch, with what each input
-and output means, is `gssf_triton.streaming.epilogues`.
+"""Epilogues of the streaming kernel: what is kept of one tile of S.
+
+The same mathematics in torch, with what each input and output means, is `gssf_triton.streaming.epilogues`.
 
 An epilogue is called with the tile's similarities `s` [BLOCK_M, BLOCK_N] in the accumulator's dtype and
 
@@ -12,8 +13,8 @@ An epilogue is called with the tile's similarities `s` [BLOCK_M, BLOCK_N] in the
 * `totals`: a pointer to its sums over the tile, one every `stride_to`;
 * `SLOPE`: whether a slope is wanted.
 
-It returns the slope ∂loss/∂(scale·s), or s where it makes none. Outputs of tiles never overlap: no atomics, so the same call
-gives the same bits.
+It returns the slope ∂loss/∂(scale·s), or s where it makes none. Outputs of tiles never overlap: no atomics, so the
+same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def hinge_all(
     row_out, stride_ro, column_out, stride_co, mask_m, mask_n, totals, stride_to, SLOPE: tl.constexpr,
     COLUMNS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Each row's and column's Σ max(0, room + s) over the negatives, room = margin − match, and the violations' count."""
+    """Σ max(0, room + s) over each row's and column's negatives, room = margin − match, and how many are above 0."""
     negative = valid & (match == 0) & (same == 0)
     z = s * tl.load(scalars)
     by_row = z + tl.load(rows, mask=mask_m, other=0.0)[:, None]

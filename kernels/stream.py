@@ -17,8 +17,8 @@ from gssf_triton.streaming import epilogues
 from gssf_triton.streaming.driver import Operands
 from gssf_triton.streaming.epilogues import Kept
 
-#: float16 slopes are stored times this: softmaxes below 2⁻²⁴ would vanish otherwise. A power of two, so exact; slopes are
-#: at most 2 in size (`losses.common.incoming`), so 2¹⁴ leaves them below float16's 65,504.
+#: float16 slopes are stored times this: softmaxes below 2⁻²⁴ would vanish otherwise. A power of two, so exact; slopes
+#: are at most 2 in size (`losses.common.incoming`), so 2¹⁴ leaves them below float16's 65,504.
 HALF_SLOPE_SCALE = 2.0**14
 
 
@@ -36,10 +36,10 @@ def stream_kernel(
     teacher_y_ptr,
     stride_vn,
     stride_vd,
-    rows_ptr,
+    row_in_ptr,
     stride_rk,
     stride_rm,
-    columns_ptr,
+    column_in_ptr,
     stride_ck,
     stride_cn,
     row_ids_ptr,
@@ -107,7 +107,7 @@ def stream_kernel(
         same = tl.load(row_ids_ptr + rows_m)[:, None] == tl.load(column_ids_ptr + rows_n)[None, :]
     slope = EPILOGUE(
         s, teacher, valid, match, same, offs_m, offs_n,
-        rows_ptr + rows_m * stride_rm, stride_rk, columns_ptr + rows_n * stride_cn, stride_ck, scalars_ptr,
+        row_in_ptr + rows_m * stride_rm, stride_rk, column_in_ptr + rows_n * stride_cn, stride_ck, scalars_ptr,
         row_out_ptr + tile_n.to(tl.int64) * M + offs_m, tiles_n.to(tl.int64) * M,
         column_out_ptr + tile_m.to(tl.int64) * N + offs_n, tiles_m.to(tl.int64) * N,
         mask_m, mask_n, totals_ptr + pid, tiles_m * tiles_n, SLOPE, COLUMNS, SUMS,
@@ -147,8 +147,8 @@ class TritonEngine:
             **pointer("y", y, "nd", t),
             **pointer("teacher_t", teacher_t, "md", t, stride="u"),
             **pointer("teacher_y", teacher_y, "nd", t, stride="v"),
-            **pointer("rows", operands.rows[:, rows], "km", t, stride="r"),
-            **pointer("columns", operands.columns[:, columns], "kn", t, stride="c"),
+            **pointer("row_in", operands.rows[:, rows], "km", t, stride="r"),
+            **pointer("column_in", operands.columns[:, columns], "kn", t, stride="c"),
             row_ids_ptr=t if operands.row_ids is None else operands.row_ids[rows],
             column_ids_ptr=t if operands.column_ids is None else operands.column_ids[columns],
             scalars_ptr=operands.scalars, row_out_ptr=row_out, column_out_ptr=column_out, totals_ptr=totals,

@@ -80,8 +80,8 @@ class Operand:
 def operand(x: Tensor, half: bool, backend: str) -> Operand:
     """x (M, D) for the product: itself, or for half-precision features on Triton float16 of a common power of two.
 
-    Not bfloat16: its 8 bits, times a logit scale of 100, would put errors of a percent into the gradients. float16 has 11
-    bits at the same speed, and the power of two keeps its range out of the way, exactly.
+    Not bfloat16: its 8 bits, times a logit scale of 100, would put errors of a percent into the gradients. float16
+    has 11 bits at the same speed, and the power of two keeps its range out of the way, exactly.
     """
     one = torch.ones((), dtype=x.dtype, device=x.device)
     if not half or backend == "torch":

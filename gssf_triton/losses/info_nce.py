@@ -18,8 +18,8 @@ from gssf_triton.streaming.op import stream_op
 class _InfoNCE(torch.autograd.Function):
     """½(−log softmax over the row − log softmax over the column) at the matching pair, or the row's part alone.
 
-    Forward is one product. Backward recomputes S chunk by chunk, with the matching pairs left out: their softmax minus 1
-    would drown in half precision, so their part is added outside the product, in float32.
+    Forward is one product. Backward recomputes S chunk by chunk, with the matching pairs left out: their softmax
+    minus 1 would drown in half precision, so their part is added outside the product, in float32.
     """
 
     @staticmethod
@@ -138,13 +138,15 @@ def info_nce(
             as in torch.nn.functional.cross_entropy.
         normalize: Put both sides on the unit sphere first.
         reduction: "mean", "sum", or "none" for one value a pair.
-        group: A torch.distributed process group: each process passes its part of the batch and gets the loss of the whole
-            batch ("none": of its own pairs). Gradients assume that they are averaged over processes, as DDP and FSDP do.
+        group: A torch.distributed process group: each process passes its part of the batch and gets the loss of the
+        whole
+            batch ("none": of its own pairs). Gradients assume that they are averaged over processes, as DDP and FSDP
+            do.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        () or, with "none", (N,), in float32 (float64 for float64 features). Differentiable once in a, b, the weights and
-        logit_scale.
+        () or, with "none", (N,), in float32 (float64 for float64 features). Differentiable once in a, b, the weights
+        and logit_scale.
 
     Raises:
         TypeError: an argument that is not what it should be.

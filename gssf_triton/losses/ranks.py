@@ -1,8 +1,8 @@
 """A batch spread over the processes of a `torch.distributed` group: every process holds its part of the pairs.
 
-The loss is that of the whole batch, on every process. Each process's gradients are the number of processes times its own
-part's, as DistributedDataParallel and FSDP expect: they average over processes, and the average is the gradient of the
-whole batch. Features travel by one all-gather; parts may be of unequal length, empty ones included.
+The loss is that of the whole batch, on every process. Each process's gradients are the number of processes times its
+own part's, as DistributedDataParallel and FSDP expect: they average over processes, and the average is the gradient
+of the whole batch. Features travel by one all-gather; parts may be of unequal length, empty ones included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gssf_triton.streaming.epilogues import Merge
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who holds which pairs: `sizes` one a process, this one's `index`. Without a group: one process with all of them."""
+    """Who holds which pairs: `sizes` one a process, this one's `index`. No group: one process, all pairs."""
 
     group: Any
     sizes: tuple[int, ...]

@@ -26,8 +26,9 @@ from gssf_triton.streaming.op import stream_op
 class _Sigmoid(torch.autograd.Function):
     """−Σ_j log σ(y_ij (scale·S_ij + bias)) of every row i.
 
-    There is no normaliser to wait for: of a summed loss the gradients come out of the forward pass, up to the factor that
-    comes in backward, so S is computed once. A loss a pair has weights that are known only backward, and recomputes.
+    There is no normaliser to wait for: of a summed loss the gradients come out of the forward pass, up to the factor
+    that comes in backward, so S is computed once. A loss a pair has weights that are known only backward, and
+    recomputes.
     """
 
     @staticmethod

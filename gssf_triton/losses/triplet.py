@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ def add_rows(out: Tensor, at: Tensor, rows: Tensor) -> None:
 class _HardestHinge(torch.autograd.Function):
     """max(0, m + max_j S_ij − S_ii) of every row, and of every column.
 
-    One product keeps the value and the index of the hardest negative each way. The gradient has at most two entries a row
-    and a column: a gather and a segment sum, no product.
+    One product keeps the value and the index of the hardest negative each way. The gradient has at most two entries a
+    row and a column: a gather and a segment sum, no product.
     """
 
     @staticmethod
@@ -155,6 +155,42 @@ class _AllHinge(torch.autograd.Function):
         return d_t * (common * unit_y), d_y * (common * unit_t), *(None,) * 8
 
 
+@overload
+def triplet_loss(
+    a: Tensor,
+    b: Tensor,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    margin: float = 0.2,
+    hardest: bool = True,
+    ids: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "sum",
+    return_violations: Literal[False] = False,
+    group: Any = None,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def triplet_loss(
+    a: Tensor,
+    b: Tensor,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    margin: float = 0.2,
+    hardest: bool = True,
+    ids: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "sum",
+    return_violations: Literal[True],
+    group: Any = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
 def triplet_loss(
     a: Tensor,
     b: Tensor,
@@ -185,7 +221,8 @@ def triplet_loss(
         ids: (N,) integers or None; pairs of equal ids are never negatives of each other.
         normalize: Put both sides on the unit sphere first.
         reduction: "sum" over the batch, "mean" over its pairs, or "none" for one value a pair, both directions added.
-        return_violations: Return as well how many negatives violate the margin. Training with the hardest negatives dies
+        return_violations: Return as well how many negatives violate the margin. Training with the hardest negatives
+        dies
             by all features becoming one: the loss then stays at 2 · margin · N and both counts at N.
         group: As in `info_nce`.
         backend: "auto", "triton" or "torch".

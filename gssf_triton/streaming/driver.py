@@ -1,4 +1,4 @@
-"""Walk S in chunks of constant size, in a fixed order: memory grows with M + N, and the same call gives the same bits."""
+"""Walk S in chunks of constant size, in a fixed order: memory grows with M + N, and results are deterministic."""
 
 from __future__ import annotations
 

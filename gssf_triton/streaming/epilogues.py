@@ -1,9 +1,9 @@
 """Epilogues in plain torch: what is kept of one chunk of S, and how what several chunks kept is merged.
 
 An epilogue sees the chunk's similarities `s` (R, C), what the caller says of its rows (`rows`, one vector a name, (R,)
-each) and columns, and returns what it keeps of every row (`row_out`) and every column (`column_out`), sums over the whole
-chunk (`totals`), and the chunk's slope ∂loss/∂(scale·s) where one is asked for. A new loss is a new entry of `EPILOGUES`,
-here and in `gssf_triton.kernels.epilogues`.
+each) and columns, and returns what it keeps of every row (`row_out`) and every column (`column_out`), sums over the
+whole chunk (`totals`), and the chunk's slope ∂loss/∂(scale·s) where one is asked for. A new loss is a new entry of
+`EPILOGUES`, here and in `gssf_triton.kernels.epilogues`.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ Merge = Callable[[Tensor, Tensor], Tensor]
 class Epilogue:
     """`merge(old, new)` joins two states (outputs, X) of the same rows, `old` of the columns that come first.
 
-    `row_empty` and `column_empty` are the states before anything is merged, a number an output; `index_output` is the one
-    that counts within the chunk. Merging in a fixed order gives the same bits; any order gives the same mathematics, which
-    is what lets chunks and GPUs share one definition.
+    `row_empty` and `column_empty` are the states before anything is merged, a number an output; `index_output` is the
+    one that counts within the chunk. Merging in a fixed order gives the same bits; any order gives the same
+    mathematics, which is what lets chunks and GPUs share one definition.
     """
 
     tile: Callable[[Chunk], Kept]
@@ -167,8 +167,8 @@ def _softmax_stats(sums: bool, columns: bool) -> Callable[[Chunk], Kept]:
     def tile(chunk: Chunk) -> Kept:
         """(max, Σ exp, then with `sums` Σ z and the count) of the scaled logits z, of each row and each column.
 
-        Rows also keep their match's similarity, last: from the product that fills the sums, so that a row with no negative
-        has a loss of exactly 0.
+        Rows also keep their match's similarity, last: from the product that fills the sums, so that a row with no
+        negative has a loss of exactly 0.
         """
         excluded = chunk.duplicates()
         match = chunk.s.new_zeros(chunk.shape[0])
@@ -231,9 +231,7 @@ def _sigmoid(chunk: Chunk) -> Kept:
         else:
             slope = torch.where(chunk.same, -slope, slope)
         totals = torch.stack((_weighted_sum(slope, chunk.s), slope.sum()))
-    return Kept(
-        row[None], _nothing(chunk, chunk.shape[1]), chunk.s.new_zeros(2) if totals is None else totals, slope
-    )
+    return Kept(row[None], _nothing(chunk, chunk.shape[1]), chunk.s.new_zeros(2) if totals is None else totals, slope)
 
 
 # --------------------------------------------------------------------------------------------------------------- hinge

@@ -1,0 +1,250 @@
+"""The losses as modules that hold the metric and their own learned scalars; exported by `gssf_triton.nn`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gssf_triton.losses.distillation import distillation_loss
+from gssf_triton.losses.info_nce import info_nce
+from gssf_triton.losses.sigmoid import sigmoid_loss
+from gssf_triton.losses.triplet import triplet_loss
+
+
+class Metric(Protocol):
+    """What a loss reads of its metric: `gssf_triton.nn.GSSF`, or anything with these attributes."""
+
+    W_diag: nn.Parameter | None
+    W_blocks: nn.Parameter | None
+    normalize: bool
+
+
+class _MetricLoss(nn.Module):
+    def __init__(self, metric: Metric, reduction: str, group: Any, backend: str) -> None:
+        super().__init__()
+        self.metric = metric
+        self.reduction = reduction
+        self.group = group
+        self.backend = backend
+
+    def _metric(self) -> dict[str, Any]:
+        metric: Any = self.metric
+        return {"W_diag": metric.W_diag, "W_blocks": metric.W_blocks, "normalize": metric.normalize}
+
+    def _common(self) -> dict[str, Any]:
+        return {"reduction": self.reduction, "group": self.group, "backend": self.backend}
+
+
+class _ScaledLoss(_MetricLoss):
+    """Holds the logarithm of logit_scale, as CLIP does, so that it stays positive; `max_logit_scale` bounds it."""
+
+    def __init__(
+        self,
+        metric: Metric,
+        logit_scale: float,
+        learn_scale: bool,
+        max_logit_scale: float,
+        reduction: str,
+        group: Any,
+        backend: str,
+    ) -> None:
+        super().__init__(metric, reduction, group, backend)
+        if not logit_scale > 0:
+            raise ValueError(f"logit_scale must be positive, got {logit_scale}")
+        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learn_scale)
+        self.max_logit_scale = max_logit_scale
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """What the similarities are multiplied by, () float32."""
+        return self.log_logit_scale.exp().clamp(max=self.max_logit_scale)
+
+
+class InfoNCELoss(_ScaledLoss):
+    """`gssf_triton.info_nce` with a metric and a learned logit_scale.
+
+    Args:
+        metric: A `gssf_triton.nn.GSSF`; its weights are this module's parameters too.
+        logit_scale: Where the scale starts; CLIP's 1 / 0.07.
+        learn_scale: Learn the scale; `max_logit_scale` bounds it, 100 as in CLIP.
+        symmetric: As in `info_nce`.
+        label_smoothing: As in `info_nce`.
+        reduction: As in `info_nce`.
+        group: As in `info_nce`.
+        backend: As in `info_nce`.
+
+    Example:
+        >>> import torch
+        >>> from gssf_triton.nn import GSSF, InfoNCELoss
+        >>> loss = InfoNCELoss(GSSF(dim=64, block_size=16))
+        >>> loss(torch.randn(8, 64), torch.randn(8, 64)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        *,
+        logit_scale: float = 1 / 0.07,
+        learn_scale: bool = True,
+        max_logit_scale: float = 100.0,
+        symmetric: bool = True,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
+        self.symmetric = symmetric
+        self.label_smoothing = label_smoothing
+
+    def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The loss of a (N, D) against b (N, D), b[i] matching a[i]."""
+        return info_nce(
+            a, b, **self._metric(), logit_scale=self.logit_scale, ids=ids, symmetric=self.symmetric,
+            label_smoothing=self.label_smoothing, **self._common(),
+        )  # fmt: skip
+
+
+class SigmoidLoss(_ScaledLoss):
+    """`gssf_triton.sigmoid_loss` with a metric and learned logit_scale and logit_bias.
+
+    Args:
+        metric: A `gssf_triton.nn.GSSF`.
+        logit_scale: Where the scale starts; SigLIP's 10.
+        logit_bias: Where the bias starts; SigLIP's −10.
+        learn_scale: Learn both.
+        max_logit_scale: Bound of the scale.
+        reduction: As in `sigmoid_loss`.
+        group: As in `sigmoid_loss`.
+        backend: As in `sigmoid_loss`.
+
+    Example:
+        >>> import torch
+        >>> from gssf_triton.nn import GSSF, SigmoidLoss
+        >>> loss = SigmoidLoss(GSSF(dim=64, block_size=16))
+        >>> loss(torch.randn(8, 64), torch.randn(8, 64)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        *,
+        logit_scale: float = 10.0,
+        logit_bias: float = -10.0,
+        learn_scale: bool = True,
+        max_logit_scale: float = 1000.0,
+        reduction: str = "mean",
+        group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
+        self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)), requires_grad=learn_scale)
+
+    def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The loss of a (N, D) against b (N, D), b[i] matching a[i]."""
+        return sigmoid_loss(
+            a, b, **self._metric(), logit_scale=self.logit_scale, logit_bias=self.logit_bias, ids=ids,
+            **self._common(),
+        )  # fmt: skip
+
+
+class TripletLoss(_MetricLoss):
+    """`gssf_triton.triplet_loss` with a metric.
+
+    `hardest` is a plain attribute: start with False and set it to True after the warm-up epochs.
+
+    Args:
+        metric: A `gssf_triton.nn.GSSF`.
+        margin: As in `triplet_loss`.
+        hardest: As in `triplet_loss`.
+        reduction: As in `triplet_loss`.
+        group: As in `triplet_loss`.
+        backend: As in `triplet_loss`.
+
+    Attributes:
+        violations: (2,) int64, how many negatives violated the margin in the last call: rows, columns. Not in the
+            state dict.
+
+    Example:
+        >>> import torch
+        >>> from gssf_triton.nn import GSSF, TripletLoss
+        >>> loss = TripletLoss(GSSF(dim=64, block_size=16), hardest=False)
+        >>> loss(torch.randn(8, 64), torch.randn(8, 64)).shape
+        torch.Size([])
+        >>> loss.violations.shape
+        torch.Size([2])
+    """
+
+    violations: Tensor
+
+    def __init__(
+        self,
+        metric: Metric,
+        *,
+        margin: float = 0.2,
+        hardest: bool = True,
+        reduction: str = "sum",
+        group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(metric, reduction, group, backend)
+        self.margin = margin
+        self.hardest = hardest
+        self.register_buffer("violations", torch.zeros(2, dtype=torch.int64), persistent=False)
+
+    def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The loss of a (N, D) against b (N, D), b[i] matching a[i]."""
+        loss, self.violations = triplet_loss(
+            a, b, **self._metric(), margin=self.margin, hardest=self.hardest, ids=ids, return_violations=True,
+            **self._common(),
+        )  # fmt: skip
+        return loss
+
+
+class DistillationLoss(_MetricLoss):
+    """`gssf_triton.distillation_loss` with the student's metric and, if it has one, the teacher's.
+
+    Args:
+        metric: The student's `gssf_triton.nn.GSSF`.
+        teacher: The teacher's `gssf_triton.nn.GSSF`, or None for plain dot products; it is never trained.
+        logit_scale: Multiplies both similarities.
+        reduction: As in `distillation_loss`.
+        group: As in `distillation_loss`.
+        backend: As in `distillation_loss`.
+
+    Example:
+        >>> import torch
+        >>> from gssf_triton.nn import GSSF, DistillationLoss
+        >>> loss = DistillationLoss(GSSF(dim=64, block_size=16), logit_scale=20.0)
+        >>> loss(torch.randn(8, 64), torch.randn(9, 64), torch.randn(8, 32), torch.randn(9, 32)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        teacher: Metric | None = None,
+        *,
+        logit_scale: float = 1 / 0.07,
+        reduction: str = "mean",
+        group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(metric, reduction, group, backend)
+        self.teacher = teacher
+        self.logit_scale = logit_scale
+
+    def forward(self, a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor) -> Tensor:
+        """The loss of the student's a (M, D), b (N, D) given the teacher's (M, E), (N, E)."""
+        teacher: Any = self.teacher
+        return distillation_loss(
+            a, b, **self._metric(), teacher_a=teacher_a, teacher_b=teacher_b,
+            teacher_W_diag=None if teacher is None else teacher.W_diag,
+            teacher_W_blocks=None if teacher is None else teacher.W_blocks,
+            logit_scale=self.logit_scale, **self._common(),
+        )  # fmt: skip
