@@ -78,17 +78,22 @@ def softmax_slope(
 ):  # fmt: skip
     """w·(exp(z − lse) − u) of the row, and with COLUMNS of the column; 0 for matches, which are added outside."""
     z = s * tl.load(scalars)
+    negative = valid & (match == 0) & (same == 0)
     lse = tl.load(rows, mask=mask_m, other=0.0)[:, None]
     weight = tl.load(rows + stride_r, mask=mask_m, other=0.0)[:, None]
     uniform = tl.load(rows + 2 * stride_r, mask=mask_m, other=0.0)[:, None]
-    slope = weight * (tl.exp(z - lse) - uniform)
+    at_match = tl.load(rows + 3 * stride_r, mask=mask_m, other=0.0)[:, None]
+    slope = tl.where(negative, weight * (tl.exp(z - lse) - uniform), 0.0)
+    total = tl.sum(tl.where(negative, slope * (s - at_match), 0.0), 1)
     if COLUMNS:
         lse = tl.load(columns, mask=mask_n, other=0.0)[None, :]
         weight = tl.load(columns + stride_c, mask=mask_n, other=0.0)[None, :]
         uniform = tl.load(columns + 2 * stride_c, mask=mask_n, other=0.0)[None, :]
-        slope += weight * (tl.exp(z - lse) - uniform)
-    slope = tl.where(valid & (match == 0) & (same == 0), slope, 0.0)
-    tl.store(totals, sum_tile(tl.where(valid, slope * s, 0.0)))
+        at_match = tl.load(columns + 3 * stride_c, mask=mask_n, other=0.0)[None, :]
+        part = tl.where(negative, weight * (tl.exp(z - lse) - uniform), 0.0)
+        total += tl.sum(tl.where(negative, part * (s - at_match), 0.0), 1)
+        slope += part
+    tl.store(totals, tl.sum(total, 0))
     return slope
 
 

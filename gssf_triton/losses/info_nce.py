@@ -77,29 +77,29 @@ class _InfoNCE(torch.autograd.Function):
             factor, weight = torch.ones_like(factor), grad.to(wide)
         weight = weight.expand(t.shape[0]) * (0.5 if symmetric else 1.0)
 
-        def vectors(state: Tensor, weights: Tensor) -> Tensor:
-            """(log-sum-exp, weight, what smoothing takes off every softmax) as the slope's epilogue reads them."""
+        def vectors(state: Tensor, weights: Tensor, matches: Tensor) -> Tensor:
+            """(log-sum-exp, weight, what smoothing takes off every softmax, match) as the slope's epilogue reads."""
             lse = log_sum_exp(state).to(wide)
             uniform = (smoothing / state[3]).to(wide) if smoothing else torch.zeros_like(lse)
-            return torch.stack((lse, weights, uniform))
+            return torch.stack((lse, weights, uniform, matches))
 
-        rows = vectors(row, weight)
+        rows = vectors(row, weight, match)
         columns = y.new_empty((0, y.shape[0]), dtype=wide)
         if symmetric:
             weights = ranks.gather(weight) if grad.dim() == 1 else weight.new_full((y.shape[0],), 0.5)
-            columns = vectors(column, weights)
+            columns = vectors(column, weights, ranks.gather(match))
         _, _, totals, d_t, d_y = stream_op(
             f"softmax_slope_{'both' if symmetric else 'rows'}", t, y, None, None, rows, columns, row_ids, column_ids,
             alpha[None], own.start, True, ctx.backend,
         )  # fmt: skip
         z = match * alpha
         at_match = torch.zeros_like(z)
-        for lse, w, uniform in (rows, columns[:, own])[: 2 if symmetric else 1]:
+        for lse, w, uniform, _ in (rows, columns[:, own])[: 2 if symmetric else 1]:
             at_match += w * (torch.expm1(z - lse) + smoothing - uniform)
         d_t = d_t.addcmul_(at_match[:, None], y[own].to(wide))
         d_y[own].addcmul_(at_match[:, None], t.to(wide))
         common = factor * ranks.count
-        d_scale = (totals[0] + (at_match * match).sum()).to(wide) * unit_t * unit_y * common
+        d_scale = totals[0].to(wide) * unit_t * unit_y * common
         return d_t.mul_(common * scale * unit_y), d_y.mul_(common * scale * unit_t), d_scale, *(None,) * 8
 
 

@@ -9,10 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gssf_triton.streaming.epilogues import EPILOGUES, Chunk, Epilogue, Kept
-
-#: States are kept in float64: M + N numbers, in which sums over a million columns and their indices stay exact.
-STATE_DTYPE = torch.float64
+from gssf_triton.streaming.epilogues import EPILOGUES, STATE_DTYPE, Chunk, Epilogue, Kept
 
 
 @dataclass(frozen=True)

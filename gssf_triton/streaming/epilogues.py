@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: States are kept in float64: M + N numbers, in which sums over a million columns and their indices stay exact.
+STATE_DTYPE = torch.float64
+
 #: What a reduction of a state begins with: no similarity seen yet.
 EMPTY_MAX = float("-inf")
 
@@ -138,8 +141,8 @@ def _max_and_sum(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _weighted_sum(x: Tensor, y: Tensor) -> Tensor:
-    """Σ x·y of two chunks, with no third chunk."""
-    return torch.dot(x.reshape(-1), y.reshape(-1))
+    """Σ x·y of two chunks, with no third chunk, by rows: one float32 sum over a whole chunk drifts by 4e-5."""
+    return torch.linalg.vecdot(x, y).sum(dtype=STATE_DTYPE)
 
 
 def _no_totals(chunk: Chunk) -> Tensor:
@@ -187,23 +190,25 @@ def _softmax_stats(sums: bool, columns: bool) -> Callable[[Chunk], Kept]:
 
 def _softmax_slope(columns: bool) -> Callable[[Chunk], Kept]:
     def tile(chunk: Chunk) -> Kept:
-        """w_r·(exp(z − lse_r) − u_r) + the columns' part, 0 for matching pairs; rows hold (lse, w, u) with u = ε/K."""
+        """w·(exp(z − lse) − u) of the row, and with `columns` of the column; 0 for matches, which are added outside.
+
+        Rows and columns hold (lse, w, u, the match's similarity), u = ε/K of label smoothing. The total, the scale's
+        gradient, is Σ slope·(s − match) of both: every row's slopes sum to 0 with its match's, so the match's
+        similarity may be taken off, and with it goes the difference of two large sums that float32 would not survive.
+        """
         excluded = chunk.duplicates()
-        z = chunk.s * chunk.scalars[0]
-        lse, weight, uniform = chunk.rows.unsqueeze(-1)
-        slope = (z - lse).exp_().sub_(uniform).mul_(weight)
-        if columns:
-            lse, weight, uniform = chunk.columns.unsqueeze(-2)
-            slope += z.sub_(lse).exp_().sub_(uniform).mul_(weight)
-        chunk.matches(slope).zero_()
-        if excluded is not None:
-            slope.masked_fill_(excluded, 0.0)
-        return Kept(
-            _nothing(chunk, chunk.shape[0]),
-            _nothing(chunk, chunk.shape[1]),
-            _weighted_sum(slope, chunk.s)[None],
-            slope,
-        )
+        scaled = chunk.s * chunk.scalars[0]
+        total = chunk.s.new_zeros((), dtype=STATE_DTYPE)
+        slope = None
+        for side, dim in ((chunk.rows, -1), (chunk.columns, -2))[: 2 if columns else 1]:
+            lse, weight, uniform, match = side.unsqueeze(dim)
+            part = (scaled - lse).exp_().sub_(uniform).mul_(weight)
+            chunk.matches(part).zero_()
+            if excluded is not None:
+                part.masked_fill_(excluded, 0.0)
+            total = total + _weighted_sum(part, chunk.s) - (part.sum(dim) * match.squeeze(dim)).sum(dtype=STATE_DTYPE)
+            slope = part if slope is None else slope.add_(part)
+        return Kept(_nothing(chunk, chunk.shape[0]), _nothing(chunk, chunk.shape[1]), total[None], slope)
 
     return tile
 
@@ -230,7 +235,7 @@ def _sigmoid(chunk: Chunk) -> Kept:
             chunk.matches(slope).neg_()
         else:
             slope = torch.where(chunk.same, -slope, slope)
-        totals = torch.stack((_weighted_sum(slope, chunk.s), slope.sum()))
+        totals = torch.stack((_weighted_sum(slope, chunk.s), slope.sum(dtype=STATE_DTYPE)))
     return Kept(row[None], _nothing(chunk, chunk.shape[1]), chunk.s.new_zeros(2) if totals is None else totals, slope)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gssf_triton.streaming.chunks import chunk_shape
-from gssf_triton.streaming.driver import STATE_DTYPE, Engine, Operands, TorchEngine, stream
-from gssf_triton.streaming.epilogues import EPILOGUES
+from gssf_triton.streaming.driver import Engine, Operands, TorchEngine, stream
+from gssf_triton.streaming.epilogues import EPILOGUES, STATE_DTYPE
 
 
 def _engine(backend: str, t: Tensor, columns: int) -> Engine:

@@ -1,0 +1,211 @@
+"""The losses where training goes wrong: huge scales, equal features, one pair, only positives, nothing at all, NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from losses_problem import LOSSES, problem
+from torch import Tensor
+
+import gssf_triton
+
+losses = pytest.mark.parametrize("loss", LOSSES)
+
+
+def options(loss: str, teacher: Tensor | None = None) -> dict[str, object]:
+    given: dict[str, object] = {} if loss == "triplet_loss" else {"logit_scale": 5.0}
+    if loss == "sigmoid_loss":
+        given["logit_bias"] = -2.0
+    if loss == "distillation_loss":
+        given |= {"teacher_a": teacher, "teacher_b": teacher}
+    return given
+
+
+@losses
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing(loss: str, reduction: str, backend: str, device: str) -> None:
+    """An empty batch: 0, with gradients of 0."""
+    p = problem(loss, 0, reduction=reduction, device=device)
+    out = p.call(backend)
+    assert out.shape == ((0,) if reduction == "none" else ())
+    assert float(out.detach().sum()) == 0
+    out.sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in p.leaves.values())
+
+
+def test_one_pair(backend: str, device: str) -> None:
+    """No negative: InfoNCE and the hinge are exactly 0, and so are their gradients."""
+    for loss in ("info_nce", "triplet_loss"):
+        for hardest in (True, False):
+            extra = {} if loss == "info_nce" else {"hardest": hardest}
+            p = problem(loss, 1, device=device, **extra)
+            out = p.call(backend)
+            assert float(out.detach()) == 0
+            out.backward()
+            assert all(x.grad is not None and not x.grad.any() for x in p.leaves.values())
+    p = problem("sigmoid_loss", 1, device=device)
+    p.check(backend, factor=3)
+
+
+def test_only_positives(backend: str, device: str) -> None:
+    """All ids equal: no negatives for InfoNCE and the hinge, all pairs positive for the sigmoid."""
+    for loss in ("info_nce", "triplet_loss", "sigmoid_loss"):
+        p = problem(loss, 19, device=device)
+        p.fixed["ids"] = torch.full((19,), 7, device=device)
+        if loss == "sigmoid_loss":
+            p.check(backend, factor=3)
+            continue
+        out = p.call(backend)
+        out.backward()
+        assert float(out.detach()) == 0
+        assert all(x.grad is not None and not x.grad.any() for x in p.leaves.values())
+
+
+def test_all_equal(backend: str, device: str) -> None:
+    """Collapse: InfoNCE is log N, the hinge 2 · margin · N with every row and column violated, and nothing is NaN."""
+    N, D = 23, 8
+    a = torch.full((N, D), 0.5, device=device, requires_grad=True)
+    weight = torch.ones(D, device=device)
+    loss = gssf_triton.info_nce(a, a, weight, logit_scale=20.0, backend=backend)
+    torch.testing.assert_close(loss, torch.tensor(math.log(N), device=device))
+    (grad,) = torch.autograd.grad(loss, [a])
+    assert grad.abs().max() < 1e-6
+    hinge, violations = gssf_triton.triplet_loss(a, a, weight, margin=0.2, return_violations=True, backend=backend)
+    torch.testing.assert_close(hinge, torch.tensor(2 * 0.2 * N, device=device))
+    assert violations.tolist() == [N, N]
+    hinge, violations = gssf_triton.triplet_loss(
+        a, a, weight, margin=0.2, hardest=False, return_violations=True, backend=backend
+    )
+    torch.testing.assert_close(hinge, torch.tensor(2 * 0.2 * N * (N - 1), device=device))
+    assert violations.tolist() == [N * (N - 1)] * 2
+
+
+@losses
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_features_and_a_scale_of_100(loss: str, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Rows of norm 1e3, unnormalised: logits of 1e8 in half-precision features, finite and right."""
+    p = problem(loss, 31, G=2, B=8, dtype=dtype, scale=100.0, device=device)
+    for name in ("a", "b", "teacher_a", "teacher_b"):
+        for tensors in (p.leaves, p.fixed):
+            if name in tensors:
+                x = tensors[name]
+                assert x is not None
+                row_norm = x.detach().double().norm(dim=1, keepdim=True)
+                tensors[name] = (x.detach().double() / row_norm * 1e3).to(dtype).requires_grad_(name in p.leaves)
+    loss_value = p.call(backend)
+    expected, _ = p.exact()
+    torch.testing.assert_close(loss_value.double().cpu(), expected.detach(), rtol=2e-3, atol=1e-3)
+    loss_value.backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in p.leaves.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-3), (torch.float16, 2e-3)], ids=str
+)
+def test_gradients_at_a_scale_of_100(dtype: torch.dtype, allowed: float, backend: str, device: str) -> None:
+    """The regime of a trained CLIP: scale 100, and matching pairs about as near each other as the hardest negatives.
+
+    A loss that keeps its similarities in half precision is off by percents here.
+    """
+    N, D, noise = (96, 256, 4.0) if device == "cpu" and backend == "triton" else (1024, 512, 6.0)
+    p = problem("info_nce", N, G=D // 32, B=32, dtype=dtype, scale=100.0, kind="diag", normalize=True, device=device)
+    a = torch.randn(N, D, dtype=torch.float64)
+    noisy = a + noise * torch.randn(N, D, dtype=torch.float64)
+    p.leaves["a"], p.leaves["b"] = (x.to(device, dtype).requires_grad_() for x in (a, noisy))
+    p.leaves["W_diag"] = (1 + 0.1 * torch.randn(D, device=device)).requires_grad_()
+    p.call(backend).backward()
+    expected, exact = p.exact()
+    expected.backward()
+    for name, x in p.leaves.items():
+        assert x.grad is not None
+        reference = exact[name].grad
+        assert reference is not None
+        error = (x.grad.double().cpu() - reference).norm() / reference.norm()
+        # The gradient itself is rounded to its tensor's dtype: bfloat16 has 8 bits.
+        assert error <= allowed, f"d{name} is off by {error:.2g}"
+
+
+@losses
+def test_nan_is_not_hidden(loss: str, backend: str, device: str) -> None:
+    """One NaN feature reaches the loss."""
+    p = problem(loss, 40, device=device)
+    with torch.no_grad():
+        p.leaves["a"][3, 2] = float("nan")
+    assert p.call(backend).isnan()
+
+
+def test_ties_give_the_gradient_to_the_lowest_index(backend: str, device: str) -> None:
+    a = torch.eye(4, device=device, requires_grad=True)
+    b = torch.full((4, 4), 0.9, device=device)
+    b.fill_diagonal_(1.0)
+    b.requires_grad_()
+    gssf_triton.triplet_loss(a, b, torch.ones(4, device=device), margin=0.2, backend=backend).backward()
+    # Row 0's hardest negative is column 1, every other row's column 0; columns likewise. b[1] and b[0] are pushed.
+    assert b.grad is not None
+    expected = torch.autograd.functional.jacobian(
+        lambda y: sum(
+            (0.2 + (a[i] * y[1 if i == 0 else 0]).sum() - (a[i] * y[i]).sum())
+            + (0.2 + (a[1 if i == 0 else 0] * y[i]).sum() - (a[i] * y[i]).sum())
+            for i in range(4)
+        ),
+        b.detach(),
+    )
+    torch.testing.assert_close(b.grad, expected)
+
+
+BAD = [
+    ({"b": torch.randn(5, 8)}, ValueError, "same number of rows"),
+    ({"b": torch.randn(4, 6)}, ValueError, "same D"),
+    ({"a": torch.randn(2, 4, 8)}, ValueError, "a must have 2 dimensions"),
+    ({"a": torch.ones(4, 8, dtype=torch.int64)}, ValueError, "a must be float16"),
+    ({"a": "four"}, TypeError, "a must be a torch.Tensor"),
+    ({"b": torch.randn(4, 8).double()}, ValueError, "same dtype"),
+    ({"W_diag": None}, ValueError, "no weight given"),
+    ({"W_diag": torch.ones(7)}, ValueError, "W_diag must have shape"),
+    ({"reduction": "median"}, ValueError, "reduction must be one of"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ({"group": 3}, TypeError, "group must be"),
+]
+BAD_IDS = [
+    ({"ids": torch.arange(3)}, ValueError, r"ids must have shape \(4,\)"),
+    ({"ids": torch.rand(4)}, ValueError, "ids must be integers"),
+    ({"ids": [1, 2, 3, 4]}, TypeError, "ids must be a torch.Tensor"),
+]
+
+
+@losses
+def test_bad_input_names_the_argument(loss: str) -> None:
+    good = {"a": torch.randn(4, 8), "b": torch.randn(4, 8), "W_diag": torch.ones(8)} | options(loss, torch.randn(4, 8))
+    for change, error, message in BAD + (BAD_IDS if loss != "distillation_loss" else []):
+        if loss == "distillation_loss" and message == "same number of rows":
+            message = "teacher_b must have 5 rows"
+        with pytest.raises(error, match=message):
+            getattr(gssf_triton, loss)(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("loss", "change", "error", "message"),
+    [
+        ("info_nce", {"logit_scale": torch.ones(2)}, ValueError, "logit_scale must be a number or a tensor of one"),
+        ("info_nce", {"logit_scale": "5"}, TypeError, "logit_scale must be a number"),
+        ("info_nce", {"logit_scale": torch.tensor(5)}, ValueError, "logit_scale must be floating point"),
+        ("info_nce", {"label_smoothing": 1.0}, ValueError, "label_smoothing must be at least 0 and less than 1"),
+        ("info_nce", {"label_smoothing": "a"}, TypeError, "label_smoothing must be a number"),
+        ("sigmoid_loss", {"logit_bias": None}, TypeError, "logit_bias must be a number"),
+        ("triplet_loss", {"margin": "wide"}, TypeError, "margin must be a number"),
+        ("distillation_loss", {"teacher_a": torch.randn(3, 8)}, ValueError, "teacher_a must have 4 rows"),
+        (
+            "distillation_loss",
+            {"teacher_b": torch.randn(4, 5)},
+            ValueError,
+            "teacher_a and teacher_b must have the same D",
+        ),
+        ("distillation_loss", {"teacher_a": None}, TypeError, "teacher_a must be a torch.Tensor"),
+    ],
+)
+def test_bad_options(loss: str, change: dict[str, object], error: type[Exception], message: str) -> None:
+    good = {"a": torch.randn(4, 8), "b": torch.randn(4, 8), "W_diag": torch.ones(8)} | options(loss, torch.randn(4, 8))
+    with pytest.raises(error, match=message):
+        getattr(gssf_triton, loss)(**(good | change))
