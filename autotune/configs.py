@@ -114,7 +114,8 @@ def stream_config(dtype: torch.dtype, arch: str, *, teacher: bool = False) -> Pa
     if dtype == torch.float64:
         return PairwiseConfig(32, 32, 16, num_warps=4, num_stages=1)
     if dtype == torch.float32:
-        return PairwiseConfig(64, 32 if teacher else 64, 32, num_warps=4, num_stages=2)
+        warps = 8 if arch.startswith("sm_") else 4
+        return PairwiseConfig(64, 32 if teacher else 64, 32, num_warps=warps, num_stages=2)
     if is_small_memory(arch):
         return PairwiseConfig(64, 64, 32, num_warps=4, num_stages=2)
     if teacher:
@@ -158,5 +159,6 @@ def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> Gra
             return GradientConfig(32, 32, block_c, 16, num_warps=8, num_stages=1)
     # Three TF32 products to an exact one: [16, 256] numbers of R, high and low parts, are all of a thread's registers.
     apart = block_c > 128 and dtype == torch.float32 and not tf32 and arch.startswith("sm_")
-    wide = block_c > 128 and arch.startswith("sm_")
+    # With four warps the compiler for sm_100 settles on 96 or 128 registers for blocks of up to 32, and spills two words.
+    wide = (block_c > 128 and arch.startswith("sm_")) or (block_c <= 64 and arch.startswith("sm_10"))
     return GradientConfig(16, 32, block_c, 16, num_warps=8 if wide else 4, num_stages=1, rows_apart=apart)
