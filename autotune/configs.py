@@ -1,8 +1,9 @@
-"""Tile configurations: frozen data from a pure function of (shape, dtype, architecture), with no GPU touched.
+"""Configurations: frozen data, and the model's choice of it, a pure function of (shape, dtype, architecture).
 
-An architecture is "sm_80", "sm_90", "sm_100", "gfx942", … or "interpreter". The numbers rest on the compile gate
-(`make aot`): every configuration these functions can return fits the target's shared memory, spills no register and
-uses its tensor cores. They have not been timed on a GPU.
+No GPU is touched. An architecture is "sm_80", "sm_90", "sm_100", "gfx942", … or "interpreter". The numbers rest on the
+compile gate (`make aot`): every configuration these functions can return fits the target's shared memory, spills no
+register and uses its tensor cores. They have not been timed on a GPU: where a table of measured configurations has
+something to say (`lookup`), it is asked first.
 """
 
 from __future__ import annotations
@@ -52,6 +53,14 @@ class GradientConfig:
     num_stages: int
     max_splits: int = 32
     rows_apart: bool = False
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What the streaming torch backend holds of S at a time: a chunk of `rows` × `columns`."""
+
+    rows: int
+    columns: int
 
 
 #: The smallest side Triton's dot takes.
@@ -141,3 +150,8 @@ def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> Gra
     apart = block_c > 128 and dtype == torch.float32 and not tf32 and arch.startswith("sm_")
     wide = block_c > 128 and arch.startswith("sm_")
     return GradientConfig(16, 32, block_c, 16, num_warps=8 if wide else 4, num_stages=1, rows_apart=apart)
+
+
+def stream_config(device_type: str) -> StreamConfig:
+    """The streaming torch backend's chunk: S of 16 MB in float32 on a CPU, which its caches share; 256 MB on a GPU."""
+    return StreamConfig(1024, 4096) if device_type == "cpu" else StreamConfig(4096, 16384)
