@@ -31,7 +31,7 @@ from gssf_triton.autotune.shapes import (
 )
 from gssf_triton.autotune.space import SPACES, TORCH_KERNELS
 from gssf_triton.autotune.store import Store
-from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped
+from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped, shipped_for
 from gssf_triton.autotune.targets import SHIPPED_DEVICES
 
 
@@ -154,13 +154,16 @@ def show(args: argparse.Namespace) -> int:
     for shape in _shapes(args, "quick"):
         print(f"M={shape.M} N={shape.N} D={shape.D} B={shape.B} {shape.dtype}")
         tf32 = shape.dtype == "tf32"
-        for kernel, M, N, B in dict.fromkeys(calls_of(shape, args.kernel or default)):
+        lines: dict[str, None] = {}  # an ordered set: both gradients of a square S ask for the same
+        for kernel, M, N, B in calls_of(shape, args.kernel or default):
             key = make_key(kernel, shape.dtype, M, N, shape.D, B)
             device, entries = _tables_for(key, where, args.target)
             fallback = model.choice(kernel, M, N, shape.D, B, dtype_of(shape.dtype), device.arch, tf32=tf32)
             answer = lookup.find(key, device, entries, fallback)
             seconds = answer.entry.seconds if answer.entry else None
-            print(f"  {key}\n    {answer.config}\n    {answer.why}" + (f", {seconds * 1e3:.4g} ms" if seconds else ""))
+            time = f", {seconds * 1e3:.4g} ms" if seconds else ""
+            lines[f"  {key}\n    {answer.config}\n    {answer.why}{time}"] = None
+        print("\n".join(lines))
     return 0
 
 
@@ -256,7 +259,7 @@ def doctor(args: argparse.Namespace) -> int:
     where = _device(args.device)
     device = devices.identify_for_torch(where)
     try:
-        tables = ", ".join(table.slug for table in shipped() if table.serves(device)) or "none for this device"
+        tables = ", ".join(table.slug for table in shipped_for(device)) or "none for this device"
     except TableError as fault:
         tables = f"DAMAGED: {fault}"
     sample = torch.empty(1, 1, device=where, dtype=torch.bfloat16)

@@ -23,7 +23,7 @@ from gssf_triton.autotune.keys import WITHOUT_COLUMNS, Key, distance, make_key, 
 from gssf_triton.autotune.plans import Plan, PlanChoice, forced_plan
 from gssf_triton.autotune.space import SPACES, TORCH_KERNELS, Config
 from gssf_triton.autotune.store import Store
-from gssf_triton.autotune.tables import Entry, TableError, shipped
+from gssf_triton.autotune.tables import Entry, TableError, shipped_for
 
 #: Answers remembered before all are forgotten: a program whose every batch has another size must not grow for ever.
 MOST_REMEMBERED = 16_384
@@ -57,13 +57,12 @@ def forget() -> None:
         _stores.clear()
         _entries.clear()
         _tried.clear()
-        shipped.cache_clear()
 
 
 def shipped_entries(device: Device) -> dict[Key, Entry]:
     """What the package's own tables hold for a device."""
     try:
-        return {key: entry for table in shipped() if table.serves(device) for key, entry in table.entries.items()}
+        return {key: entry for table in shipped_for(device) for key, entry in table.entries.items()}
     except TableError as fault:
         warnings.warn(f"a table of the package is damaged ({fault}): going on with the model", stacklevel=2)
         return {}

@@ -93,10 +93,10 @@ class Timing:
         return cls(median, (high - low) / median)
 
 
-def measure(calls: Sequence[Call], clock: Clock, rounds: int) -> list[Timing]:
+def measure(calls: Sequence[Call], clock: Clock, rounds: int, warm_up: int = WARM_UP) -> list[Timing]:
     """The timing of each call, from `rounds` samples taken in turn, every other round backwards."""
     for call in calls:
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             clock.sample(call)
     samples: list[list[float]] = [[] for _ in calls]
     for number in range(rounds):

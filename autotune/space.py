@@ -46,6 +46,15 @@ class Space:
                 yield config
 
 
+#: Entries of S that a streaming loop holds at most: 256 MB in float32.
+MOST_STREAMED = 2**26
+
+
+def _stream_fits(config: StreamConfig, key: Key) -> bool:
+    """A chunk must not be what streaming is there to avoid."""
+    return config.rows * config.columns <= MOST_STREAMED
+
+
 def _gradient_fits(config: GradientConfig, key: Key) -> bool:
     """A program owns whole blocks, and its epilogue walks them in whole steps."""
     return padded_block(key.B) <= config.BLOCK_C and config.BLOCK_C % config.BLOCK_P == 0
@@ -94,6 +103,7 @@ _GRADIENT_PLAN = Space(PlanChoice, {"kind": ("one_pass", "fold_product"), "fold"
 _STREAM = Space(
     StreamConfig,
     {"rows": (256, 512, 1024, 2048, 4096, 8192), "columns": (1024, 2048, 4096, 8192, 16384, 32768)},
+    _stream_fits,
 )
 
 #: Kernel → space. "product" is the one-pass kernel with nothing to fold, "terms" with an accumulator for each term.

@@ -85,6 +85,7 @@ class Store:
         self.device = device
         self.path = path or path_for(device)
         self._warned: set[str] = set()
+        self._unsaved: dict[Key, Entry] = {}
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -113,7 +114,9 @@ class Store:
         return table
 
     def _set_aside(self, fault: TableError) -> None:
-        aside = self.path.with_name(f"{self.path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        # To the nanosecond: no broken file may take the place of another.
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+        aside = self.path.with_name(f"{self.path.name}.broken-{stamp}")
         try:
             os.replace(self.path, aside)
         except FileNotFoundError:
@@ -169,6 +172,7 @@ class Store:
         Of two results for one key the earlier stays, so that every process runs the same configuration; `overwrite`
         is for tuning anew.
         """
+        found = {**self._unsaved, **found}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked():
@@ -176,13 +180,16 @@ class Store:
                 entries = {**table.entries, **found} if overwrite else {**found, **table.entries}
                 if entries != table.entries or not self.path.exists():
                     self._replace(render(replace(table, entries=entries)))
-                return entries
         except OSError as fault:
+            self._unsaved = found
             self._warn(
                 "unwritable",
                 f"tuning results cannot be saved in {self.path.parent} ({fault}): they hold for this process only",
             )
-            return {**self.read(), **found} if overwrite else {**found, **self.read()}
+            held = self.read()
+            return {**held, **found} if overwrite else {**found, **held}
+        self._unsaved = {}
+        return entries
 
     def _replace(self, text: str) -> None:
         """Whole or not at all. Under the lock one name will do, and what a killed writer left is overwritten."""

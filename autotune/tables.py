@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,9 @@ class Table:
     entries: Mapping[Key, Entry] = field(default_factory=dict)
 
     def serves(self, device: Device) -> bool:
-        return device.arch == self.arch and device.name.startswith(self.names)
+        """Whether its entries are for this device; a CPU's are for one number of threads."""
+        same_threads = self.arch != "cpu" or device.slug == self.slug
+        return device.arch == self.arch and same_threads and device.name.startswith(self.names)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -127,12 +128,8 @@ def _parse_entry(row: object, arch: str) -> tuple[Key, Entry]:
     )  # fmt: skip
 
 
-def parse(text: str) -> Table:
-    """The table that a file's text describes.
-
-    Raises:
-        TableError: text that is no table, or one with anything in it that must not be used.
-    """
+def _load(text: str) -> tuple[Table, list[Any]]:
+    """A table without its entries, and those as they stand in the file."""
     try:
         data = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as fault:
@@ -146,18 +143,26 @@ def parse(text: str) -> Table:
     _check(isinstance(names, list) and bool(names), f"names must be a list of names, got {names!r}")
     _check(isinstance(identity, dict), f"identity must be an object, got {identity!r}")
     _check(isinstance(rows, list), f"entries must be a list, got {type(rows).__name__}")
+    names = tuple(_text(name, "a name") for name in names)
+    return Table(slug, arch, names, {k: _text(v, "identity") for k, v in identity.items()}), rows
+
+
+def _fill(table: Table, rows: list[Any]) -> Table:
     entries: dict[Key, Entry] = {}
     for row in rows:
-        key, entry = _parse_entry(row, arch)
+        key, entry = _parse_entry(row, table.arch)
         _check(key not in entries, f"{key} stands twice")
         entries[key] = entry
-    return Table(
-        slug,
-        arch,
-        tuple(_text(name, "a name") for name in names),
-        {_text(k, "identity"): _text(v, "identity") for k, v in identity.items()},
-        entries,
-    )
+    return replace(table, entries=entries)
+
+
+def parse(text: str) -> Table:
+    """The table that a file's text describes.
+
+    Raises:
+        TableError: text that is no table, or one with anything in it that must not be used.
+    """
+    return _fill(*_load(text))
 
 
 def _row(key: Key, entry: Entry) -> dict[str, Any]:
@@ -185,20 +190,34 @@ def render(table: Table) -> str:
     return "{\n" + "\n".join(lines) + '\n  "entries": [\n' + body + ("\n" if rows else "") + "  ]\n}\n"
 
 
-@cache
-def shipped() -> tuple[Table, ...]:
+def _shipped(wanted: Callable[[Table], bool]) -> list[Table]:
+    found = []
+    for path in sorted(SHIPPED.glob("*.json")):
+        try:
+            table, rows = _load(path.read_text(encoding="utf-8"))
+            if wanted(table):
+                found.append(_fill(table, rows))
+        except TableError as fault:
+            raise TableError(f"{path}: {fault}") from None
+    return found
+
+
+def shipped() -> list[Table]:
     """The tables that come with the package, by file name.
 
     Raises:
         TableError: a damaged file, named: an installation that is not what was released.
     """
-    found = []
-    for path in sorted(SHIPPED.glob("*.json")):
-        try:
-            found.append(parse(path.read_text(encoding="utf-8")))
-        except TableError as fault:
-            raise TableError(f"{path}: {fault}") from None
-    return tuple(found)
+    return _shipped(lambda table: True)
+
+
+def shipped_for(device: Device) -> list[Table]:
+    """Those of them that serve a device; the others' entries are not even looked at.
+
+    Raises:
+        TableError: as `shipped`.
+    """
+    return _shipped(lambda table: table.serves(device))
 
 
 def model_table(slug: str, arch: str, names: tuple[str, ...], keys: Iterable[Key]) -> Table:

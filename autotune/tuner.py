@@ -30,6 +30,10 @@ from gssf_triton.autotune.workloads import Workload
 NOISE = 0.02
 #: The first look at every candidate, the second at the best few.
 FIRST_ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 25, 4
+#: A candidate's samples at the first look take no longer than this, but are two at least; and one whose first sample is
+#: this many times the best median is looked at no further.
+FIRST_LOOK_SECONDS, HOPELESS = 2.0, 1.5
+FINAL_LOOK_SECONDS = 10.0
 #: Candidates beyond the model's favourites are not looked at.
 MOST_CANDIDATES = 24
 #: On first use somebody is waiting.
@@ -78,6 +82,19 @@ def _agrees(result: Any, reference: list[Tensor], dtype: torch.dtype) -> bool:
     return True
 
 
+def _affordable(budget: float, seconds: float, most: int) -> int:
+    """How many samples of `seconds` fit a budget, from 2 to `most`."""
+    return max(2, min(most, int(budget / seconds) if seconds > 0 else most))
+
+
+def _first_look(call: Callable[[], Any], clock: Clock, rounds: int, best: float | None) -> Timing:
+    """A candidate's timing, from one sample where that says enough."""
+    sample = clock.sample(call)
+    if best is not None and sample > HOPELESS * best:
+        return Timing(sample, 0.0)
+    return measure([call], clock, _affordable(FIRST_LOOK_SECONDS, sample, rounds), warm_up=0)[0]
+
+
 def tune_key(
     key: Key,
     order: Sequence[Config],
@@ -117,7 +134,9 @@ def tune_key(
                 warnings.warn(f"{config} computes something else for {key}: passed over", stacklevel=2)
                 continue
             del result
-            (timings[config],) = measure([call], clock, rounds[0])
+            timings[config] = _first_look(
+                call, clock, rounds[0], min((t.seconds for t in timings.values()), default=None)
+            )
         except Exception as error:  # a compiler or driver that refuses a tile: the others are still there
             last = error
             continue
@@ -130,7 +149,9 @@ def tune_key(
     finalists = [c for c in finalists if c in calls]
     if deadline is not None and clock.now() >= deadline:
         raise OutOfTime(str(key))
-    final = dict(zip(finalists, measure([calls[c] for c in finalists], clock, rounds[1]), strict=True))
+    slowest = max(timings[c].seconds for c in finalists)
+    often = _affordable(FINAL_LOOK_SECONDS / len(finalists), slowest, rounds[1])
+    final = dict(zip(finalists, measure([calls[c] for c in finalists], clock, often), strict=True))
     chosen = settle(finalists, final)
     return chosen, final[chosen]
 

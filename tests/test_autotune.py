@@ -75,7 +75,9 @@ def test_force_plan_holds_inside_and_ends_with_the_block() -> None:
         assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2).kind == "one_pass"
     assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2) == free
     with (
-        pytest.raises(ValueError, match="kind must be one of 'one_pass', 'fold_product', 'fold_own_product', got 'fast'"),
+        pytest.raises(
+            ValueError, match="kind must be one of 'one_pass', 'fold_product', 'fold_own_product', got 'fast'"
+        ),
         plans.force_plan("fast"),
     ):
         pass
