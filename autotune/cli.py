@@ -149,7 +149,8 @@ def _named_device(name: str) -> Device:
 
 def show(args: argparse.Namespace) -> int:
     """What would run for each shape, and why."""
-    where = None if args.target else _device(args.device)
+    target = _named_device(args.target) if args.target else None
+    where = None if target else _device(args.device)
     default = GPU_KERNELS if where is None or where.type == "cuda" else CPU_KERNELS
     for shape in _shapes(args, "quick"):
         print(f"M={shape.M} N={shape.N} D={shape.D} B={shape.B} {shape.dtype}")
@@ -157,7 +158,7 @@ def show(args: argparse.Namespace) -> int:
         lines: dict[str, None] = {}  # an ordered set: both gradients of a square S ask for the same
         for kernel, M, N, B in calls_of(shape, args.kernel or default):
             key = make_key(kernel, shape.dtype, M, N, shape.D, B)
-            device, entries = _tables_for(key, where, args.target)
+            device, entries = _tables_for(key, where, target)
             fallback = model.choice(kernel, M, N, shape.D, B, dtype_of(shape.dtype), device.arch, tf32=tf32)
             answer = lookup.find(key, device, entries, fallback)
             seconds = answer.entry.seconds if answer.entry else None
@@ -167,11 +168,11 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tables_for(key: Key, where: torch.device | None, target: str | None) -> tuple[Device, dict[Key, Entry]]:
-    if where is None:
-        assert target is not None
-        device = _named_device(target)
-        return device, lookup.shipped_entries(device)
+def _tables_for(key: Key, where: torch.device | None, target: Device | None) -> tuple[Device, dict[Key, Entry]]:
+    """The device that a key's kernel runs on, and what tables hold for it: the package's alone for one not here."""
+    if target is not None:
+        return target, lookup.shipped_entries(target)
+    assert where is not None
     device = devices.identify_for_torch(where) if key.kernel in TORCH_KERNELS else devices.identify(where)
     return device, {} if mode.mode() == "off" else dict(lookup.entries_for(device))
 

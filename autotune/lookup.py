@@ -189,7 +189,8 @@ def choose(
     if tf32 is None:
         tf32 = torch.get_float32_matmul_precision() != "highest"
     deterministic = torch.are_deterministic_algorithms_enabled()
-    shape = (kernel, where, dtype, M, N, D, B, batch, tf32, deterministic)
+    threads = torch.get_num_threads() if kernel in TORCH_KERNELS else 0
+    shape = (kernel, where, dtype, M, N, D, B, batch, tf32, deterministic, threads)
     config = _remembered.get(shape)
     if config is None:
         config, lasting = _resolve(kernel, where, dtype, M, N, D, B, batch, tf32)

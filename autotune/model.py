@@ -51,7 +51,7 @@ def _pipelined(numerics: str, arch: str, rows: int) -> bool:
 
 
 def tile_usage(config: PairwiseConfig, B: int, numerics: str, arch: str, *, terms: bool = False) -> Usage:
-    """The one-pass kernel's; B = 0 for the product alone."""
+    """The one-pass kernel's; B = 0 for the product alone (a diagonal beside it takes no more)."""
     itemsize = dtype_of(numerics).itemsize
     threads = config.num_warps * ARCHITECTURES[arch].warp
     a = config.BLOCK_M * config.BLOCK_K * itemsize

@@ -275,10 +275,9 @@ def test_a_plans_table_decides_for_the_operator(monkeypatch: pytest.MonkeyPatch)
 def test_tables_belong_to_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs of different kinds in one process, each with its own."""
     tiles = {H100: PairwiseConfig(64, 128, 64, 4, 3), OTHER_GPU: PairwiseConfig(64, 64, 64, 4, 3)}
-    for index, (device, tile) in enumerate(tiles.items()):
+    for device, tile in tiles.items():
         with pretend(monkeypatch, device):
             lookup.learn(device, {Key("pairwise", "bf16", 256, 64, 1024, 1024): measured(tile)})
-        assert index < 2
     found = {}
     monkeypatch.setattr(lookup, "identify", lambda where: list(tiles)[where.index])
     for index, device in enumerate(tiles):
