@@ -138,7 +138,7 @@ def tuning() -> Iterator[None]:
 
 def _may_tune(device: Device, where: torch.device) -> bool:
     """Whether this is a moment at which the tuner may run."""
-    if _tuning or mode.is_tracing() or mode.is_capturing(where):
+    if _tuning or where.type not in ("cuda", "cpu") or mode.is_tracing() or mode.is_capturing(where):
         return False
     return device.arch != "interpreter" or mode.interpreter_may_be_tuned()
 

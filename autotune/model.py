@@ -17,7 +17,7 @@ from gssf_triton.autotune.configs import FoldConfig, GradientConfig, PairwiseCon
 from gssf_triton.autotune.keys import Key, dtype_of
 from gssf_triton.autotune.plans import PlanChoice
 from gssf_triton.autotune.space import SPACES, TORCH_KERNELS, Config
-from gssf_triton.autotune.targets import ARCHITECTURES
+from gssf_triton.autotune.targets import ARCHITECTURES, kin, shared_bytes
 
 #: Numbers a thread may hold in accumulators beside the operands in flight, found by compiling the tiles around them:
 #: with nothing to fold, with blocks that fit a chunk of channels, and with blocks split over chunks.
@@ -42,7 +42,13 @@ class Usage:
     most_accumulators: int
 
     def fits(self, arch: str) -> bool:
-        return self.shared + SLACK <= ARCHITECTURES[arch].shared_bytes and self.accumulators <= self.most_accumulators
+        return self.shared + SLACK <= shared_bytes(arch) and self.accumulators <= self.most_accumulators
+
+
+def _gate_arch(arch: str) -> str:
+    known = kin(arch)
+    assert known is not None, f"{arch} has no shared memory to count"
+    return known
 
 
 def _pipelined(numerics: str, arch: str, rows: int) -> bool:
@@ -52,6 +58,7 @@ def _pipelined(numerics: str, arch: str, rows: int) -> bool:
 
 def tile_usage(config: PairwiseConfig, B: int, numerics: str, arch: str, *, terms: bool = False) -> Usage:
     """The one-pass kernel's; B = 0 for the product alone (a diagonal beside it takes no more)."""
+    arch = _gate_arch(arch)
     itemsize = dtype_of(numerics).itemsize
     threads = config.num_warps * ARCHITECTURES[arch].warp
     a = config.BLOCK_M * config.BLOCK_K * itemsize
@@ -84,6 +91,7 @@ def tile_usage(config: PairwiseConfig, B: int, numerics: str, arch: str, *, term
 
 def rows_usage(config: FoldConfig, B: int, numerics: str, arch: str, most: int) -> Usage:
     """The fold and matched-pairs kernels'."""
+    arch = _gate_arch(arch)
     itemsize = dtype_of(numerics).itemsize
     tile = config.BLOCK_M * config.BLOCK_K
     w = config.BLOCK_K * config.BLOCK_K if B else 0
@@ -93,6 +101,7 @@ def rows_usage(config: FoldConfig, B: int, numerics: str, arch: str, most: int) 
 
 def gradient_usage(config: GradientConfig, numerics: str, arch: str, most: int) -> Usage:
     """The gradient kernel's: R's rows of whole blocks, and the epilogue's products beside them."""
+    arch = _gate_arch(arch)
     itemsize = dtype_of(numerics).itemsize
     threads = config.num_warps * ARCHITECTURES[arch].warp
     step = (config.BLOCK_M + config.BLOCK_C) * config.BLOCK_N * itemsize
@@ -155,7 +164,7 @@ def fits(config: Any, key: Key, arch: str) -> bool:
         return True
     if config == default(key, arch):
         return True
-    if arch not in ARCHITECTURES:
+    if kin(arch) is None:
         return arch == "interpreter"
     if isinstance(config, GradientConfig):
         known = default(key, arch)

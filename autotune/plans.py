@@ -74,7 +74,7 @@ def force_plan(kind: str, fold_b: bool | None = None) -> Iterator[None]:
     """Take this plan for every call inside, in every thread of the process, whatever tables and estimates say.
 
     Meant for tests and benchmarks. Nested blocks are in force inside out; of blocks open in several threads at once the
-    one entered last is.
+    one entered last is. A graph compiled before keeps the plan it was traced with.
 
     Args:
         kind: One of `PLANS`.

@@ -14,7 +14,7 @@ from gssf_triton.autotune import model, plans
 from gssf_triton.autotune.configs import GradientConfig, PairwiseConfig, padded_block
 from gssf_triton.autotune.keys import Key, dtype_of
 from gssf_triton.autotune.space import SPACES, Config
-from gssf_triton.autotune.targets import ARCHITECTURES
+from gssf_triton.autotune.targets import ARCHITECTURES, kin
 
 #: Rows and columns at which a tile's operands come in half as fast as its products go.
 HALF_RATE_SIDE = 48.0
@@ -65,11 +65,11 @@ def seconds(config: Config, key: Key, arch: str) -> float:
         rows = sorted((key.M, key.N), reverse=config.fold == "more")
         itemsize = dtype_of(key.dtype).itemsize
         return plans.plan_seconds(config.kind, 1, rows[0], rows[1], key.D, key.B, itemsize, key.dtype == "tf32")
-    if arch in ARCHITECTURES:
-        if isinstance(config, PairwiseConfig):
-            return _tile_seconds(config, key, arch)
-        if isinstance(config, GradientConfig):
-            return _gradient_seconds(config, key, arch)
+    gpu = kin(arch)
+    if gpu is not None and isinstance(config, PairwiseConfig):
+        return _tile_seconds(config, key, gpu)
+    if gpu is not None and isinstance(config, GradientConfig):
+        return _gradient_seconds(config, key, gpu)
     # Rows and chunks: no estimate tells them apart, so the nearest to the model's choice come first.
     known = model.default(key, arch)
     return sum(abs(math.log2((x + 1) / (y + 1))) for x, y in zip(astuple(config), astuple(known), strict=True))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from gssf_triton.autotune import model
 from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import NUMERICS, ROW_KERNELS, WITHOUT_COLUMNS, Key, bucket
-from gssf_triton.autotune.space import SPACES, TORCH_KERNELS, Config, parse_config
+from gssf_triton.autotune.space import SPACES, Config, parse_config
 
 #: Raised when the file's layout or a configuration's meaning changes: older files are then set aside.
 FORMAT = 1
@@ -218,9 +218,3 @@ def shipped_for(device: Device) -> list[Table]:
         TableError: as `shipped`.
     """
     return _shipped(lambda table: table.serves(device))
-
-
-def model_table(slug: str, arch: str, names: tuple[str, ...], keys: Iterable[Key]) -> Table:
-    """The model's choices for these keys, as a table that says so and gives no time."""
-    usable = (key for key in keys if key.kernel not in TORCH_KERNELS)
-    return Table(slug, arch, names, {}, {key: Entry(model.default(key, arch), "model") for key in usable})

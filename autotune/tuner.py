@@ -71,13 +71,14 @@ def settle(order: Sequence[Config], timings: dict[Config, Timing]) -> Config:
 
 def _tensors(result: Any) -> list[Tensor]:
     parts = result if isinstance(result, (tuple, list)) else (result,)
-    return [part.detach().clone() for part in parts if isinstance(part, Tensor)]
+    return [part.detach() for part in parts if isinstance(part, Tensor)]
 
 
 def _agrees(result: Any, reference: list[Tensor], dtype: torch.dtype) -> bool:
+    wide = torch.promote_types(dtype, torch.float32)  # inside the reduction: S may fill half the memory
     for ours, expected in zip(_tensors(result), reference, strict=True):
-        error = torch.linalg.vector_norm((ours - expected).double())
-        if not error <= RESULT_TOLERANCE[dtype] * torch.linalg.vector_norm(expected.double()):
+        error = torch.linalg.vector_norm(ours - expected, dtype=wide)
+        if not error <= RESULT_TOLERANCE[dtype] * torch.linalg.vector_norm(expected, dtype=wide):
             return False
     return True
 
@@ -129,7 +130,7 @@ def tune_key(
         try:
             result = call()
             if reference is None:
-                reference = _tensors(result)
+                reference = [part.clone() for part in _tensors(result)]  # a call may write to the same buffer again
             elif not _agrees(result, reference, dtype_of(key.dtype)):
                 warnings.warn(f"{config} computes something else for {key}: passed over", stacklevel=2)
                 continue

@@ -127,7 +127,7 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("arch", [*ARCHITECTURES, "interpreter"])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_89", "sm_120", "gfx90a", "interpreter"])
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_candidates_start_with_the_models_choice_and_are_all_legal(key: Key, arch: str) -> None:
     found = ranking.candidates(key, arch)
@@ -135,6 +135,14 @@ def test_candidates_start_with_the_models_choice_and_are_all_legal(key: Key, arc
     assert len(found) == len(set(found)) and found == ranking.candidates(key, arch)
     assert all(model.is_legal(config, key, arch) for config in found)
     assert found[:3] == ranking.candidates(key, arch, limit=3)
+    assert len(found) > 1, "there is something to tune on GPUs the gate does not compile for, too"
+
+
+def test_a_gpu_with_less_shared_memory_gets_smaller_tiles() -> None:
+    key = Key("product", "bf16", 1024, 0, 8192, 8192)
+    large = PairwiseConfig(128, 128, 64, num_warps=8, num_stages=4)
+    assert model.fits(large, key, "sm_80") and not model.fits(replace(large, BLOCK_K=128), key, "sm_89")
+    assert model.fits(replace(large, num_stages=3), key, "sm_89")
 
 
 def test_the_models_choices_are_those_of_the_pure_functions() -> None:

@@ -15,6 +15,7 @@ from gssf_triton.autotune import launches, model, tables
 from gssf_triton.autotune.configs import GradientConfig, PairwiseConfig
 from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.launches import all_launches, table_launches
+from gssf_triton.autotune.model_tables import model_table
 from gssf_triton.autotune.shapes import GPU_KERNELS, SETS, keys_for
 from gssf_triton.autotune.space import TORCH_KERNELS
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped
@@ -38,7 +39,9 @@ def test_no_time_is_claimed_that_nobody_measured(table: Table) -> None:
     for key, entry in table.entries.items():
         assert (entry.source == "model") == (entry.seconds is None)
         if entry.source == "model":
-            assert entry.config == model.default(key, table.arch), f"{key}: the model says otherwise by now"
+            assert entry.config == model.default(key, table.arch), (
+                f"{key}: the model says otherwise by now; python -m gssf_triton.autotune.model_tables writes it down"
+            )
 
 
 @tables_of_gpus
@@ -168,6 +171,15 @@ for table in shipped():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+def test_model_tables_keep_what_was_measured() -> None:
+    table = GPU_TABLES[0]
+    key = next(key for key in table.entries if key.kernel == "pairwise")
+    entry = Entry(table.entries[key].config, "measured", 1.0, 0.0)
+    written = model_table(table.slug, table.arch, table.names, table.entries, {key: entry})
+    assert written.entries[key] == entry
+    assert {**written.entries, key: table.entries[key]} == table.entries
 
 
 def test_torch_kernels_have_no_place_in_a_models_table() -> None:
