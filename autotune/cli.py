@@ -326,7 +326,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("tune", tune, "measure configurations and keep the best; stop and go on whenever you like")
     _add_shapes(command)
     command.add_argument("--device", default=_default_device(), help="default: %(default)s")
-    command.add_argument("--time-limit", type=_positive(float), metavar="SECONDS", help="stop after this long")
+    command.add_argument(
+        "--time-limit", type=_positive(float), metavar="SECONDS", help="stop after this long, the first key apart"
+    )
     command.add_argument("--candidates", type=_positive(int), default=24, metavar="N", help="configurations a key (24)")
     command.add_argument("--force", action="store_true", help="tune anew what was tuned before")
     command.add_argument("--dry-run", action="store_true", help="list the keys, tune nothing")

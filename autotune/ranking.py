@@ -11,7 +11,7 @@ from dataclasses import astuple
 from typing import Any
 
 from gssf_triton.autotune import model, plans
-from gssf_triton.autotune.configs import GradientConfig, PairwiseConfig, padded_block
+from gssf_triton.autotune.configs import GradientConfig, PairwiseConfig, StreamConfig, padded_block
 from gssf_triton.autotune.keys import Key, dtype_of
 from gssf_triton.autotune.space import SPACES, Config
 from gssf_triton.autotune.targets import ARCHITECTURES, kin
@@ -75,6 +75,14 @@ def seconds(config: Config, key: Key, arch: str) -> float:
     return sum(abs(math.log2((x + 1) / (y + 1))) for x, y in zip(astuple(config), astuple(known), strict=True))
 
 
+def _is_redundant(config: Config, key: Key) -> bool:
+    """A chunk that goes beyond S does what the next smaller one does."""
+    if not isinstance(config, StreamConfig):
+        return False
+    least = SPACES[key.kernel].values
+    return config.rows > max(key.M, least["rows"][0]) or config.columns > max(key.N, least["columns"][0])
+
+
 def candidates(key: Key, arch: str, limit: int | None = None, *, deterministic: bool = False) -> list[Config]:
     """What the tuner measures for a key, in the fixed order that settles ties: the model's choice, then by its rank.
 
@@ -92,7 +100,7 @@ def candidates(key: Key, arch: str, limit: int | None = None, *, deterministic: 
     """
     space = SPACES[key.kernel]
     first = model.default(key, arch)
-    legal = (c for c in space.all(key) if c != first and model.fits(c, key, arch))
+    legal = (c for c in space.all(key) if c != first and not _is_redundant(c, key) and model.fits(c, key, arch))
     ranked = sorted(legal, key=lambda c: (seconds(c, key, arch), tuple(map(str, astuple(c)))))
     chosen = [c for c in [first, *ranked] if not deterministic or space.is_deterministic(c)]
     return chosen[:limit]

@@ -103,6 +103,7 @@ def tune_key(
     clock: Clock,
     deadline: float | None = None,
     *,
+    hurried: bool = False,
     rounds: tuple[int, int] = (FIRST_ROUNDS, FINAL_ROUNDS),
 ) -> tuple[Config, Timing]:
     """The configuration to keep for a key, and its time.
@@ -113,6 +114,7 @@ def tune_key(
         workload: Makes a candidate's call.
         clock: Time.
         deadline: When to stop, by the clock.
+        hurried: At the deadline, choose among what was measured by then rather than give up.
         rounds: Samples of each candidate at the first look, and of the finalists at the second.
 
     Raises:
@@ -125,6 +127,8 @@ def tune_key(
     last: Exception | None = None
     for config in order:
         if deadline is not None and clock.now() >= deadline:
+            if hurried and len(timings) > 1:
+                break
             raise OutOfTime(str(key))
         call = workload(config)
         try:
@@ -148,7 +152,7 @@ def tune_key(
     # The model's choice is always among them: to leave it takes more than noise.
     finalists = [c for c in order if c in best or c == order[0]]
     finalists = [c for c in finalists if c in calls]
-    if deadline is not None and clock.now() >= deadline:
+    if deadline is not None and clock.now() >= deadline and not hurried:
         raise OutOfTime(str(key))
     slowest = max(timings[c].seconds for c in finalists)
     often = _affordable(FINAL_LOOK_SECONDS / len(finalists), slowest, rounds[1])
@@ -208,6 +212,7 @@ def tune(
     clock: Clock | None = None,
     time_limit: float | None = None,
     force: bool = False,
+    hurried: bool = False,
     most_candidates: int = MOST_CANDIDATES,
     build: Callable[[Key, torch.device], Workload] = workloads.build,
     progress: Callable[[Key, str], None] = lambda key, outcome: None,
@@ -218,8 +223,10 @@ def tune(
         keys: What to tune, in any order.
         where: On which device.
         clock: Time; the device's own where None.
-        time_limit: Seconds after which no candidate is begun.
+        time_limit: Seconds after which no candidate is begun; the first key is finished all the same, so that every run
+            gets further.
         force: Tune keys anew that were tuned before.
+        hurried: Somebody waits: keep to the limit at the first key, too, and choose among what was measured by then.
         most_candidates: How many of the model's favourites to measure.
         build: Makes the workload of a key.
         progress: Called with each key and its outcome in words.
@@ -239,14 +246,15 @@ def tune(
             skipped.append(key)
             progress(key, "tuned before")
             continue
-        if deadline is not None and clock.now() >= deadline:
+        limit = deadline if tuned or failed or hurried else None
+        if limit is not None and clock.now() >= limit:
             return Report(tuple(tuned), tuple(skipped), tuple(failed), tuple(work[index:]))
         try:
             with torch.no_grad(), lookup.tuning():
                 order = candidates(
                     key, device.arch, most_candidates, deterministic=torch.are_deterministic_algorithms_enabled()
                 )
-                config, timing = tune_key(key, order, build(key, where), clock, deadline)
+                config, timing = tune_key(key, order, build(key, where), clock, limit, hurried=hurried)
         except OutOfTime:
             return Report(tuple(tuned), tuple(skipped), tuple(failed), tuple(work[index:]))
         except RuntimeError as error:  # out of memory, or nothing runs: the next key may
@@ -270,7 +278,7 @@ def tune_on_first_use(key: Key, where: torch.device) -> None:
         keys += [Key(name, key.dtype, key.D, 0 if name == "product" else key.B, key.M, key.N)
                  for name in ("pairwise", "product")]  # fmt: skip
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
-        report = tune(keys, where, time_limit=FIRST_USE_SECONDS, most_candidates=FIRST_USE_CANDIDATES)
+        report = tune(keys, where, time_limit=FIRST_USE_SECONDS, hurried=True, most_candidates=FIRST_USE_CANDIDATES)
     for late in report.left:
         warnings.warn(
             f"{late} was not tuned within {FIRST_USE_SECONDS:.0f} s: the model's choice is taken", stacklevel=2

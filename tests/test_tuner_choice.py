@@ -138,6 +138,12 @@ def test_candidates_start_with_the_models_choice_and_are_all_legal(key: Key, arc
     assert len(found) > 1, "there is something to tune on GPUs the gate does not compile for, too"
 
 
+def test_chunks_beyond_the_matrix_are_not_measured() -> None:
+    found = ranking.candidates(Key("torch_stream", "fp32", 64, 0, 512, 2048), "cpu")
+    assert found[0] == StreamConfig(1024, 4096), "the model's choice, which is one chunk then"
+    assert set(found[1:]) == {StreamConfig(rows, columns) for rows in (256, 512) for columns in (1024, 2048)}
+
+
 def test_a_gpu_with_less_shared_memory_gets_smaller_tiles() -> None:
     key = Key("product", "bf16", 1024, 0, 8192, 8192)
     large = PairwiseConfig(128, 128, 64, num_warps=8, num_stages=4)

@@ -25,8 +25,8 @@ from gssf_triton.autotune.tuner import OutOfTime, tune, tune_key
 pytestmark = pytest.mark.usefixtures("cache")
 
 KEY = stream_key()
-KEYS = [stream_key(rows) for rows in (64, 128, 256, 512)]
-BEST = StreamConfig(512, 8192)
+KEYS = [stream_key(rows) for rows in (4096, 8192, 16384, 32768)]
+BEST = StreamConfig(512, 2048)
 
 
 def seconds_of(config: Any) -> float:
@@ -138,7 +138,7 @@ def test_results_are_written_down_one_by_one_and_used_at_once() -> None:
     entry = store.read()[KEYS[0]]
     assert entry.source == "measured" and entry.config == BEST and entry.seconds == 0.01
     assert entry.torch == torch.__version__ and entry.triton and entry.commit == tuner.commit()
-    assert stream_chunk(64, 64, 256, torch.float32, CPU) == BEST
+    assert stream_chunk(5000, 5000, 256, torch.float32, CPU) == BEST
 
 
 def test_a_run_cut_short_goes_on_where_it_stopped() -> None:
@@ -161,9 +161,23 @@ def test_a_run_cut_short_goes_on_where_it_stopped() -> None:
     assert sum(len(run.tuned) for run in runs) == len(first.tuned) == len(KEYS)
 
 
-def test_no_key_is_begun_past_the_limit() -> None:
+def test_no_key_but_the_first_is_begun_past_the_limit() -> None:
+    """However short the limit, every run gets further."""
     report = tune(KEYS, CPU, clock=FakeClock(), build=build, time_limit=1e-9)
-    assert not report.tuned and report.left == tuple(sorted(KEYS))
+    assert report.tuned == (KEYS[0],) and report.left == tuple(KEYS[1:])
+
+
+def test_in_a_hurry_the_best_so_far_is_taken() -> None:
+    clock = FakeClock()
+    tune(KEYS[:1], CPU, clock=clock, build=build)
+    hurry = FakeClock()
+    report = tune(KEYS[1:], CPU, clock=hurry, build=build, time_limit=0.3, hurried=True)
+    assert report.tuned == (KEYS[1],) and report.left == tuple(KEYS[2:])
+    assert hurry.now() < clock.now()
+    entry = lookup.entries_for(identify_for_torch(CPU))[KEYS[1]]
+    assert seconds_of(entry.config) <= seconds_of(stream_config("cpu"))
+    nothing = tune(KEYS[2:], CPU, clock=FakeClock(), build=build, time_limit=1e-9, hurried=True)
+    assert not nothing.tuned and nothing.left == tuple(KEYS[2:])
 
 
 def test_tuned_keys_are_skipped_unless_forced() -> None:
