@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
-from gssf_triton.autotune.launches import ARCHITECTURES, Launch, all_launches
+from gssf_triton.autotune.launches import Launch, all_launches
 from gssf_triton.autotune.resources import Resources, compile_launch
+from gssf_triton.autotune.targets import ARCHITECTURES
 
 
 def faults(launch: Launch, resources: Resources) -> list[str]:

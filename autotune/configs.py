@@ -1,8 +1,9 @@
-"""Tile configurations: frozen data from a pure function of (shape, dtype, architecture), with no GPU touched.
+"""Configurations: frozen data, and the model's choice of it, a pure function of (shape, dtype, architecture).
 
-An architecture is "sm_80", "sm_90", "sm_100", "gfx942", … or "interpreter". The numbers rest on the compile gate
-(`make aot`): every configuration these functions can return fits the target's shared memory, spills no register and
-uses its tensor cores. They have not been timed on a GPU.
+No GPU is touched. An architecture is "sm_80", "sm_90", "sm_100", "gfx942", … or "interpreter". The numbers rest on the
+compile gate (`make aot`): every configuration these functions can return fits the target's shared memory, spills no
+register and uses its tensor cores. They have not been timed on a GPU: where a table of measured configurations has
+something to say (`lookup`), it is asked first.
 """
 
 from __future__ import annotations
@@ -52,6 +53,14 @@ class GradientConfig:
     num_stages: int
     max_splits: int = 32
     rows_apart: bool = False
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """What a streaming loop holds of S at a time: a chunk of `rows` × `columns`."""
+
+    rows: int
+    columns: int
 
 
 #: The smallest side Triton's dot takes.
@@ -159,6 +168,16 @@ def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> Gra
             return GradientConfig(32, 32, block_c, 16, num_warps=8, num_stages=1)
     # Three TF32 products to an exact one: [16, 256] numbers of R, high and low parts, are all of a thread's registers.
     apart = block_c > 128 and dtype == torch.float32 and not tf32 and arch.startswith("sm_")
-    # With four warps the compiler for sm_100 settles on 96 or 128 registers for blocks of up to 32, and spills two words.
+    # With four warps the compiler for sm_100 settles on 96 or 128 registers for blocks of up to 32, and spills.
     wide = (block_c > 128 and arch.startswith("sm_")) or (block_c <= 64 and arch.startswith("sm_10"))
     return GradientConfig(16, 32, block_c, 16, num_warps=8 if wide else 4, num_stages=1, rows_apart=apart)
+
+
+def chunk_config(device_type: str) -> ChunkConfig:
+    """What the streaming losses hold of S at a time.
+
+    On a CPU a chunk and what becomes of it mostly stay within the caches (2 MiB each in float32): InfoNCE at 4,096
+    pairs of 256 channels ran fastest so, of 256 to 1,024 rows by 1,024 to 4,096 columns. On a GPU the slope's chunk in
+    half precision is 128 MiB, and large enough for the library's products to run at full rate.
+    """
+    return ChunkConfig(512, 1024) if device_type == "cpu" else ChunkConfig(4096, 16384)

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from gssf_triton.autotune.configs import (
+    FoldConfig,
+    GradientConfig,
+    PairwiseConfig,
     dot_precision,
     fold_config,
     gradient_config,
@@ -20,26 +23,9 @@ from gssf_triton.autotune.configs import (
     pairwise_config,
     stream_config,
 )
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a target gives a block, the instruction its tensor cores show up as, and the rows that one needs."""
-
-    backend: str
-    code: int | str
-    warp: int
-    shared_bytes: int
-    tensor_instruction: str
-    tensor_rows: int
-
-
-ARCHITECTURES = {
-    "sm_80": Architecture("cuda", 80, 32, 166_912, "mma.sync", 16),
-    "sm_90": Architecture("cuda", 90, 32, 232_448, "wgmma.mma_async", 64),
-    "sm_100": Architecture("cuda", 100, 32, 232_448, "tcgen05.mma", 64),
-    "gfx942": Architecture("hip", "gfx942", 64, 65_536, "v_mfma", 16),
-}
+from gssf_triton.autotune.keys import Key
+from gssf_triton.autotune.tables import Table, shipped
+from gssf_triton.autotune.targets import ARCHITECTURES as ARCHITECTURES
 
 #: What NVIDIA's tiles of fewer rows than the newest instruction takes are multiplied with.
 SMALL_TILE_INSTRUCTION = "mma.sync"
@@ -51,6 +37,9 @@ NUMERICS = (
     ("fp32", torch.float32, "ieee"),
     ("tf32", torch.float32, "tf32"),
 )
+
+#: The numerics the gate compiles: float64 has no tensor-core configuration to hold to anything.
+COMPILED = tuple(name for name, _, _ in NUMERICS)
 
 #: Block sizes that lead to different code: none, padded to a power of two, packed, one a chunk, split over chunks.
 BLOCK_SIZES = (0, 24, 32, 64, 128, 256)
@@ -194,19 +183,65 @@ def _stream(arch: str, numerics: str) -> Iterator[Launch]:
         yield _make("stream", arch, numerics, epilogue, config, flags, dots=True)
 
 
+def _from_entry(key: Key, config: Any, arch: str) -> Iterator[Launch]:
+    """The launches that a table's entry leads to, with loads that need no mask: the common case."""
+    if key.dtype not in COMPILED:
+        return
+    _, precision = _numerics(key.dtype)
+    variant = f"B={key.B} table"
+    common = {"WIDE": False, "PRECISION": precision, "ACC": "fp32"}
+    even = {"EVEN_D": padded_block(key.B) == key.B and key.D % getattr(config, "BLOCK_K", 1) == 0}
+    if isinstance(config, PairwiseConfig):
+        diag = key.kernel != "product" and (key.B > 0 or key.kernel == "pairwise")
+        flags = _metric(key.B, diag) | common | even | {"TERMS": key.kernel == "terms", "NORMALIZE": False}
+        yield _make("pairwise", arch, key.dtype, variant, config, flags, dots=True)
+    elif isinstance(config, FoldConfig):
+        flags = _metric(key.B, True) | common | even | {"NORMALIZE": True}
+        yield _make(key.kernel, arch, key.dtype, variant, config, flags, dots=key.B > 0)
+    elif isinstance(config, GradientConfig):
+        tf32 = key.dtype != "fp32"
+        rows = not config.rows_apart
+        product = key.N > 0 and rows
+        flags = _metric(key.B, True) | common | {
+            "PRODUCT": product, "ROWS": rows, "GRAD_DIAG": True, "GRAD_BLOCKS": key.B > 0,
+            "EPILOGUE_PRECISION": dot_precision(torch.float32, arch, tf32=tf32, whole_rows=True),
+        }  # fmt: skip
+        yield _make("gradient", arch, key.dtype, variant, config, flags, dots=product or key.B > 0)
+
+
+def table_launches(table: Table) -> list[Launch]:
+    """Every distinct launch of a table's configurations; none for targets the gate does not compile for."""
+    if table.arch not in ARCHITECTURES:
+        return []
+    return _distinct(
+        launch for key, entry in table.entries.items() for launch in _from_entry(key, entry.config, table.arch)
+    )
+
+
+def _distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """The first of those that the compiler cannot tell apart."""
+    found: dict[tuple[Any, ...], Launch] = {}
+    for launch in launches:
+        # The order of tiles is an address computation: it changes neither registers nor shared memory.
+        constants = tuple((name, value) for name, value in launch.constants if name != "GROUP_M")
+        key = (launch.kernel, launch.arch, launch.numerics, constants, launch.num_warps, launch.num_stages)
+        found.setdefault(key, launch)
+    return list(found.values())
+
+
 def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[Launch]:
-    """Every distinct launch for these architectures, in a fixed order."""
-    launches: dict[tuple[Any, ...], Launch] = {}
-    for arch in architectures:
-        for numerics, _, _ in NUMERICS:
-            for source in (
-                _pairwise(arch, numerics),
-                _rowwise("fold", arch, numerics),
-                _rowwise("paired", arch, numerics),
-                _gradient(arch, numerics),
-                _stream(arch, numerics),
-            ):
-                for launch in source:
-                    key = (launch.kernel, arch, numerics, launch.constants, launch.num_warps, launch.num_stages)
-                    launches.setdefault(key, launch)
-    return list(launches.values())
+    """Every distinct launch for these architectures, in a fixed order: the model's, and the shipped tables'."""
+
+    def launches() -> Iterator[Launch]:
+        for arch in architectures:
+            for numerics, _, _ in NUMERICS:
+                yield from _pairwise(arch, numerics)
+                yield from _rowwise("fold", arch, numerics)
+                yield from _rowwise("paired", arch, numerics)
+                yield from _gradient(arch, numerics)
+                yield from _stream(arch, numerics)
+        for table in shipped():
+            if table.arch in architectures:
+                yield from table_launches(table)
+
+    return _distinct(launches())

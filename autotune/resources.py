@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gssf_triton.autotune.launches import ARCHITECTURES, Architecture, Launch
+from gssf_triton.autotune.launches import Launch
+from gssf_triton.autotune.targets import ARCHITECTURES, Architecture
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_triton.autotune.plans import Plan, choose_plan
+from gssf_triton.autotune import lookup
+from gssf_triton.autotune.plans import Plan
 from gssf_triton.constants import NORM_EPS
 from gssf_triton.torch_backend import accumulate_dtype, as_rows
 
 Weights = tuple[Tensor | None, Tensor | None]
+
+#: What a size that even the tracer does not know is taken to be.
+UNKNOWN_SIZE = 8192
 
 
 def _block_size(W_blocks: Tensor | None) -> int:
@@ -40,9 +44,17 @@ def _to(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if x is None or like is None else x.to(like.dtype)
 
 
+def _size(n: int | torch.SymInt) -> int:
+    """A size to choose by. Of a symbolic one what it was when it was traced, with no guard: any plan is right."""
+    if isinstance(n, torch.SymInt):
+        return int(n.node.hint) if n.node.has_hint() else UNKNOWN_SIZE
+    return n
+
+
 def _plan(a: Tensor, b: Tensor, W_blocks: Tensor | None, normalize: bool) -> Plan:
-    plan = choose_plan(a.shape[0], a.shape[1], b.shape[1], a.shape[2], _block_size(W_blocks), a.dtype.itemsize)
-    if normalize and a.dtype == torch.float16:
+    batch, M, N, D = (_size(n) for n in (*a.shape[:2], b.shape[1], a.shape[2]))
+    plan = lookup.plan(batch, M, N, D, _size(_block_size(W_blocks)), a.dtype, a.device)
+    if normalize and a.dtype == torch.float16 and plan.kind == "one_pass":
         # The one-pass kernel scales at the end: T of a long row would leave float16's range before that.
         return Plan("fold_product", plan.fold_b)
     return plan
@@ -113,30 +125,39 @@ _fold.register_autograd(_fold_backward, setup_context=_fold_setup)
 # ------------------------------------------------------------------------------------------------------------ pairwise
 
 
+# The plan is an argument, chosen once outside: what a compiled graph was traced with is what it runs, whatever a table
+# says by then, and the shape of the second result never depends on anything else.
 @torch.library.custom_op(
-    "gssf::pairwise",
+    "gssf::pairwise_planned",
     mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype, str kind, "
+    "bool fold_b) -> (Tensor, Tensor)",
 )
 def _pairwise(
-    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    w_diag: Tensor | None,
+    w_blocks: Tensor | None,
+    normalize: bool,
+    out_dtype: torch.dtype,
+    kind: str,
+    fold_b: bool,
 ) -> tuple[Tensor, Tensor]:
+    """(S, T of the folded side), the latter empty where one pass computes S."""
     from gssf_triton.kernels import fold as fold_kernels
     from gssf_triton.kernels import pairwise as kernels
     from gssf_triton.kernels.launch import Metric
 
-    plan = _plan(a, b, w_blocks, normalize)
     rows, columns, metric = (
-        (b, a, Metric(w_diag, _transposed(w_blocks))) if plan.fold_b else (a, b, Metric(w_diag, w_blocks))
+        (b, a, Metric(w_diag, _transposed(w_blocks))) if fold_b else (a, b, Metric(w_diag, w_blocks))
     )
 
     def matrix() -> tuple[Tensor, Tensor]:
         """An empty S, and the view of it whose rows are the folded side's."""
         S = torch.empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype, device=a.device)
-        return S, S.mT if plan.fold_b else S
+        return S, S.mT if fold_b else S
 
-    if plan.kind == "one_pass":
+    if kind == "one_pass":
         S, view = matrix()
         kernels.pairwise(rows, columns, metric, normalize, view)
         return S, a.new_empty(0)
@@ -145,8 +166,8 @@ def _pairwise(
     folded = fold_kernels.fold(as_rows(rows), metric, normalize).view(rows.shape)
     if normalize:
         columns = fold_kernels.fold(as_rows(columns), identity, True).view(columns.shape)
-    if out_dtype == a.dtype:
-        left, right = (columns, folded) if plan.fold_b else (folded, columns)
+    if kind == "fold_product" and out_dtype == a.dtype:
+        left, right = (columns, folded) if fold_b else (folded, columns)
         return torch.matmul(left, right.mT), folded
     S, view = matrix()
     kernels.pairwise(folded, columns, identity, False, view)
@@ -155,20 +176,46 @@ def _pairwise(
 
 @_pairwise.register_fake
 def _(
-    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    w_diag: Tensor | None,
+    w_blocks: Tensor | None,
+    normalize: bool,
+    out_dtype: torch.dtype,
+    kind: str,
+    fold_b: bool,
 ) -> tuple[Tensor, Tensor]:
     S = a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype)
+    side = b if fold_b else a
+    return S, side.new_empty(0 if kind == "one_pass" else side.shape)
+
+
+# Made of other operators: the choice of a plan is no part of a traced graph, its outcome is.
+torch.library.define(
+    "gssf::pairwise",
+    "(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype) -> Tensor",
+)
+
+
+def _pairwise_by_plan(
+    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
+) -> Tensor:
     plan = _plan(a, b, w_blocks, normalize)
-    if plan.kind == "one_pass":
-        return S, a.new_empty(0)
-    return S, (b if plan.fold_b else a).new_empty((b if plan.fold_b else a).shape)
+    S: Tensor = _pairwise(a, b, w_diag, w_blocks, normalize, out_dtype, plan.kind, plan.fold_b)[0]
+    return S
+
+
+torch.library.impl("gssf::pairwise", "CompositeImplicitAutograd", _pairwise_by_plan)
 
 
 def pairwise(
     a: Tensor, b: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
 ) -> Tensor:
     """S (Z, M, N) of a (Z, M, D) and b (Z, N, D)."""
-    return _pairwise(a, b, W_diag, W_blocks, normalize, out_dtype)[0]
+    # A compiler sees one operator; without one that would only be a detour of some microseconds to the same function.
+    call = torch.ops.gssf.pairwise if torch.compiler.is_compiling() else _pairwise_by_plan
+    S: Tensor = call(a, b, W_diag, W_blocks, normalize, out_dtype)
+    return S
 
 
 def bilinear_gradients(
@@ -179,14 +226,16 @@ def bilinear_gradients(
     normalize: bool,
     needs: tuple[bool, bool, bool, bool],
     folded: Tensor | None = None,
+    fold_b: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of S with respect to (a, b, W_diag, W_blocks), those that `needs` asks for.
 
-    The side with fewer rows is the one whose fold the weights' gradients ride on. `folded` is T of that side, where the
-    forward pass has it at hand: then the other side's gradient is a plain product.
+    The weights' gradients ride on the fold of one side: b's where `fold_b`, and where that is None the one with fewer
+    rows. `folded` is T of that side, where the forward pass has it at hand: then the other side's gradient is a plain
+    product.
     """
     w_diag, w_blocks = weights
-    swap = b.shape[1] < a.shape[1]
+    swap = b.shape[1] < a.shape[1] if fold_b is None else fold_b
     needs_rows, needs_columns, needs_diag, needs_blocks = needs
     if swap:
         a, b, dS, w_blocks = b, a, dS.mT, _transposed(w_blocks)
@@ -207,8 +256,9 @@ def bilinear_gradients(
 
 
 def _pairwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, w_diag, w_blocks, normalize, _ = inputs
+    a, b, w_diag, w_blocks, normalize, _, _, fold_b = inputs
     ctx.normalize = normalize
+    ctx.fold_b = fold_b
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(a, b, w_diag, w_blocks, output[1])
@@ -216,11 +266,12 @@ def _pairwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _pairwise_backward(ctx: Any, dS: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dS is None:
-        return (None,) * 6
+        return (None,) * 8
     a, b, w_diag, w_blocks, folded = ctx.saved_tensors
     saved = folded if folded.dim() == 3 else None
-    grads = bilinear_gradients(dS, a, b, (w_diag, w_blocks), ctx.normalize, ctx.needs_input_grad[:4], saved)
-    return (*grads, None, None)
+    needs = ctx.needs_input_grad[:4]
+    grads = bilinear_gradients(dS, a, b, (w_diag, w_blocks), ctx.normalize, needs, saved, ctx.fold_b)
+    return (*grads, None, None, None, None)
 
 
 _pairwise.register_autograd(_pairwise_backward, setup_context=_pairwise_setup)
@@ -356,7 +407,7 @@ def _gradient(
     from gssf_triton.kernels.launch import Metric
 
     if p is not None and p.dtype == x.dtype:
-        plan = choose_plan(p.shape[0], p.shape[1], p.shape[2], x.shape[2], block_size, x.dtype.itemsize)
+        plan = lookup.gradient_plan(p.shape[0], p.shape[1], p.shape[2], x.shape[2], block_size, x.dtype, x.device)
         if plan.kind == "fold_product":
             x = torch.matmul(p, x)
             p = None

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.configs import fold_config
-from gssf_triton.kernels.launch import Metric, describe, needs_wide_channels, numerics, options, pointer
+from gssf_triton.autotune import lookup
+from gssf_triton.kernels.launch import Metric, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, channels, clamped_rows, fold_chunk, folded, inverse_norm, load_masked
 
 
@@ -77,7 +77,7 @@ def fold(x: Tensor, metric: Metric, normalize: bool) -> Tensor:
     out = torch.empty((M, D), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    config = fold_config(M, D, metric.block_size, x.dtype, describe(x.device))
+    config = lookup.rows(M, D, metric.block_size, x.dtype, x.device, kernel="fold")
     chunks = triton.cdiv(metric.lanes(D), config.BLOCK_K)
     runs = min(chunks, config.column_programs)
     chunks_per_program = triton.cdiv(chunks, runs)

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.configs import GradientConfig, gradient_config
+from gssf_triton.autotune import lookup
+from gssf_triton.autotune.configs import GradientConfig
 from gssf_triton.kernels.fold import fold
 from gssf_triton.kernels.launch import (
     Metric,
     acc_type,
     accumulator,
-    describe,
     needs_wide_channels,
     options,
     pointer,
@@ -208,8 +208,8 @@ def gradient(
     product_dtype = x.dtype if p is None else torch.promote_types(p.dtype, x.dtype)
     wide = torch.promote_types(product_dtype, torch.float32)
     kernel_block = block_size if needs_blocks or metric.W_blocks is not None else 0
-    tf32 = x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
-    config = gradient_config(kernel_block, product_dtype, describe(x.device), tf32=tf32)
+    tf32 = True if x.dtype in (torch.float16, torch.bfloat16) else None
+    config = lookup.gradient(M, N, D, kernel_block, product_dtype, x.device, batch=batch, tf32=tf32)
     if config.rows_apart and needs_rows:
         R = x if p is None else torch.matmul(p.to(product_dtype), x.to(product_dtype))
         _, sum_diag, sum_blocks = gradient(None, R, y, metric, block_size, (False, needs_diag, needs_blocks))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -12,24 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune.configs import dot_precision
+from gssf_triton.autotune.devices import identify
 
 #: Offsets below this fit the 32-bit arithmetic that Triton uses for 32-bit operands.
 INT32_LIMIT = 2**31
 
 
-@cache
-def _describe_gpu(index: int) -> str:
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
-
-
 def describe(device: torch.device) -> str:
     """The architecture configurations are chosen by: "sm_90", "gfx942", or "interpreter"."""
-    if device.type != "cuda":
-        return "interpreter"
-    return _describe_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return identify(device).arch
 
 
 def needs_wide_channels(*tensors: Tensor) -> bool:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.configs import fold_config
-from gssf_triton.kernels.launch import Metric, describe, needs_wide_channels, numerics, options, pointer
+from gssf_triton.autotune import lookup
+from gssf_triton.kernels.launch import Metric, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, channels, clamped_rows, fold_chunk, folded, inverse_norm, load_masked
 
 
@@ -73,7 +73,7 @@ def paired(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: tor
     if M == 0 or D == 0:
         return torch.zeros(M, dtype=out_dtype, device=a.device)
     out = torch.empty(M, dtype=out_dtype, device=a.device)
-    config = fold_config(M, D, metric.block_size, a.dtype, describe(a.device))
+    config = lookup.rows(M, D, metric.block_size, a.dtype, a.device, kernel="paired")
     paired_kernel[(triton.cdiv(M, config.BLOCK_M),)](
         **pointer("a", a, "md", a),
         **pointer("b", b, "md", a),

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.configs import pairwise_config
-from gssf_triton.kernels.launch import Metric, describe, needs_wide_channels, numerics, options, pointer
+from gssf_triton.autotune import lookup
+from gssf_triton.kernels.launch import Metric, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, similarity_tile
 
 
@@ -88,7 +88,8 @@ def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_
             s_diag.zero_()
         return
     terms = s_diag is not None
-    config = pairwise_config(M, N, D, metric.block_size, a.dtype, describe(a.device), terms=terms)
+    kernel = "terms" if terms else "product" if metric.is_identity else "pairwise"
+    config = lookup.tile(M, N, D, metric.block_size, a.dtype, a.device, kernel=kernel, batch=batch)
     lanes = metric.lanes(D)
     grid = (batch * triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
     pairwise_kernel[grid](

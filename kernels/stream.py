@@ -118,7 +118,9 @@ def stream_kernel(
 
 
 class TritonEngine:
-    """Chunks by `stream_kernel`; half-precision operands have half-precision slopes."""
+    """Chunks by `stream_kernel`, which stores slopes alone; half-precision operands have half-precision slopes."""
+
+    ARRAYS = 1
 
     def __init__(self, chunk: tuple[int, int]) -> None:
         self.chunk = chunk

@@ -75,7 +75,9 @@ def test_force_plan_holds_inside_and_ends_with_the_block() -> None:
         assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2).kind == "one_pass"
     assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2) == free
     with (
-        pytest.raises(ValueError, match="kind must be one of 'one_pass', 'fold_product', got 'fast'"),
+        pytest.raises(
+            ValueError, match="kind must be one of 'one_pass', 'fold_product', 'fold_own_product', got 'fast'"
+        ),
         plans.force_plan("fast"),
     ):
         pass
@@ -85,8 +87,12 @@ def test_the_gate_covers_every_target_numerics_and_kernel() -> None:
     launches = all_launches()
     assert len(launches) == len(set(launches))
     seen = {(x.arch, x.numerics, x.kernel) for x in launches}
-    kernels = ("pairwise", "fold", "paired", "gradient")
-    assert seen == {(a, n, k) for a in ARCHITECTURES for n in ("bf16", "fp16", "fp32", "tf32") for k in kernels}
+    numerics = ("bf16", "fp16", "fp32", "tf32")
+    of_features = {
+        (a, n, k) for a in ARCHITECTURES for n in numerics for k in ("pairwise", "fold", "paired", "gradient")
+    }
+    # Losses keep half-precision operands in float16.
+    assert seen == of_features | {(a, n, "stream") for a in ARCHITECTURES for n in numerics if n != "bf16"}
 
 
 def test_the_gate_fails_on_each_fault() -> None:

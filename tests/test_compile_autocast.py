@@ -98,6 +98,15 @@ def operator_samples(device: str) -> dict[str, list[tuple]]:
             (b, a, None, W_blocks, True, f32),
             (a, b, W_diag, None, False, f16),
         ],
+        "pairwise_planned": [
+            (a, b, W_diag, W_blocks, normalize, f32, kind, fold_b)
+            for kind, fold_b, normalize in [
+                ("one_pass", False, False),
+                ("one_pass", True, True),
+                ("fold_product", True, False),
+                ("fold_own_product", False, True),
+            ]
+        ],
         "pairwise_terms": [(a, b, W_diag, W_blocks, False, f32), (b, a, W_diag, W_blocks, True, f32)],
         "paired": [(rows, others, W_diag, W_blocks, True, f32), (rows, others, W_diag, None, False, f32)],
         "gradient": [
@@ -119,7 +128,7 @@ def test_every_operator_has_a_sample(device: str) -> None:
     assert set(operator_samples(device)) <= registered
 
 
-@pytest.mark.parametrize("name", ["fold", "pairwise", "pairwise_terms", "paired", "gradient"])
+@pytest.mark.parametrize("name", ["fold", "pairwise", "pairwise_planned", "pairwise_terms", "paired", "gradient"])
 def test_operators_keep_pytorchs_rules(name: str, device: str) -> None:
     """Schema, fake implementation, autograd registration, and compilation with static and dynamic shapes."""
     for sample in operator_samples(device)[name]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_triton
-from gssf_triton.streaming import chunks
+from gssf_triton.autotune import lookup
+from gssf_triton.autotune.configs import ChunkConfig
 from gssf_triton.streaming.op import stream_op
 
 losses = pytest.mark.parametrize("loss", LOSSES)
@@ -22,10 +23,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_chunks() -> Iterator[None]:
     """Ragged chunks of several tiles, so that states are merged every way there is."""
-    monkeypatch.setattr(chunks, "CPU_CHUNK", (37, 45))
-    monkeypatch.setattr(chunks, "GPU_CHUNK", (37, 45))
+    with lookup.use("chunk", ChunkConfig(37, 45)):
+        yield
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

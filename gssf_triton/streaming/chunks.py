@@ -1,16 +1,23 @@
-"""How large a chunk of S is: constant, so that memory grows with M + N alone."""
+"""How large a chunk of S is: the tuner's choice, within a constant budget, so that memory grows with M + N alone."""
 
 from __future__ import annotations
 
 import torch
 
-#: (rows, columns). On a CPU a chunk and what the epilogue makes of it mostly stay within the caches (2 MiB each in
-#: float32): InfoNCE at 4,096 pairs of 256 channels ran fastest so, of 256 to 1,024 rows by 1,024 to 4,096 columns. On
-#: a GPU the slope's half-precision chunk is 128 MiB and large enough for the library's products to run at full rate.
-CPU_CHUNK = (512, 1024)
-GPU_CHUNK = (4096, 16384)
+from gssf_triton.autotune.chunk import stream_chunk
+
+#: Bytes that everything of a chunk's size may take together, on a CPU and on a GPU.
+CPU_BUDGET = 48 * 2**20
+GPU_BUDGET = 192 * 2**20
 
 
-def chunk_shape(M: int, N: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of S that are held at a time."""
-    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+def chunk_shape(
+    M: int, N: int, D: int, dtype: torch.dtype, device: torch.device, *, entry_bytes: int
+) -> tuple[int, int]:
+    """Rows and columns of S (M, N) that are held at a time, by a loop that holds `entry_bytes` an entry of a chunk."""
+    chosen = stream_chunk(M, N, D, dtype, device)
+    rows, columns = min(chosen.rows, max(M, 1)), min(chosen.columns, max(N, 1))
+    budget = CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+    while rows * columns * entry_bytes > budget:
+        rows, columns = (rows, -(-columns // 2)) if columns >= rows else (-(-rows // 2), columns)
+    return rows, columns

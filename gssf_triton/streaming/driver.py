@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +34,12 @@ class Operands:
 class Engine(Protocol):
     """What computes one chunk: plain torch, or the Triton kernel."""
 
+    #: How many arrays of a chunk's size, of the operands' dtype, are alive at once.
+    ARRAYS: ClassVar[int]
     #: Rows and columns of a chunk.
     chunk: tuple[int, int]
+
+    def __init__(self, chunk: tuple[int, int]) -> None: ...
 
     def tile(self, operands: Operands, rows: slice, columns: slice, epilogue: str, wants_slope: bool) -> Kept:
         """Outputs as (outputs, partial states, length): the partial states in the order of their columns or rows."""
@@ -47,7 +51,9 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Chunks by torch's own products, epilogues by `epilogues`."""
+    """Chunks by torch's own products, epilogues by `epilogues`: the similarities, what becomes of them, the slope."""
+
+    ARRAYS = 4
 
     def __init__(self, chunk: tuple[int, int]) -> None:
         self.chunk = chunk

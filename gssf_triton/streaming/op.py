@@ -11,12 +11,13 @@ from gssf_triton.streaming.epilogues import EPILOGUES, STATE_DTYPE
 
 
 def _engine(backend: str, t: Tensor, columns: int) -> Engine:
-    chunk = chunk_shape(t.shape[0], columns, t.shape[1], t.dtype, t.device)
-    if backend == "torch":
-        return TorchEngine(chunk)
-    from gssf_triton.kernels.stream import TritonEngine
+    engine: type[Engine] = TorchEngine
+    if backend == "triton":
+        from gssf_triton.kernels.stream import TritonEngine
 
-    return TritonEngine(chunk)
+        engine = TritonEngine
+    entry_bytes = engine.ARRAYS * t.element_size()
+    return engine(chunk_shape(t.shape[0], columns, t.shape[1], t.dtype, t.device, entry_bytes=entry_bytes))
 
 
 @torch.library.custom_op(

@@ -1,0 +1,365 @@
+"""The tuner's command line: `python -m gssf_triton.autotune tune | show | check | export | doctor`.
+
+Exit status: 0 done, 1 something failed or is left to do, 2 a command that makes no sense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from gssf_triton.autotune import devices, lookup, mode, model
+from gssf_triton.autotune.devices import Device
+from gssf_triton.autotune.keys import NUMERICS, Key, dtype_of, make_key
+from gssf_triton.autotune.shapes import (
+    CPU_KERNELS,
+    GPU_KERNELS,
+    SETS,
+    Shape,
+    calls_of,
+    keys_for,
+    parse_shape,
+    read_shapes,
+)
+from gssf_triton.autotune.space import SPACES, TORCH_KERNELS
+from gssf_triton.autotune.store import Store
+from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped, shipped_for
+from gssf_triton.autotune.targets import SHIPPED_DEVICES
+
+
+class UsageError(Exception):
+    """A command that makes no sense, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad usage is one clear line, not a page of usage, and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise UsageError(f"--device: {text!r} is no device; cpu, cuda or cuda:1, say") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError("--device: no GPU is to be seen here")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"--device: there is no {text}, only {torch.cuda.device_count()} GPU(s)")
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise UsageError(f"--device: {text!r} is not supported; cpu or cuda")
+    return device
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _shapes(args: argparse.Namespace, default: str) -> list[Shape]:
+    """From --shape, --shapes and --set, or the set by default."""
+    found: list[Shape] = []
+    try:
+        for text in args.shape or []:
+            found += parse_shape(text, args.dtype)
+        if args.shapes:
+            found += read_shapes(args.shapes)
+    except ValueError as fault:
+        raise UsageError(str(fault)) from None
+    except OSError as fault:
+        raise UsageError(f"--shapes: {args.shapes} cannot be read ({fault.strerror})") from None
+    if args.set or not found:
+        found += SETS[args.set or default]
+    return found
+
+
+def _kernels(args: argparse.Namespace, where: torch.device) -> tuple[str, ...]:
+    if not args.kernel:
+        return GPU_KERNELS if where.type == "cuda" else CPU_KERNELS
+    triton_kernels = [name for name in args.kernel if name not in TORCH_KERNELS]
+    if where.type == "cpu" and triton_kernels:
+        from gssf_triton.backend import interpreter_is_on
+
+        if not interpreter_is_on():
+            raise UsageError(
+                f"--kernel {triton_kernels[0]} needs a GPU, or, to try the tuner out, Triton's interpreter "
+                "(TRITON_INTERPRET=1)"
+            )
+    return tuple(args.kernel)
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Tune keys one by one, with a progress bar, writing each down."""
+    from gssf_triton.autotune import tuner
+
+    where = _device(args.device)
+    keys = keys_for(_shapes(args, "full" if where.type == "cuda" else "cpu"), _kernels(args, where))
+    if args.dry_run:
+        for key in tuner.in_order(keys):
+            print(key)
+        return 0
+    from tqdm import tqdm
+
+    with tqdm(total=len(keys), unit="key", desc="tuning", disable=args.quiet) as bar:
+
+        def progress(key: Key, outcome: str) -> None:
+            bar.update()
+            if not args.quiet:
+                bar.write(f"{key}: {outcome}")
+
+        try:
+            report = tuner.tune(
+                keys,
+                where,
+                time_limit=args.time_limit,
+                force=args.force,
+                most_candidates=args.candidates,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            bar.close()
+            print("stopped; what was found is kept, the same command goes on from here")
+            return 1
+    print(
+        f"{len(report.tuned)} tuned, {len(report.skipped)} tuned before, {len(report.failed)} failed, "
+        f"{len(report.left)} left" + ("; the same command goes on from here" if report.left else "")
+    )
+    return 1 if report.failed or report.left else 0
+
+
+def _named_device(name: str) -> Device:
+    """A device by the slug or the architecture of a table that ships, without it being here."""
+    for slug, arch, names in SHIPPED_DEVICES:
+        if name in (slug, arch):
+            return Device(slug, names[0], arch)
+    known = ", ".join(f"{slug} ({arch})" for slug, arch, _ in SHIPPED_DEVICES)
+    raise UsageError(f"--for: {name!r} is none of {known}")
+
+
+def show(args: argparse.Namespace) -> int:
+    """What would run for each shape, and why."""
+    target = _named_device(args.target) if args.target else None
+    where = None if target else _device(args.device)
+    default = GPU_KERNELS if where is None or where.type == "cuda" else CPU_KERNELS
+    for shape in _shapes(args, "quick"):
+        print(f"M={shape.M} N={shape.N} D={shape.D} B={shape.B} {shape.dtype}")
+        tf32 = shape.dtype == "tf32"
+        lines: dict[str, None] = {}  # an ordered set: both gradients of a square S ask for the same
+        for kernel, M, N, B in calls_of(shape, args.kernel or default):
+            key = make_key(kernel, shape.dtype, M, N, shape.D, B)
+            device, entries = _tables_for(key, where, target)
+            fallback = model.choice(kernel, M, N, shape.D, B, dtype_of(shape.dtype), device.arch, tf32=tf32)
+            answer = lookup.find(key, device, entries, fallback)
+            seconds = answer.entry.seconds if answer.entry else None
+            time = f", {seconds * 1e3:.4g} ms" if seconds else ""
+            lines[f"  {key}\n    {answer.config}\n    {answer.why}{time}"] = None
+        print("\n".join(lines))
+    return 0
+
+
+def _tables_for(key: Key, where: torch.device | None, target: Device | None) -> tuple[Device, dict[Key, Entry]]:
+    """The device that a key's kernel runs on, and what tables hold for it: the package's alone for one not here."""
+    if target is not None:
+        return target, lookup.shipped_entries(target)
+    assert where is not None
+    device = devices.identify_for_torch(where) if key.kernel in TORCH_KERNELS else devices.identify(where)
+    return device, {} if mode.mode() == "off" else dict(lookup.entries_for(device))
+
+
+def _read_tables(paths: Sequence[Path]) -> list[Table]:
+    if not paths:
+        return list(shipped())
+    tables = []
+    for path in paths:
+        try:
+            tables.append(parse(path.read_text(encoding="utf-8")))
+        except TableError as fault:
+            raise TableError(f"{path}: {fault}") from None
+        except (OSError, UnicodeDecodeError) as fault:
+            raise UsageError(f"{path} cannot be read ({fault})") from None
+    return tables
+
+
+def check(args: argparse.Namespace) -> int:
+    """Every configuration of the tables: legal, and through the compile gate."""
+    try:
+        tables = _read_tables(args.table)
+    except TableError as fault:
+        print(f"refused: {fault}")
+        return 1
+    entries = sum(len(table.entries) for table in tables)
+    print(f"{len(tables)} table(s), {entries} entries, all legal")
+    if args.no_compile:
+        return 0
+    from gssf_triton.autotune import compile_gate
+    from gssf_triton.autotune.launches import table_launches
+
+    launches = [launch for table in tables for launch in table_launches(table)]
+    if not launches:
+        print("no kernel to compile")
+        return 0
+    return 1 if compile_gate.run(launches, args.jobs, verbose=not args.quiet) else 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """The user's results as a table that can ship: what holds for the device, without what holds for this machine."""
+    where = _device(args.device)
+    found: dict[Device, Table] = {}
+    for device in {devices.identify(where), devices.identify_for_torch(where)}:
+        entries = {key: entry for key, entry in lookup.store_for(device).read().items() if entry.source == "measured"}
+        if entries:
+            found[device] = Table(device.slug, device.arch, (device.name,), {}, entries)
+    if not found:
+        print("nothing to export: nothing was tuned here yet (see `tune`)")
+        return 1
+    if len(found) > 1:
+        # On a CPU the interpreter has a table, too; its times are worth nothing elsewhere.
+        found.pop(devices.INTERPRETER, None)
+    (table,) = found.values()
+    if args.name:
+        table = replace(table, slug=devices.slug(args.name))
+    text = render(table)
+    assert parse(text) == table
+    target = args.out or Path(f"{table.slug}.json")
+    if str(target) == "-":
+        print(text, end="")
+        return 0
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            file.write(text)
+        os.replace(file.name, target)
+    except OSError as fault:
+        raise UsageError(f"--out: {target} cannot be written ({fault.strerror})") from None
+    print(f"{target}: {len(table.entries)} entries for {table.slug}")
+    return 0
+
+
+def _cache_state(store: Store) -> str:
+    if not store.path.exists():
+        return "none yet"
+    entries = store.read()
+    aside = len(list(store.path.parent.glob(f"{store.path.name}.broken-*")))
+    return f"{len(entries)} entries" + (f", {aside} broken file(s) set aside" if aside else "")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """What a bug report needs."""
+    from gssf_triton.backend import HAS_TRITON, interpreter_is_on, resolve_backend
+
+    where = _device(args.device)
+    device = devices.identify_for_torch(where)
+    try:
+        tables = ", ".join(table.slug for table in shipped_for(device)) or "none for this device"
+    except TableError as fault:
+        tables = f"DAMAGED: {fault}"
+    sample = torch.empty(1, 1, device=where, dtype=torch.bfloat16)
+    store = Store(device)
+    lines = {
+        "gssf_triton": devices.package_version("gssf_triton"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda}, ROCm {torch.version.hip})",
+        "triton": devices.package_version("triton") if HAS_TRITON else "not installed",
+        "device": f"{where}: {device.name} ({device.slug}, {device.arch})",
+        "driver": devices.driver(device),
+        "processor": f"{devices.cpu_model()}, {devices.cores()} core(s), {torch.get_num_threads()} thread(s)",
+        "backend": f"auto takes {resolve_backend('auto', sample, None)}",
+        "interpreter": "on" if interpreter_is_on() else "off",
+        mode.VARIABLE: f"{mode.mode()} (environment: {os.environ.get(mode.VARIABLE, 'not set')})",
+        "float32 products": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tables shipped": tables,
+        "user's cache": str(store.path),
+        "cache state": _cache_state(store),
+    }
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", action="append", metavar="MxNxDxB", help="a shape; may be given many times")
+    parser.add_argument("--shapes", type=Path, metavar="FILE", help="a JSON list of objects with M, N, D, B and dtype")
+    parser.add_argument("--set", choices=list(SETS), help="a set of shapes")
+    parser.add_argument("--dtype", nargs="+", choices=NUMERICS, default=["bf16"], help="of --shape (default: bf16)")
+    parser.add_argument("--kernel", nargs="+", choices=list(SPACES), metavar="KERNEL", help=", ".join(SPACES))
+
+
+def _positive(convert: Callable[[str], float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    return number
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m gssf_triton.autotune",
+        description="Tune the package's kernels for a machine, and see what runs and why.",
+        epilog="GSSF_AUTOTUNE=off|cached|on: the model alone; tables, and the model for the rest (default); tune what "
+        "no table has at its first use. GSSF_CACHE_DIR: where results are kept, instead of the user's cache directory.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("tune", tune, "measure configurations and keep the best; stop and go on whenever you like")
+    _add_shapes(command)
+    command.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    command.add_argument(
+        "--time-limit", type=_positive(float), metavar="SECONDS", help="stop after this long, the first key apart"
+    )
+    command.add_argument("--candidates", type=_positive(int), default=24, metavar="N", help="configurations a key (24)")
+    command.add_argument("--force", action="store_true", help="tune anew what was tuned before")
+    command.add_argument("--dry-run", action="store_true", help="list the keys, tune nothing")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    command = add("show", show, "what would run for a shape, and why")
+    _add_shapes(command)
+    command.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    command.add_argument("--for", dest="target", metavar="TARGET", help="a GPU that is not here: nvidia-h100, sm_90, …")
+
+    command = add("check", check, "the compile gate over the tables: no GPU is needed")
+    command.add_argument("table", nargs="*", type=Path, help="table files (default: those of the package)")
+    command.add_argument("--jobs", type=_positive(int), default=devices.cores(), help="processes (default: all cores)")
+    command.add_argument("--no-compile", action="store_true", help="only whether the tables are legal")
+    command.add_argument("--quiet", action="store_true", help="print only what fails")
+
+    command = add("export", export, "your results as a table that can ship with the package")
+    command.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: DEVICE.json here; - for standard output")
+    command.add_argument("--name", help="the table's device name, in place of the device's own")
+
+    command = add("doctor", doctor, "device, versions, backend and cache, for a bug report")
+    command.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except UsageError as fault:
+        parser.exit(2, f"{parser.prog} {args.command}: {fault}\n")

@@ -1,0 +1,146 @@
+"""The search space of each kernel, as data, and what makes a configuration legal there.
+
+A table may hold nothing that is not in its kernel's space: whatever a file says, a launch is a tile the kernel takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+
+from gssf_triton.autotune.configs import ChunkConfig, FoldConfig, GradientConfig, PairwiseConfig, padded_block
+from gssf_triton.autotune.keys import Key
+from gssf_triton.autotune.plans import FOLDS, PLANS, PlanChoice
+
+Config = PairwiseConfig | FoldConfig | GradientConfig | ChunkConfig | PlanChoice
+
+
+def _anything(config: Any, key: Key) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Space:
+    """Every field of a configuration class with the values it may take.
+
+    Attributes:
+        config: The configuration's class.
+        values: Field → values.
+        fits_key: What the fields must satisfy together, and with the key.
+        is_deterministic: Whether the same call gives the same bits with this configuration. No kernel adds in an order
+            that is left to chance, so all do today; the look-up and the tuner ask all the same.
+    """
+
+    config: type
+    values: Mapping[str, tuple[Any, ...]]
+    fits_key: Callable[[Any, Key], bool] = _anything
+    is_deterministic: Callable[[Any], bool] = lambda config: True
+
+    def all(self, key: Key) -> Iterator[Config]:
+        """Every legal configuration for `key`, in a fixed order."""
+        for values in product(*self.values.values()):
+            config = self.config(**dict(zip(self.values, values, strict=True)))
+            if self.fits_key(config, key):
+                yield config
+
+
+#: Entries of S that a streaming loop holds at most: 256 MB in float32.
+MOST_STREAMED = 2**26
+
+
+def _stream_fits(config: ChunkConfig, key: Key) -> bool:
+    """A chunk must not be what streaming is there to avoid."""
+    return config.rows * config.columns <= MOST_STREAMED
+
+
+def _gradient_fits(config: GradientConfig, key: Key) -> bool:
+    """A program owns whole blocks, and its epilogue walks them in whole steps."""
+    return padded_block(key.B) <= config.BLOCK_C and config.BLOCK_C % config.BLOCK_P == 0
+
+
+_TILE = Space(
+    PairwiseConfig,
+    {
+        "BLOCK_M": (32, 64, 128, 256),
+        "BLOCK_N": (32, 64, 128, 256),
+        "BLOCK_K": (16, 32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3, 4),
+        "GROUP_M": (2, 4, 8, 16),
+    },
+)
+_ROWS = Space(
+    FoldConfig,
+    {
+        "BLOCK_M": (16, 32, 64, 128),
+        "BLOCK_K": (16, 32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+        "column_programs": (1, 2, 4, 8, 16),
+    },
+)
+#: A program of the matched-pairs kernel owns whole rows.
+_PAIRS = Space(FoldConfig, {**_ROWS.values, "column_programs": (2, 8)})
+_GRADIENT = Space(
+    GradientConfig,
+    {
+        "BLOCK_M": (16, 32, 64),
+        "BLOCK_N": (32, 64),
+        "BLOCK_C": (32, 64, 128, 256),
+        "BLOCK_P": (16, 32),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2),
+        "max_splits": (2, 16, 32, 64),
+        "rows_apart": (False, True),
+    },
+    _gradient_fits,
+)
+_PLAN = Space(PlanChoice, {"kind": PLANS, "fold": FOLDS})
+#: The gradient's product is in its kernel or the library's; what is folded is settled by which gradient it is.
+_GRADIENT_PLAN = Space(PlanChoice, {"kind": ("one_pass", "fold_product"), "fold": ("fewer",)})
+_STREAM = Space(
+    ChunkConfig,
+    {"rows": (256, 512, 1024, 2048, 4096, 8192), "columns": (1024, 2048, 4096, 8192, 16384, 32768)},
+    _stream_fits,
+)
+
+#: Kernel → space. "product" is the one-pass kernel with nothing to fold, "terms" with an accumulator for each term.
+SPACES: dict[str, Space] = {
+    "pairwise": _TILE,
+    "product": _TILE,
+    "terms": _TILE,
+    "fold": _ROWS,
+    "paired": _PAIRS,
+    "gradient": _GRADIENT,
+    "plan": _PLAN,
+    "gradient_plan": _GRADIENT_PLAN,
+    "chunk": _STREAM,
+}
+
+#: Kernels that torch runs, on whatever device: the others are Triton's.
+TORCH_KERNELS = ("chunk",)
+
+
+def parse_config(kernel: str, values: object, key: Key) -> Config:
+    """The configuration that `values`, as JSON gives them, describe.
+
+    Raises:
+        ValueError: a field that is missing, unknown, of another type or outside the space, or a tile that does not go
+            with the key.
+    """
+    space = SPACES[kernel]
+    if not isinstance(values, dict):
+        raise ValueError(f"config must be an object, got {values!r}")
+    names = [field.name for field in fields(space.config)]
+    if sorted(values) != sorted(names):
+        raise ValueError(f"config of {kernel} must have the fields {', '.join(names)}, got {', '.join(sorted(values))}")
+    for name, value in values.items():
+        # By type too: True == 1, and 4.0 == 4.
+        if not any(type(value) is type(choice) and value == choice for choice in space.values[name]):
+            raise ValueError(f"{name} of {kernel} must be one of {space.values[name]}, got {value!r}")
+    config: Config = space.config(**values)
+    if not space.fits_key(config, key):
+        raise ValueError(f"{config} is no legal tile for {key}")
+    return config

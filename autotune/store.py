@@ -1,0 +1,205 @@
+"""The user's own results: one file a device, driver, Triton and package version, in the user's cache directory.
+
+Many processes may tune at once: a write takes a lock, reads what the others have written, adds its own and replaces the
+file in one step, so nothing is lost, and a process killed at any moment leaves a whole file behind. No fault of the
+file or the disk ever stops a run: it costs a warning, and what this process has found is kept in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from gssf_triton.autotune import devices
+from gssf_triton.autotune.devices import Device
+from gssf_triton.autotune.keys import Key
+from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render
+
+if sys.platform != "win32":
+    import fcntl
+
+#: Where the cache lies, instead of the user's cache directory.
+FOLDER_VARIABLE = "GSSF_CACHE_DIR"
+#: How often a lock is asked for, and for how long: a holder needs milliseconds.
+LOCK_POLL_SECONDS, LOCK_PATIENCE_SECONDS = 0.02, 30.0
+
+
+def identity(device: Device) -> dict[str, str]:
+    """What a measurement holds for: another driver, Triton or version of this package may time differently."""
+    import gssf_triton
+
+    return {
+        "driver": devices.driver(device),
+        "triton": devices.package_version("triton"),
+        "gssf_triton": gssf_triton.__version__,
+    }
+
+
+def folder() -> Path:
+    """The cache's directory: $GSSF_CACHE_DIR/autotune, or `autotune` in the user's cache directory for gssf_triton."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    if chosen:
+        return Path(chosen) / "autotune"
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("gssf_triton")) / "autotune"
+
+
+def path_for(device: Device) -> Path:
+    """The file of a device's results."""
+    parts = identity(device)
+    name = f"{device.slug}-driver-{parts['driver']}-triton-{parts['triton']}-gssf-{parts['gssf_triton']}"
+    return folder() / f"{devices.slug(name)}.json"
+
+
+class Store:
+    """One device's file. Reading and writing never raise for a bad file or disk; they warn, once each.
+
+    Args:
+        device: Whose results.
+        path: The file; the device's own in the user's cache directory where None.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from gssf_triton.autotune.configs import ChunkConfig
+        >>> from gssf_triton.autotune.devices import Device
+        >>> from gssf_triton.autotune.keys import Key
+        >>> from gssf_triton.autotune.store import Store
+        >>> from gssf_triton.autotune.tables import Entry
+        >>> key = Key("chunk", "fp32", 256, 0, 4096, 4096)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = Store(Device("cpu-1", "some CPU", "cpu"), Path(folder) / "results.json")
+        ...     _ = store.add({key: Entry(ChunkConfig(512, 4096), "measured", 0.01, 0.02)})
+        ...     store.read()[key].config
+        ChunkConfig(rows=512, columns=4096)
+    """
+
+    def __init__(self, device: Device, path: Path | None = None) -> None:
+        self.device = device
+        self.path = path or path_for(device)
+        self._warned: set[str] = set()
+        self._unsaved: dict[Key, Entry] = {}
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=4)
+
+    def _blank(self) -> Table:
+        return Table(self.device.slug, self.device.arch, (self.device.name,), identity(self.device))
+
+    def _load(self) -> Table:
+        """The file's table, empty where there is no file.
+
+        Raises:
+            TableError: the file is not this device's table.
+            OSError: it cannot be read.
+        """
+        blank = self._blank()
+        try:
+            table = parse(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return blank
+        except UnicodeDecodeError as fault:
+            raise TableError(f"no text: {fault}") from None
+        if replace(table, entries={}) != replace(blank, identity=dict(blank.identity)):
+            raise TableError(f"it is for {table.slug} ({dict(table.identity)})")
+        return table
+
+    def _set_aside(self, fault: TableError) -> None:
+        # To the nanosecond: no broken file may take the place of another.
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+        aside = self.path.with_name(f"{self.path.name}.broken-{stamp}")
+        try:
+            os.replace(self.path, aside)
+        except FileNotFoundError:
+            return  # another process was faster
+        self._warn("broken", f"the tuning cache {self.path} cannot be used ({fault}): kept as {aside.name}, begun anew")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the file's lock. The lock file stays: removing it would let two processes hold one each."""
+        if (
+            sys.platform == "win32"
+        ):  # the replacement of the file is one step all the same; the last of two writers wins
+            yield
+            return
+        with open(self.path.with_name(self.path.name + ".lock"), "a", encoding="utf-8") as handle:
+            deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"{handle.name} was locked for {LOCK_PATIENCE_SECONDS:.0f} s") from None
+                    time.sleep(LOCK_POLL_SECONDS)
+            yield
+
+    def read(self) -> dict[Key, Entry]:
+        """The results there are; a file that cannot be used is set aside, with a warning."""
+        try:
+            return dict(self._load().entries)
+        except TableError:
+            pass  # look again under the lock: another process may be setting it aside right now
+        except OSError as fault:
+            self._warn("unreadable", f"the tuning cache {self.path} cannot be read ({fault}): going on without it")
+            return {}
+        try:
+            with self._locked():
+                return dict(self._load_or_set_aside().entries)
+        except OSError as fault:
+            self._warn("unreadable", f"the tuning cache {self.path} cannot be used ({fault}): going on without it")
+            return {}
+
+    def _load_or_set_aside(self) -> Table:
+        try:
+            return self._load()
+        except TableError as fault:
+            self._set_aside(fault)
+            return self._blank()
+
+    def add(self, found: Mapping[Key, Entry], *, overwrite: bool = False) -> dict[Key, Entry]:
+        """Add results to the file and return all it holds then.
+
+        Of two results for one key the earlier stays, so that every process runs the same configuration; `overwrite`
+        is for tuning anew.
+        """
+        found = {**self._unsaved, **found}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                table = self._load_or_set_aside()
+                entries = {**table.entries, **found} if overwrite else {**found, **table.entries}
+                if entries != table.entries or not self.path.exists():
+                    self._replace(render(replace(table, entries=entries)))
+        except OSError as fault:
+            self._unsaved = found
+            self._warn(
+                "unwritable",
+                f"tuning results cannot be saved in {self.path.parent} ({fault}): they hold for this process only",
+            )
+            held = self.read()
+            return {**held, **found} if overwrite else {**found, **held}
+        self._unsaved = {}
+        return entries
+
+    def _replace(self, text: str) -> None:
+        """Whole or not at all. Under the lock one name will do, and what a killed writer left is overwritten."""
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
