@@ -5,9 +5,21 @@ s(x, y) = xᵀ(W ⊙ U)y with a diagonal and a block-diagonal weight (Diao et al
 
 from __future__ import annotations
 
-from gssf_triton import nn
+from gssf_triton import metrics, nn
 from gssf_triton.functional import dense_metric, paired_sim, pairwise_sim, pairwise_terms, transform
+from gssf_triton.retrieval import ranks, topk
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "dense_metric", "nn", "paired_sim", "pairwise_sim", "pairwise_terms", "transform"]
+__all__ = [
+    "__version__",
+    "dense_metric",
+    "metrics",
+    "nn",
+    "paired_sim",
+    "pairwise_sim",
+    "pairwise_terms",
+    "ranks",
+    "topk",
+    "transform",
+]
