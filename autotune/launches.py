@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gssf_triton.autotune.configs import dot_precision, fold_config, gradient_config, padded_block, pairwise_config
+from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K, retrieval_config
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,22 @@ def _gradient(arch: str, numerics: str) -> Iterator[Launch]:
             yield _make("gradient", arch, numerics, f"B={B} {label}", config, flags, dots=product or B > 0)
 
 
+def _retrieval(arch: str, numerics: str) -> Iterator[Launch]:
+    """The retrieval kernels with every exclusion there is; the metric is folded before."""
+    dtype, precision = _numerics(numerics)
+    config = retrieval_config(dtype, arch, precision)
+    common = {
+        "HAS_SCALE": True, "HAS_EXCLUDE": True, "HAS_MASK": True, "EVEN_D": True, "WIDE": False,
+        "PRECISION": precision, "ACC": "fp32",
+    }  # fmt: skip
+    for K in (LARGEST_KERNEL_K,) if numerics in BRIEF else (16, LARGEST_KERNEL_K):
+        flags = common | {"K": K, "HAS_IDS": False, "HAS_CAMS": False}
+        yield _make("topk", arch, numerics, f"k={K}", config, flags, dots=True)
+    for label, count in (("best", False), ("count", True))[: 1 if numerics in BRIEF else None]:
+        flags = common | {"COUNT": count, "HAS_IDS": True, "HAS_CAMS": True}
+        yield _make("rank", arch, numerics, label, config, flags, dots=True)
+
+
 def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[Launch]:
     """Every distinct launch for these architectures, in a fixed order."""
     launches: dict[tuple[Any, ...], Launch] = {}
@@ -171,6 +188,7 @@ def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[La
                 _rowwise("fold", arch, numerics),
                 _rowwise("paired", arch, numerics),
                 _gradient(arch, numerics),
+                _retrieval(arch, numerics),
             ):
                 for launch in source:
                     key = (launch.kernel, arch, numerics, launch.constants, launch.num_warps, launch.num_stages)

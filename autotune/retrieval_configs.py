@@ -12,6 +12,9 @@ import torch
 
 from gssf_triton.autotune.configs import is_small_memory
 
+#: Chunks are this many columns wide, or a multiple of it: whole tiles of every library's product.
+COLUMN_STEP = 64
+
 #: The longest list a program of the top-k kernel keeps in its registers; longer ones are chosen from chunks of S.
 LARGEST_KERNEL_K = 64
 
@@ -46,14 +49,17 @@ class RetrievalConfig:
         return max(1, min(wanted, self.max_spans, column_tiles))
 
 
-def stream_chunks(Q: int, D: int, itemsize: int, device_type: str) -> StreamChunks:
-    """Chunks for Q queries over D channels.
+def stream_chunks(Q: int, N: int, D: int, itemsize: int, device_type: str) -> StreamChunks:
+    """Chunks for Q queries against N items over D channels.
 
     A chunk of scores of 16 MiB is large enough for the product to run at the library's full rate and small enough to
-    be looked through from cache; few queries take a longer run of the gallery at a time.
+    be looked through from cache; few queries take a longer run of the gallery at a time. All chunks are equally wide,
+    to within COLUMN_STEP: the last one is filled up to the others' width, which should cost little.
     """
     rows, scores = (1024, 1 << 22) if device_type == "cpu" else (4096, 1 << 26)
-    columns = min(max(scores // max(min(Q, rows), 1) // 64 * 64, 4096), 1 << 16)
+    widest = min(max(scores // max(min(Q, rows), 1), 4096), 1 << 16)
+    count = max(1, -(-N // widest))
+    columns = max(1, -(-N // (count * COLUMN_STEP))) * COLUMN_STEP
     # 32 MiB of a gallery on disk at a time, whole chunks of it; on a GPU enough to hide the transfer's latency.
     block_bytes = (32 << 20) if device_type == "cpu" else (256 << 20)
     chunks = max(1, block_bytes // (columns * max(D, 1) * itemsize))
@@ -65,12 +71,16 @@ def padded_k(k: int) -> int:
     return 1 << (k - 1).bit_length() if k else 1
 
 
-def retrieval_config(dtype: torch.dtype, arch: str) -> RetrievalConfig:
-    """The tile of the top-k and rank kernels over folded queries."""
+def retrieval_config(dtype: torch.dtype, arch: str, precision: str) -> RetrievalConfig:
+    """The tile of the top-k and rank kernels over folded queries, multiplied in `precision` (`dot_precision`).
+
+    Keys of 64 bits, and the addresses of a mask, take the registers that a larger tile would need.
+    """
     if arch == "interpreter":
         return RetrievalConfig(32, 32, 32, num_warps=4, num_stages=1, max_spans=3, programs=4)
     if dtype == torch.float32:
-        return RetrievalConfig(64, 64, 32, num_warps=8, num_stages=2)
+        exact = precision == "ieee" and arch.startswith("sm_")
+        return RetrievalConfig(32 if exact else 64, 64, 32, num_warps=8, num_stages=2)
     if is_small_memory(arch):
         return RetrievalConfig(64, 64, 32, num_warps=4, num_stages=2)
     return RetrievalConfig(64, 64, 64, num_warps=8, num_stages=3)

@@ -141,7 +141,7 @@ def _topk(
     backend: str,
 ) -> streaming.Lists:
     k = min(k, len(gallery))
-    scores = Scores(queries, W_diag, W_blocks, normalize, backend)
+    scores = Scores(queries, len(gallery), W_diag, W_blocks, normalize, backend)
     if k == 0 or queries.shape[0] == 0:
         return streaming.Lists.empty(queries.shape[0], k, scores.dtype, queries.device)
     if backend == "triton" and k <= LARGEST_KERNEL_K and scores.dtype == torch.float32:
@@ -211,7 +211,7 @@ def ranks(
     exclusions = make_exclusions(queries, items, exclude, mask, (query_ids, gallery_ids), (query_cams, gallery_cams))
     backend = resolve_backend(backend, queries, W_blocks)
     offset, _ = sharding.place(queries, items, 0, group)
-    scores = Scores(queries, W_diag, W_blocks, normalize, backend)
+    scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)
     shard = Gallery(gallery, queries.device, offset)
     source = streaming
     if backend == "triton" and scores.dtype == torch.float32:

@@ -144,10 +144,13 @@ class Scores:
 
     Scores are float32, or float64 for float64 features, whatever the features' dtype: ranking by rounded scores would
     make ties of scores that differ. With `normalize` the queries' norms are in the fold, the gallery's scale S.
+
+    Every product has the same shape for a batch of queries, whatever columns are asked for: a library may sum in
+    another order for another shape, and copies of one item would no longer be ties. `N` is the gallery's size.
     """
 
     def __init__(
-        self, queries: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, backend: str
+        self, queries: Tensor, N: int, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, backend: str
     ) -> None:
         self.dtype = accumulate_dtype(queries.dtype)
         self.backend, self.normalize = backend, normalize
@@ -156,8 +159,9 @@ class Scores:
             self.queries = ops.fold(queries.detach(), *weights, normalize)
         else:
             self.queries = torch_backend.fold(queries.detach().to(self.dtype), *weights, normalize)
+        Q, D = queries.shape
         self.chunks: StreamChunks = retrieval_configs.stream_chunks(
-            *queries.shape, queries.dtype.itemsize, queries.device.type
+            Q, N, D, queries.dtype.itemsize, queries.device.type
         )
 
     def rows(self) -> Iterator[slice]:
@@ -170,13 +174,17 @@ class Scores:
         return torch.linalg.vector_norm(block, dim=-1, dtype=self.dtype).clamp_min(NORM_EPS).reciprocal()
 
     def fill(self, out: Tensor, rows: slice, block: Tensor, columns: slice, scale: Tensor | None) -> Tensor:
-        """`out` (r, c) with the scores of these rows and these columns of the block."""
+        """`out` (r, c) with the scores of these rows and these columns of the block, at most a chunk of them."""
         queries, items = self.queries[rows], block[columns]
         if self.backend == "triton":
             from gssf_triton.kernels.launch import Metric
             from gssf_triton.kernels.pairwise import pairwise
 
             pairwise(queries[None], items[None], Metric(None, None), False, out[None])
-        else:
+        elif items.shape[0] == self.chunks.columns:
             torch.mm(queries, items.to(self.dtype).mT, out=out)
+        else:
+            filled = items.new_zeros((self.chunks.columns, items.shape[1]), dtype=self.dtype)
+            filled[: items.shape[0]] = items
+            out.copy_(torch.mm(queries, filled.mT)[:, : items.shape[0]])
         return out if scale is None else out.mul_(scale[columns])

@@ -140,7 +140,7 @@ def tile_arguments(
 
 def spans_of(queries: int, items: int, config: RetrievalConfig) -> tuple[int, int, int]:
     """(row tiles, spans, column tiles a span): the launch grid, and what one program walks."""
-    row_tiles, column_tiles = triton.cdiv(queries, config.BLOCK_M), triton.cdiv(items, config.BLOCK_N)
+    row_tiles, column_tiles = triton.cdiv(queries, config.BLOCK_M), max(triton.cdiv(items, config.BLOCK_N), 1)
     tiles = triton.cdiv(column_tiles, config.spans(row_tiles, column_tiles))
     return row_tiles, triton.cdiv(column_tiles, tiles), tiles
 

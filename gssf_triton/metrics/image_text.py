@@ -96,7 +96,9 @@ def image_text(
         for name, blocks, order in (("i2t", W_blocks, 1), ("t2i", transposed, -1)):
             (queries, query_ids), (gallery, gallery_ids) = sides[::order]
             bar = progress_bar(progress, name if folds == 1 else f"{name} fold {number + 1}/{folds}")
-            rows = stream_chunks(*queries.shape, queries.dtype.itemsize, queries.device.type).rows
+            rows = stream_chunks(
+                len(queries), len(gallery), queries.shape[1], queries.dtype.itemsize, queries.device.type
+            ).rows
             batches = [
                 ranks(
                     queries[batch], gallery, W_diag, blocks, query_ids=query_ids[batch], gallery_ids=gallery_ids,

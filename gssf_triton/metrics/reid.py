@@ -84,7 +84,7 @@ def reid(
     checks.check_ks(ks)
     exclusions = make_exclusions(queries, N, None, None, (query_ids, gallery_ids), (query_cams, gallery_cams))
     exclusions = replace(exclusions, mask=(gallery_ids != JUNK).expand(Q, N))
-    scores = Scores(queries, W_diag, W_blocks, normalize, resolve_backend(backend, queries, W_blocks))
+    scores = Scores(queries, N, W_diag, W_blocks, normalize, resolve_backend(backend, queries, W_blocks))
     first, precision, penalty = [], [], []
     for _, ranks, counts in match_ranks(scores, gallery.detach(), exclusions, progress_bar(progress, "re-id")):
         matched = counts > 0

@@ -72,7 +72,7 @@ def retrieval(
     checks.check_ks(ks)
     itself = torch.arange(N, device=embeddings.device)
     exclusions = make_exclusions(embeddings, N, itself, None, (labels, labels))
-    scores = Scores(embeddings, W_diag, W_blocks, normalize, resolve_backend(backend, embeddings, W_blocks))
+    scores = Scores(embeddings, N, W_diag, W_blocks, normalize, resolve_backend(backend, embeddings, W_blocks))
     first, average, precision = [], [], []
     for _, ranks, counts in match_ranks(scores, embeddings.detach(), exclusions, progress_bar(progress, "retrieval")):
         if ranks.shape[1] == 0:
