@@ -10,10 +10,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import reference
 import torch
 from torch import Tensor
-
-import reference
 
 Scores = Sequence[Sequence[float]]
 

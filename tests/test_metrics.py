@@ -95,8 +95,9 @@ def test_image_text_in_coco_folds(cut: str, backend: str, device: str) -> None:
 
 def test_image_text_in_folds_of_any_order(device: str) -> None:
     """Captions lie where they like: a fold has those of its images, and a share of those of none."""
-    call, names = image_text_call(23, 61, False, device)
-    names["image_ids"] = torch.arange(23, device=device)
+    call = data((23, 61), False, device)
+    names = {"image_ids": torch.arange(23, device=device), "text_ids": torch.randint(-3, 23, (61,)).to(device)}
+    names["text_ids"][:3] = torch.tensor([1, 9, 20])  # every fold has a pair
     weights = {name: call[name] for name in ("W_diag", "W_blocks")}
     ours = metrics.image_text(call["a"], call["b"], **weights, **names, folds=3, normalize=False)
     S, text_ids = scores(call, False), names["text_ids"].tolist()
@@ -244,7 +245,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 
 def test_reid_wants_cameras() -> None:
     x, ids = torch.ones(3, 4), torch.arange(3)
-    with pytest.raises(TypeError, match="query_cams must be a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"query_cams must be a torch.Tensor, got NoneType"):
         metrics.reid(
             x,
             x,

@@ -92,9 +92,10 @@ def test_one_score_for_all_goes_by_index(cut: str, backend: str, device: str) ->
 
 
 def test_copies_of_an_item_go_by_index(cut: str, device: str) -> None:
-    """Equal rows have equal scores wherever they lie, in full chunks and in the last one: a library's product promises
-    that only for equal shapes. (A tile's product is one instruction for all of its columns on a GPU; the interpreter's
-    is a library's again, and not ours to mend.)
+    """Equal rows have equal scores wherever they lie, in full chunks and in the last one.
+
+    A library's product promises that only for equal shapes. (The interpreter's products are NumPy's, tile by tile, and
+    keep no such promise: a kernel's columns are equal by the instruction, on a GPU.)
     """
     once = features(61, 40, device=device)
     call = {"queries": features(9, 40, device=device), "gallery": once.repeat(4, 1)}
