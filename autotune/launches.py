@@ -24,6 +24,7 @@ from gssf_triton.autotune.configs import (
     stream_config,
 )
 from gssf_triton.autotune.keys import Key
+from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K, retrieval_config
 from gssf_triton.autotune.tables import Table, shipped
 from gssf_triton.autotune.targets import ARCHITECTURES as ARCHITECTURES
 
@@ -183,6 +184,22 @@ def _stream(arch: str, numerics: str) -> Iterator[Launch]:
         yield _make("stream", arch, numerics, epilogue, config, flags, dots=True)
 
 
+def _retrieval(arch: str, numerics: str) -> Iterator[Launch]:
+    """The retrieval kernels with every exclusion there is; the metric is folded before."""
+    dtype, precision = _numerics(numerics)
+    config = retrieval_config(dtype, arch, precision)
+    common = {
+        "HAS_SCALE": True, "HAS_EXCLUDE": True, "HAS_MASK": True, "EVEN_D": True, "WIDE": False,
+        "PRECISION": precision, "ACC": "fp32",
+    }  # fmt: skip
+    for K in (LARGEST_KERNEL_K,) if numerics in BRIEF else (16, LARGEST_KERNEL_K):
+        flags = common | {"K": K, "HAS_IDS": False, "HAS_CAMS": False}
+        yield _make("topk", arch, numerics, f"k={K}", config, flags, dots=True)
+    for label, count in (("best", False), ("count", True))[: 1 if numerics in BRIEF else None]:
+        flags = common | {"COUNT": count, "HAS_IDS": True, "HAS_CAMS": True}
+        yield _make("rank", arch, numerics, label, config, flags, dots=True)
+
+
 def _from_entry(key: Key, config: Any, arch: str) -> Iterator[Launch]:
     """The launches that a table's entry leads to, with loads that need no mask: the common case."""
     if key.dtype not in COMPILED:
@@ -240,6 +257,7 @@ def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[La
                 yield from _rowwise("paired", arch, numerics)
                 yield from _gradient(arch, numerics)
                 yield from _stream(arch, numerics)
+                yield from _retrieval(arch, numerics)
         for table in shipped():
             if table.arch in architectures:
                 yield from table_launches(table)

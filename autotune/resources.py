@@ -27,6 +27,11 @@ class Resources:
 #: Pointers with a dtype of their own: weights and their gradients stay float32 beside half-precision features.
 FLOAT32_POINTERS = {"w_diag_ptr", "dw_diag_ptr", "dw_blocks_ptr", "row_in_ptr", "column_in_ptr", "scalars_ptr",
                     "row_out_ptr", "column_out_ptr", "totals_ptr"}  # fmt: skip
+#: The retrieval kernels' pointers, whatever the features' dtype.
+TYPED_POINTERS = {
+    "scale_ptr": "*fp32", "exclude_ptr": "*i64", "mask_ptr": "*u8", "a_ids_ptr": "*i64", "b_ids_ptr": "*i64",
+    "a_cams_ptr": "*i64", "b_cams_ptr": "*i64", "bar_ptr": "*i64", "part_ptr": "*i64",
+}  # fmt: skip
 POINTER_TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "tf32": "*fp32"}
 #: Contiguous rows, the common case: Triton makes a constant of an argument that equals 1.
 UNIT_STRIDES = {"stride_ad", "stride_bd", "stride_xd", "stride_yd", "stride_td", "stride_rd", "stride_pn", "stride_sn",
@@ -50,6 +55,14 @@ def _kernel(name: str) -> Any:
         from gssf_triton.kernels.stream import stream_kernel
 
         return stream_kernel
+    if name == "topk":
+        from gssf_triton.kernels.topk import topk_kernel
+
+        return topk_kernel
+    if name == "rank":
+        from gssf_triton.kernels.rank_count import rank_kernel
+
+        return rank_kernel
     from gssf_triton.kernels.gradient import gradient_kernel
 
     return gradient_kernel
@@ -84,7 +97,8 @@ def _source(launch: Launch) -> Any:
             signature[name] = "fp32"
         elif name.endswith("_ptr"):
             wide = name in FLOAT32_POINTERS or (name == "w_blocks_ptr" and launch.kernel == "gradient")
-            signature[name] = "*fp32" if wide else POINTER_TYPES[launch.numerics]
+            features = TYPED_POINTERS.get(name, POINTER_TYPES[launch.numerics])
+            signature[name] = "*fp32" if wide else features
             attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"

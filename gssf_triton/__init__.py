@@ -5,9 +5,10 @@ s(x, y) = xᵀ(W ⊙ U)y with a diagonal and a block-diagonal weight (Diao et al
 
 from __future__ import annotations
 
-from gssf_triton import nn
+from gssf_triton import metrics, nn
 from gssf_triton.functional import dense_metric, paired_sim, pairwise_sim, pairwise_terms, transform
 from gssf_triton.losses import distillation_loss, info_nce, sigmoid_loss, triplet_loss
+from gssf_triton.retrieval import ranks, topk
 
 __version__ = "0.1.0"
 
@@ -16,11 +17,14 @@ __all__ = [
     "dense_metric",
     "distillation_loss",
     "info_nce",
+    "metrics",
     "nn",
     "paired_sim",
     "pairwise_sim",
     "pairwise_terms",
+    "ranks",
     "sigmoid_loss",
+    "topk",
     "transform",
     "triplet_loss",
 ]

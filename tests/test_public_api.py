@@ -3,26 +3,72 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import gssf_triton
+import gssf_triton.metrics
 import gssf_triton.nn
 
 WEIGHTS = "W_diag: Tensor | None = None, W_blocks: Tensor | None = None"
 BACKEND = "backend: str = 'auto'"
 NUMERICS = f"normalize: bool = False, out_dtype: torch.dtype | None = None, {BACKEND}"
 
+NORMALIZE = "normalize: bool = False"
+LIKE = f"(queries: Tensor, gallery: Tensor | np.ndarray, {WEIGHTS}, *"
+GROUP = f"group: dist.ProcessGroup | None = None, {BACKEND}"
+
 SIGNATURES = {
     "dense_metric": f"({WEIGHTS}) -> Tensor",
+    "distillation_loss": (
+        f"(a: Tensor, b: Tensor, {WEIGHTS}, *, teacher_a: Tensor, teacher_b: Tensor, "
+        "teacher_W_diag: Tensor | None = None, teacher_W_blocks: Tensor | None = None, "
+        f"logit_scale: Tensor | float, {NORMALIZE}, reduction: str = 'mean', {GROUP}) -> Tensor"
+    ),
+    "info_nce": (
+        f"(a: Tensor, b: Tensor, {WEIGHTS}, *, logit_scale: Tensor | float, ids: Tensor | None = None, "
+        f"symmetric: bool = True, label_smoothing: float = 0.0, {NORMALIZE}, reduction: str = 'mean', {GROUP}) -> Tensor"
+    ),
     "paired_sim": f"(a: Tensor, b: Tensor, {WEIGHTS}, *, {NUMERICS}) -> Tensor",
     "pairwise_sim": f"(a: Tensor, b: Tensor, {WEIGHTS}, *, {NUMERICS}) -> Tensor",
     "pairwise_terms": (
         f"(a: Tensor, b: Tensor, W_diag: Tensor, W_blocks: Tensor, *, {NUMERICS}) -> tuple[Tensor, Tensor]"
     ),
+    "ranks": (
+        f"{LIKE}, query_ids: Tensor, gallery_ids: Tensor, {NORMALIZE}, exclude: Tensor | None = None, "
+        "query_cams: Tensor | None = None, gallery_cams: Tensor | None = None, mask: Tensor | None = None, "
+        f"{GROUP}) -> Tensor"
+    ),
+    "sigmoid_loss": (
+        f"(a: Tensor, b: Tensor, {WEIGHTS}, *, logit_scale: Tensor | float, logit_bias: Tensor | float, "
+        f"ids: Tensor | None = None, {NORMALIZE}, reduction: str = 'mean', {GROUP}) -> Tensor"
+    ),
+    "topk": (
+        f"{LIKE}, k: int, {NORMALIZE}, exclude: Tensor | None = None, mask: Tensor | None = None, "
+        f"{GROUP}) -> tuple[Tensor, Tensor]"
+    ),
     "transform": f"(x: Tensor, {WEIGHTS}, *, side: str = 'a', normalize: bool = False, {BACKEND}) -> Tensor",
+    "triplet_loss": (
+        f"(a: Tensor, b: Tensor, {WEIGHTS}, *, margin: float = 0.2, hardest: bool = True, ids: Tensor | None = None, "
+        f"{NORMALIZE}, reduction: str = 'sum', return_violations: bool = False, {GROUP}) "
+        "-> Tensor | tuple[Tensor, Tensor]"
+    ),
+}
+
+MEASURED = f"normalize: bool = True, progress: bool = False, {BACKEND}) -> dict[str, float]"
+METRIC_SIGNATURES = {
+    "image_text": (
+        f"(images: Tensor, texts: Tensor, {WEIGHTS}, *, image_ids: Tensor, text_ids: Tensor, "
+        f"ks: Sequence[int] = (1, 5, 10), folds: int = 1, {MEASURED}"
+    ),
+    "reid": (
+        f"(queries: Tensor, gallery: Tensor, {WEIGHTS}, *, query_ids: Tensor, gallery_ids: Tensor, "
+        f"query_cams: Tensor, gallery_cams: Tensor, ks: Sequence[int] = (1, 5, 10), {MEASURED}"
+    ),
+    "retrieval": f"(embeddings: Tensor, labels: Tensor, {WEIGHTS}, ks: Sequence[int] = (1, 2, 4, 8), *, {MEASURED}",
 }
 
 GSSF_SIGNATURES = {
@@ -54,7 +100,7 @@ def _signature(function: Callable[..., Any]) -> str:
 
 
 def test_public_names() -> None:
-    assert gssf_triton.__all__ == ["__version__", *sorted([*SIGNATURES, "nn"])]
+    assert gssf_triton.__all__ == ["__version__", *sorted([*SIGNATURES, "metrics", "nn"])]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -62,12 +108,21 @@ def test_function_signature(name: str) -> None:
     assert _signature(getattr(gssf_triton, name)) == SIGNATURES[name]
 
 
+def test_metric_names() -> None:
+    assert gssf_triton.metrics.__all__ == sorted(METRIC_SIGNATURES)
+
+
+@pytest.mark.parametrize("name", METRIC_SIGNATURES)
+def test_metric_signature(name: str) -> None:
+    assert _signature(getattr(gssf_triton.metrics, name)) == METRIC_SIGNATURES[name]
+
+
 @pytest.mark.parametrize("name", GSSF_SIGNATURES)
 def test_module_signature(name: str) -> None:
     assert _signature(getattr(gssf_triton.nn.GSSF, name)) == GSSF_SIGNATURES[name]
 
 
-@pytest.mark.parametrize("name", ["nn.GSSF", *SIGNATURES])
+@pytest.mark.parametrize("name", ["nn.GSSF", *SIGNATURES, *(f"metrics.{name}" for name in METRIC_SIGNATURES)])
 def test_docstring_has_an_example_and_the_source(name: str) -> None:
-    documented = gssf_triton.nn.GSSF if name == "nn.GSSF" else getattr(gssf_triton, name)
+    documented = operator.attrgetter(name)(gssf_triton)
     assert documented.__doc__ and ">>> " in documented.__doc__ and "2410.15266" in documented.__doc__

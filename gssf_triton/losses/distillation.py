@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -88,7 +89,7 @@ def distillation_loss(
     logit_scale: Tensor | float,
     normalize: bool = False,
     reduction: str = "mean",
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Make the student's similarities rank as the teacher's do, without storing either's.

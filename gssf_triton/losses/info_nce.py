@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -115,7 +116,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     normalize: bool = False,
     reduction: str = "mean",
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""InfoNCE over the similarities of a batch of matching pairs, without storing them.

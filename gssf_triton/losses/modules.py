@@ -6,6 +6,7 @@ import math
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gssf_triton.losses.distillation import distillation_loss
@@ -23,7 +24,7 @@ class Metric(Protocol):
 
 
 class _MetricLoss(nn.Module):
-    def __init__(self, metric: Metric, reduction: str, group: Any, backend: str) -> None:
+    def __init__(self, metric: Metric, reduction: str, group: dist.ProcessGroup | None, backend: str) -> None:
         super().__init__()
         self.metric = metric
         self.reduction = reduction
@@ -48,7 +49,7 @@ class _ScaledLoss(_MetricLoss):
         learn_scale: bool,
         max_logit_scale: float,
         reduction: str,
-        group: Any,
+        group: dist.ProcessGroup | None,
         backend: str,
     ) -> None:
         super().__init__(metric, reduction, group, backend)
@@ -94,7 +95,7 @@ class InfoNCELoss(_ScaledLoss):
         symmetric: bool = True,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
-        group: Any = None,
+        group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
@@ -139,7 +140,7 @@ class SigmoidLoss(_ScaledLoss):
         learn_scale: bool = True,
         max_logit_scale: float = 1000.0,
         reduction: str = "mean",
-        group: Any = None,
+        group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
@@ -189,7 +190,7 @@ class TripletLoss(_MetricLoss):
         margin: float = 0.2,
         hardest: bool = True,
         reduction: str = "sum",
-        group: Any = None,
+        group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(metric, reduction, group, backend)
@@ -232,7 +233,7 @@ class DistillationLoss(_MetricLoss):
         *,
         logit_scale: float = 1 / 0.07,
         reduction: str = "mean",
-        group: Any = None,
+        group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(metric, reduction, group, backend)

@@ -21,7 +21,7 @@ from gssf_triton.streaming.epilogues import Merge
 class Ranks:
     """Who holds which pairs: `sizes` one a process, this one's `index`. No group: one process, all pairs."""
 
-    group: Any
+    group: dist.ProcessGroup | None
     sizes: tuple[int, ...]
     index: int
 
@@ -44,7 +44,7 @@ class Ranks:
         return slice(self.offset, self.offset + self.sizes[self.index])
 
     @staticmethod
-    def of(group: Any, size: int, device: torch.device) -> Ranks:
+    def of(group: dist.ProcessGroup | None, size: int, device: torch.device) -> Ranks:
         if group is None:
             return Ranks(None, (size,), 0)
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -96,7 +97,7 @@ def sigmoid_loss(
     ids: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""SigLIP's sigmoid loss over the similarities of a batch of matching pairs, without storing them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -168,7 +169,7 @@ def triplet_loss(
     normalize: bool = False,
     reduction: str = "sum",
     return_violations: Literal[False] = False,
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor: ...
 
@@ -186,7 +187,7 @@ def triplet_loss(
     normalize: bool = False,
     reduction: str = "sum",
     return_violations: Literal[True],
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -203,7 +204,7 @@ def triplet_loss(
     normalize: bool = False,
     reduction: str = "sum",
     return_violations: bool = False,
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""VSE++'s hinge loss over the similarities of a batch of matching pairs, without storing them.

@@ -1,0 +1,86 @@
+"""Sizes of retrieval: the chunks the torch backend streams and the kernels' tiles, from pure functions of the shape.
+
+Both are chosen without looking at k, so that `topk` and `ranks` compute every score by the same instructions and agree
+on its last bit. Like the rest of `configs` the tiles rest on the compile gate and have not been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gssf_triton.autotune.configs import is_small_memory
+
+#: Chunks are this many columns wide, or a multiple of it: whole tiles of every library's product.
+COLUMN_STEP = 64
+
+#: The longest list a program of the top-k kernel keeps in its registers; longer ones are chosen from chunks of S.
+LARGEST_KERNEL_K = 64
+
+
+@dataclass(frozen=True)
+class StreamChunks:
+    """`rows` queries meet `columns` gallery items at a time; a gallery on disk is read `block_rows` rows at a time."""
+
+    rows: int
+    columns: int
+    block_rows: int
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Tile of scores [BLOCK_M, BLOCK_N], BLOCK_K channels a step; a row of them is cut into at most `max_spans` spans.
+
+    `programs` is what the spans are to add up to: enough to fill the largest GPU a few times over.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    max_spans: int = 64
+    programs: int = 1024
+
+    def spans(self, row_tiles: int, column_tiles: int) -> int:
+        """How many programs share the column tiles of one row tile."""
+        wanted = -(-self.programs // max(row_tiles, 1))
+        return max(1, min(wanted, self.max_spans, column_tiles))
+
+
+def stream_chunks(Q: int, N: int, D: int, itemsize: int, device_type: str) -> StreamChunks:
+    """Chunks for Q queries against N items over D channels.
+
+    A chunk of scores of 16 MiB is large enough for the product to run at the library's full rate and small enough to
+    be looked through from cache; few queries take a longer run of the gallery at a time. All chunks are equally wide,
+    to within COLUMN_STEP: the last one is filled up to the others' width, which should cost little.
+    """
+    rows, scores = (1024, 1 << 22) if device_type == "cpu" else (4096, 1 << 26)
+    widest = min(max(scores // max(min(Q, rows), 1), 4096), 1 << 16)
+    count = max(1, -(-N // widest))
+    columns = max(1, -(-N // (count * COLUMN_STEP))) * COLUMN_STEP
+    # 32 MiB of a gallery on disk at a time, whole chunks of it; on a GPU enough to hide the transfer's latency.
+    block_bytes = (32 << 20) if device_type == "cpu" else (256 << 20)
+    chunks = max(1, block_bytes // (columns * max(D, 1) * itemsize))
+    return StreamChunks(rows, columns, columns * chunks)
+
+
+def padded_k(k: int) -> int:
+    """The list's length in the top-k kernel: a power of two."""
+    return 1 << (k - 1).bit_length() if k else 1
+
+
+def retrieval_config(dtype: torch.dtype, arch: str, precision: str) -> RetrievalConfig:
+    """The tile of the top-k and rank kernels over folded queries, multiplied in `precision` (`dot_precision`).
+
+    Keys of 64 bits, and the addresses of a mask, take the registers that a larger tile would need.
+    """
+    if arch == "interpreter":
+        return RetrievalConfig(32, 32, 32, num_warps=4, num_stages=1, max_spans=3, programs=4)
+    if dtype == torch.float32:
+        exact = precision == "ieee" and arch.startswith("sm_")
+        return RetrievalConfig(32 if exact else 64, 64, 32, num_warps=8, num_stages=2)
+    if is_small_memory(arch):
+        return RetrievalConfig(64, 64, 32, num_warps=4, num_stages=2)
+    return RetrievalConfig(64, 64, 64, num_warps=8, num_stages=3)

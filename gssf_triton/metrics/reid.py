@@ -1,0 +1,101 @@
+"""Re-identification as Market-1501 has it: CMC, mean average precision and mean inverse negative penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gssf_triton import checks
+from gssf_triton.backend import resolve_backend
+from gssf_triton.metrics.common import percent, precisions, progress_bar, recalls, valid_places
+from gssf_triton.retrieval.match_ranks import match_ranks
+from gssf_triton.retrieval.scoring import Scores
+from gssf_triton.retrieval.search import check_call, make_exclusions
+
+#: The id of gallery items that are neither right nor wrong: they are not ranked.
+JUNK = -1
+
+
+@torch.no_grad()
+def reid(
+    queries: Tensor,
+    gallery: Tensor,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cams: Tensor,
+    gallery_cams: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    normalize: bool = True,
+    progress: bool = False,
+    backend: str = "auto",
+) -> dict[str, float]:
+    """Person re-identification's metrics in Market-1501's single-query protocol.
+
+    For each query, gallery items of its identity and its camera are not ranked, nor is junk (id −1); distractors (id 0,
+    or any id that no query has) are. Queries without a match among what is left are left out.
+
+    Args:
+        queries: (Q, D), the left side of the similarity.
+        gallery: (N, D), of the queries' dtype and device.
+        W_diag: Diagonal weight, (D,), or None.
+        W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None.
+        query_ids: (Q,) integers, the identities.
+        gallery_ids: (N,) integers; −1 is junk.
+        query_cams: (Q,) integers, the cameras.
+        gallery_cams: (N,) integers.
+        ks: The cut-offs K of CMC.
+        normalize: Put both sides on the unit sphere first.
+        progress: Show a bar (needs tqdm).
+        backend: As in `pairwise_sim`.
+
+    Returns:
+        `map`: mean over the queries of the mean of the precisions at their matches; `minp`: mean of matches divided by
+        the rank (from 1) of the last match; `cmc{k}`: share of the queries with a match among the first k. All in
+        percent; NaN where no query has a match.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: shapes, dtypes or devices that do not agree, or no weight.
+        ImportError: `progress=True` without tqdm.
+        RuntimeError: `backend="triton"` where Triton cannot run.
+
+    Source:
+        Zheng et al., Scalable Person Re-identification, ICCV 2015 (the protocol); Ye et al., Deep Learning for Person
+        Re-identification, TPAMI 2021 (mINP); Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
+
+    Example:
+        >>> import torch, gssf_triton
+        >>> queries, gallery = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5]])
+        >>> gssf_triton.metrics.reid(
+        ...     queries, gallery, torch.ones(2), query_ids=torch.tensor([3]), gallery_ids=torch.tensor([3, 0, 3]),
+        ...     query_cams=torch.tensor([1]), gallery_cams=torch.tensor([1, 2, 2]), ks=(1, 2),
+        ... )
+        {'map': 50.0, 'minp': 50.0, 'cmc1': 0.0, 'cmc2': 100.0}
+    """
+    Q, N = check_call(queries, gallery, W_diag, W_blocks, arrays=False)
+    for name, cams in (("query_cams", query_cams), ("gallery_cams", gallery_cams)):
+        checks.check_tensor(name, cams)
+    checks.check_ks(ks)
+    exclusions = make_exclusions(queries, N, None, None, (query_ids, gallery_ids), (query_cams, gallery_cams))
+    exclusions = replace(exclusions, mask=(gallery_ids != JUNK).expand(Q, N))
+    scores = Scores(queries, N, W_diag, W_blocks, normalize, resolve_backend(backend, queries, W_blocks))
+    first, precision, penalty = [], [], []
+    for _, ranks, counts in match_ranks(scores, gallery.detach(), exclusions, progress_bar(progress, "re-id")):
+        matched = counts > 0
+        ranks, counts = ranks[matched], counts[matched]
+        if counts.numel() == 0:
+            continue
+        valid = valid_places(ranks, counts)
+        first.append(ranks[:, 0])
+        precision.append((precisions(ranks) * valid).sum(1) / counts)
+        last = ranks.gather(1, counts[:, None] - 1)[:, 0]
+        penalty.append(counts.double() / (last + 1))
+    empty = torch.zeros(0, device=queries.device)
+    summary = {"map": percent(torch.cat([empty, *precision])), "minp": percent(torch.cat([empty, *penalty]))}
+    return summary | recalls(torch.cat([empty, *first]), tuple(ks), "cmc")

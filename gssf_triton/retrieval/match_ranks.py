@@ -1,0 +1,113 @@
+"""The rank of every match of every query, for metrics that need more than the first: average precision and its kin.
+
+Two passes over the same chunks: the match scores of a batch of queries, sorted; then, for every item, how many of them
+it comes before. Memory grows with the number of matches, never with Q·N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gssf_triton.retrieval.order import order_keys
+from gssf_triton.retrieval.scan import chunk
+from gssf_triton.retrieval.scoring import Exclusions, Scores, slices
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The matches of some queries, worst first: order keys and indices (r, m), and how many each query has (r,).
+
+    Behind a query's matches lie the largest key and index −1, which no item comes before.
+    """
+
+    keys: Tensor
+    indices: Tensor
+    counts: Tensor
+
+
+def _collect(scores: Scores, gallery: Tensor, exclusions: Exclusions, rows: slice, scale: Tensor | None) -> Matches:
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for part in slices(0, gallery.shape[0], scores.chunks.columns):
+        if not exclusions.may_match(rows, part):
+            continue
+        match = exclusions.same_id(rows, part)
+        dropped = exclusions.dropped(rows, part, 0)
+        if dropped is not None:
+            match &= ~dropped
+        row, column = match.nonzero(as_tuple=True)
+        S = chunk(scores, rows, gallery, part, scale)
+        found.append((row, column + part.start, order_keys(S[row, column])))
+    many = rows.stop - rows.start
+    device = gallery.device
+    if not found:
+        nothing = torch.zeros((many, 0), dtype=torch.int64, device=device)
+        return Matches(nothing, nothing, nothing.sum(1))
+    row, index, keys = (torch.cat(parts) for parts in zip(*found, strict=True))
+    # Worst first: by row, then key, then the higher index, one stable sort for each, the last of them first.
+    order = index.argsort(descending=True, stable=True)
+    order = order[keys[order].argsort(stable=True)]
+    order = order[row[order].argsort(stable=True)]
+    row, index, keys = row[order], index[order], keys[order]
+    counts = torch.bincount(row, minlength=many)
+    slot = torch.arange(row.numel(), device=device) - (counts.cumsum(0) - counts)[row]
+    shape = (many, int(counts.max()))
+    matches = Matches(
+        torch.full(shape, torch.iinfo(keys.dtype).max, dtype=keys.dtype, device=device),
+        torch.full(shape, -1, dtype=torch.int64, device=device),
+        counts,
+    )
+    matches.keys[row, slot], matches.indices[row, slot] = keys, index
+    return matches
+
+
+def _beaten(matches: Matches, keys: Tensor, first: int) -> Tensor:
+    """(r, c): how many of its row's matches each item comes before; the items are those from index `first` on."""
+    below = torch.searchsorted(matches.keys, keys, out_int32=True)
+    not_above = torch.searchsorted(matches.keys, keys, right=True, out_int32=True)
+    row, column = (below != not_above).nonzero(as_tuple=True)
+    # Among equal keys the higher indices come first here: find where those of later items than this one end.
+    index = column + first
+    low, high = below[row, column].long(), not_above[row, column].long()
+    last = matches.keys.shape[1] - 1
+    for _ in range((last + 1).bit_length()):
+        middle = (low + high) // 2
+        later = (low < high) & (matches.indices[row, middle.clamp_max(last)] > index)
+        low, high = torch.where(later, middle + 1, low), torch.where(later | (low >= high), high, middle)
+    below[row, column] = low.to(below.dtype)
+    return below
+
+
+def match_ranks(
+    scores: Scores, gallery: Tensor, exclusions: Exclusions, progress: Callable[[Iterator[slice]], Iterator[slice]]
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For batches of queries: (their rows, the ranks of their matches (r, m), how many matches each has (r,)).
+
+    A rank counts the items before a match, the other matches included, in the order of retrieval: ascending, from 0.
+    Behind a query's matches lie ranks that mean nothing.
+    """
+    scale = scores.scale(gallery)
+    for rows in progress(scores.rows()):
+        matches = _collect(scores, gallery, exclusions, rows, scale)
+        many, most = matches.keys.shape
+        if most == 0:
+            yield rows, matches.indices, matches.counts
+            continue
+        # bins[i, b]: items that come before exactly the b worst of query i's matches.
+        bins = torch.zeros(many * (most + 1), dtype=torch.int64, device=gallery.device)
+        start = torch.arange(many, device=gallery.device)[:, None] * (most + 1)
+        for part in slices(0, gallery.shape[0], scores.chunks.columns):
+            S = chunk(scores, rows, gallery, part, scale)
+            beaten = _beaten(matches, order_keys(S), part.start)
+            dropped = exclusions.dropped(rows, part, 0)
+            if dropped is not None:
+                beaten.masked_fill_(dropped, 0)
+            bins += torch.bincount((beaten + start).flatten(), minlength=bins.numel())
+        bins = bins.view(many, most + 1)
+        # Before the match at place p come the items that beat more than p matches: the best match lies last.
+        before = bins.flip(1).cumsum(1)[:, :most]  # [r, m]: column c holds the items that beat at least m - c
+        best = torch.arange(most, device=gallery.device)[None] + (most - matches.counts)[:, None]
+        yield rows, before.gather(1, best.clamp_max(most - 1)), matches.counts

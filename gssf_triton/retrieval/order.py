@@ -1,0 +1,68 @@
+"""The order of retrieval: higher score first, equal scores by the lower index, NaN above everything (as torch.topk).
+
+Scores are compared as integers of the same order (`order_keys`): no two ways to compare, NaN and −0 included, and one
+key, `ABSENT`, lies below every score there is, −inf too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+_FLOAT = {integer: floating for floating, integer in _INTEGER.items()}
+
+
+def key_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The integers that scores of `dtype`, float32 or float64, are ordered by."""
+    return _INTEGER[dtype]
+
+
+def absent(dtype: torch.dtype) -> int:
+    """The key of what may not be ranked, or is not there: below the key of −inf."""
+    return torch.iinfo(dtype).min
+
+
+def _flip(bits: Tensor) -> Tensor:
+    """Sign-and-magnitude to two's complement, and back."""
+    info = torch.iinfo(bits.dtype)
+    return bits ^ ((bits >> (info.bits - 1)) & info.max)
+
+
+def order_keys(scores: Tensor) -> Tensor:
+    """Integers that compare as the scores do; equal scores, −0 and 0, and any two NaN have equal keys."""
+    # Adding 0 turns −0 into 0.
+    keys = _flip((scores + 0.0).view(_INTEGER[scores.dtype]))
+    return keys.masked_fill_(scores.isnan(), torch.iinfo(keys.dtype).max)
+
+
+def scores_of(keys: Tensor) -> Tensor:
+    """The scores that `order_keys` came from; −inf where the key says that there is none."""
+    missing = keys == absent(keys.dtype)
+    return _flip(keys).view(_FLOAT[keys.dtype]).masked_fill_(missing, float("-inf"))
+
+
+def leading(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest keys of every row of (R, C) and their columns, equal keys by the lower column; k at most C.
+
+    torch.topk does not say which of equal entries it takes, nor in which order it gives them. Only where the k-th and
+    the next are equal can it have taken the wrong ones: those rows are sorted whole.
+    """
+    if k == keys.shape[1]:
+        ordered, columns = keys.sort(dim=1, descending=True, stable=True)
+        return ordered, columns
+    found, columns = keys.topk(k + 1, dim=1)
+    undecided = ((found[:, k - 1] == found[:, k]) & (found[:, k] != absent(keys.dtype))).nonzero()[:, 0]
+    columns = columns[:, :k].sort(dim=1).values
+    found, order = keys.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    if undecided.numel():
+        ordered, places = keys[undecided].sort(dim=1, descending=True, stable=True)
+        found[undecided], columns[undecided] = ordered[:, :k], places[:, :k]
+    return found, columns
+
+
+def merge(keys: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k leading entries of lists laid side by side, (R, L): equal keys must lie in the order of their indices."""
+    keys, order = keys.sort(dim=1, descending=True, stable=True)
+    return keys[:, :k], indices.gather(1, order[:, :k])

@@ -1,0 +1,170 @@
+"""Top-k lists and ranks in chunks of scores: memory grows with Q + N, never with Q·N.
+
+The same chunks, in the same order, for every function: two passes over a gallery see the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gssf_triton.retrieval.order import absent, key_dtype, leading, merge, order_keys, scores_of
+from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores, slices
+
+#: Columns whose maximum is looked at before any of them is: one vectorised pass finds the few that matter.
+GROUP = 64
+
+
+@dataclass
+class Lists:
+    """The k best items of every query so far: order keys and indices (Q, k), best first."""
+
+    keys: Tensor
+    indices: Tensor
+
+    @classmethod
+    def empty(cls, Q: int, k: int, dtype: torch.dtype, device: torch.device) -> Lists:
+        integer = key_dtype(dtype)
+        keys = torch.full((Q, k), absent(integer), dtype=integer, device=device)
+        return cls(keys, torch.full((Q, k), -1, dtype=torch.int64, device=device))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(values, indices); −inf and −1 where too few items may be ranked."""
+        return scores_of(self.keys), self.indices.masked_fill(self.keys == absent(self.keys.dtype), -1)
+
+    def add(self, rows: slice, keys: Tensor, indices: Tensor, among: Tensor | None = None) -> None:
+        """Merge further lists, all of later items, into these rows, or into the rows `among` these."""
+        at = rows if among is None else among + rows.start
+        k = self.keys.shape[1]
+        self.keys[at], self.indices[at] = merge(
+            torch.cat((self.keys[at], keys), dim=1), torch.cat((self.indices[at], indices), dim=1), k
+        )
+
+
+def _add_all(lists: Lists, rows: slice, S: Tensor, first: int, dropped: Tensor | None) -> None:
+    """Merge the chunk S (r, c), whose columns are the items from `first` on, whatever it holds."""
+    keys = order_keys(S)
+    if dropped is not None:
+        keys.masked_fill_(dropped, absent(keys.dtype))
+    best, columns = leading(keys, min(lists.keys.shape[1], keys.shape[1]))
+    lists.add(rows, best, columns + first)
+
+
+def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int, dropped: Tensor | None) -> bool:
+    """Merge what beats the last entry of full lists; False, with nothing done, where that is not a small share.
+
+    Later items lose ties, so only scores strictly above a list's last one matter (and NaN). `padded` is the chunk, its
+    columns filled up with −inf to a multiple of GROUP.
+    """
+    last = lists.keys[rows, -1]
+    if bool((last == absent(last.dtype)).any()):
+        return False
+    # Against a NaN at the end of a list nothing wins.
+    bar = scores_of(last).nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))[:, None]
+    if dropped is not None:
+        padded[:, : dropped.shape[1]].masked_fill_(dropped, float("-inf"))
+    groups = padded.unflatten(1, (-1, GROUP))
+    row, group = (groups.amax(-1) <= bar).logical_not_().nonzero(as_tuple=True)
+    if row.numel() * 8 > groups.shape[0] * groups.shape[1]:
+        return False
+    scores = groups[row, group]  # [hits, GROUP]
+    hit, lane = (scores <= bar[row]).logical_not_().nonzero(as_tuple=True)
+    if hit.numel() == 0:
+        return True
+    keys, column, row = order_keys(scores[hit, lane]), group[hit] * GROUP + lane, row[hit]
+    among, place, count = row.unique_consecutive(return_inverse=True, return_counts=True)
+    # Entries lie in order of row, then column: each becomes the next one of its row's list.
+    slot = torch.arange(row.numel(), device=row.device) - (count.cumsum(0) - count)[place]
+    shape = (among.numel(), int(count.max()))
+    new_keys = keys.new_full(shape, absent(keys.dtype))
+    new_indices = column.new_full(shape, -1)
+    new_keys[place, slot] = keys
+    new_indices[place, slot] = column + first
+    lists.add(rows, new_keys, new_indices, among)
+    return True
+
+
+def topk(scores: Scores, gallery: Gallery, exclusions: Exclusions, k: int) -> Lists:
+    """The k best items of every query; indices count from the gallery's offset."""
+    Q, columns = scores.queries.shape[0], scores.chunks.columns
+    lists = Lists.empty(Q, k, scores.dtype, scores.queries.device)
+    # A list longer than a chunk is merged once in as many chunks as it spans.
+    strip = columns * -(-k // columns)
+    width = -(-min(strip, len(gallery)) // GROUP) * GROUP
+    buffer = torch.empty((min(scores.chunks.rows, Q), width), dtype=scores.dtype, device=scores.queries.device)
+    for first, block in gallery.blocks(scores.chunks.block_rows):
+        scale = scores.scale(block)
+        for rows in scores.rows():
+            for span in slices(0, block.shape[0], strip):
+                count = span.stop - span.start
+                padded = buffer[: rows.stop - rows.start, : -(-count // GROUP) * GROUP]
+                S = padded[:, :count]
+                padded[:, count:] = float("-inf")
+                for part in slices(span.start, span.stop, columns):
+                    scores.fill(S[:, part.start - span.start : part.stop - span.start], rows, block, part, scale)
+                index = gallery.offset + first + span.start
+                local = slice(first + span.start, first + span.stop)
+                dropped = exclusions.dropped(rows, local, gallery.offset)
+                if not _add_better(lists, rows, padded, index, dropped):
+                    _add_all(lists, rows, S, index, dropped)
+    return lists
+
+
+def best_match(scores: Scores, gallery: Gallery, exclusions: Exclusions) -> tuple[Tensor, Tensor]:
+    """(key, index), each (Q,): every query's first match in the order of retrieval; −1 where it has none."""
+    Q, device = scores.queries.shape[0], scores.queries.device
+    keys = torch.full((Q,), absent(key_dtype(scores.dtype)), dtype=key_dtype(scores.dtype), device=device)
+    indices = torch.full((Q,), -1, dtype=torch.int64, device=device)
+    for first, block in gallery.blocks(scores.chunks.block_rows):
+        scale = scores.scale(block)
+        for rows in scores.rows():
+            for part in slices(0, block.shape[0], scores.chunks.columns):
+                local = slice(first + part.start, first + part.stop)
+                if not exclusions.may_match(rows, local):
+                    continue
+                S = chunk(scores, rows, block, part, scale)
+                match = exclusions.same_id(rows, local)
+                dropped = exclusions.dropped(rows, local, gallery.offset)
+                if dropped is not None:
+                    match &= ~dropped
+                best, column = order_keys(S).masked_fill_(~match, absent(keys.dtype)).max(dim=1)
+                better = best > keys[rows]
+                keys[rows] = torch.where(better, best, keys[rows])
+                indices[rows] = torch.where(better, column + (gallery.offset + local.start), indices[rows])
+    return keys, indices
+
+
+def count_before(scores: Scores, gallery: Gallery, exclusions: Exclusions, keys: Tensor, indices: Tensor) -> Tensor:
+    """(Q,) int64: how many items come before the one of this key and index, each (Q,)."""
+    counts = torch.zeros_like(indices)
+    bars = scores_of(keys)
+    for first, block in gallery.blocks(scores.chunks.block_rows):
+        scale = scores.scale(block)
+        for rows in scores.rows():
+            bar, index = bars[rows, None], indices[rows, None]
+            at_nan = bar.isnan()
+            any_nan = bool(at_nan.any())
+            for part in slices(0, block.shape[0], scores.chunks.columns):
+                local = slice(first + part.start, first + part.stop)
+                S = chunk(scores, rows, block, part, scale)
+                number = torch.arange(local.start, local.stop, device=S.device) + gallery.offset
+                above = (bar >= S).logical_not_()  # NaN too
+                tied = bar == S
+                if any_nan:
+                    above &= ~at_nan
+                    tied |= at_nan & S.isnan()
+                above |= tied.logical_and_(number < index)
+                dropped = exclusions.dropped(rows, local, gallery.offset)
+                if dropped is not None:
+                    above &= ~dropped
+                counts[rows] += above.view(torch.uint8).sum(dim=1, dtype=torch.int32)
+    return counts
+
+
+def chunk(scores: Scores, rows: slice, block: Tensor, part: slice, scale: Tensor | None) -> Tensor:
+    """A fresh chunk of scores, (r, c)."""
+    shape = (rows.stop - rows.start, part.stop - part.start)
+    out = torch.empty(shape, dtype=scores.dtype, device=block.device)
+    return scores.fill(out, rows, block, part, scale)

@@ -1,0 +1,224 @@
+"""Retrieval without the score matrix: the best k gallery items of every query, and the rank of its first match.
+
+One call's way: checks → the metric folded into the queries (`scoring`) → chunks of scores (`scan`) or kernels
+(`gssf_triton.kernels.topk`, `gssf_triton.kernels.rank_count`) → shards merged (`sharding`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gssf_triton import checks
+from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K
+from gssf_triton.backend import resolve_backend
+from gssf_triton.retrieval import scan, sharding
+from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores
+
+_NAMES = ("queries", "gallery")
+
+
+def check_call(
+    queries: Tensor,
+    gallery: Tensor | np.ndarray,
+    W_diag: Tensor | None,
+    W_blocks: Tensor | None,
+    arrays: bool = True,
+) -> tuple[int, int]:
+    """(Q, N) of features that fit; a gallery in an array, where `arrays` are taken, may lie elsewhere."""
+    if arrays and isinstance(gallery, np.ndarray):
+        checks.check_features("queries", queries)
+        checks.check_matrix("queries", queries, "(Q, D)")
+        checks.check_gallery_array(queries, gallery)
+    else:
+        checks.check_pair(queries, gallery, _NAMES)
+        checks.check_matrix("queries", queries, "(Q, D)")
+        checks.check_matrix("gallery", gallery, "(N, D)")
+        checks.check_same_dtype(queries, gallery, _NAMES)
+    checks.check_weights("queries", queries, W_diag, W_blocks)
+    return queries.shape[0], gallery.shape[0]
+
+
+def make_exclusions(
+    queries: Tensor,
+    items: int,
+    exclude: Tensor | None,
+    mask: Tensor | None,
+    labels: tuple[Tensor, Tensor] | None = None,
+    cameras: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Exclusions:
+    """What is left out, checked; `labels` and `cameras` are (queries', gallery's)."""
+    if exclude is not None:
+        checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
+    if mask is not None:
+        checks.check_mask("mask", mask, (queries.shape[0], items), queries)
+    if (cameras[0] is None) != (cameras[1] is None):
+        missing = "query_cams" if cameras[0] is None else "gallery_cams"
+        raise ValueError(f"query_cams and gallery_cams must be given together, got None for {missing}")
+    for kind, pair in (("ids", labels), ("cams", cameras)):
+        for name, count, values in zip(_NAMES, (queries.shape[0], items), pair or (None, None), strict=True):
+            if values is not None or (kind == "ids" and labels is not None):
+                side = "query" if name == "queries" else name
+                checks.check_labels(f"{side}_{kind}", values, count, name, queries)
+    return Exclusions(exclude, mask, *(labels or (None, None)), *cameras)
+
+
+@torch.no_grad()
+def topk(
+    queries: Tensor,
+    gallery: Tensor | np.ndarray,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    k: int,
+    normalize: bool = False,
+    exclude: Tensor | None = None,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The k gallery items most similar to each query: exact, equal scores by the lower index.
+
+    Memory grows with Q·k + N. The metric is folded into the queries, the gallery is never copied. NaN ranks above
+    every number, as in `torch.topk`. Not differentiable: the values are detached.
+
+    Args:
+        queries: (Q, D), float16, bfloat16, float32 or float64; any strides.
+        gallery: (N, D), of the queries' dtype and device; or a NumPy array, memory-mapped too, which may be larger
+            than the memory and is read once, block by block (on a GPU from pinned memory, while it computes).
+        W_diag: Diagonal weight, (D,), or None.
+        W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None.
+        k: Items a query, at most N.
+        normalize: Put both sides on the unit sphere first.
+        exclude: (Q,) integers: the gallery index of an item that its query may not find (itself), −1 for none.
+        mask: (Q, N) bool, True where an item may be found.
+        group: The `torch.distributed` processes that each hold a shard of the gallery. All call with the same queries
+            and k; indices (of `exclude` too) count through the shards in order of rank; `mask` covers the shard.
+        backend: As in `pairwise_sim`.
+
+    Returns:
+        (values, indices), each (Q, k), best first. Values are float32 (float64 for float64 features), the scores they
+        were ranked by; indices are int64. Where fewer than k items may be found, −inf and −1 fill up.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: shapes, dtypes or devices that do not agree, no weight, or k beyond the gallery.
+        RuntimeError: `backend="triton"` where Triton cannot run.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
+
+    Example:
+        >>> import torch, gssf_triton
+        >>> queries, gallery = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 5.0], [3.0, 0.0], [1.0, 0.0]])
+        >>> gssf_triton.topk(queries, gallery, torch.tensor([2.0, 1.0]), k=2)
+        (tensor([[6., 2.]]), tensor([[1, 0]]))
+        >>> gssf_triton.topk(queries, gallery, torch.tensor([2.0, 1.0]), k=2, exclude=torch.tensor([1]))
+        (tensor([[2., 2.]]), tensor([[0, 2]]))
+    """
+    _, items = check_call(queries, gallery, W_diag, W_blocks)
+    exclusions = make_exclusions(queries, items, exclude, mask)
+    if group is None:
+        checks.check_k(k, items)
+    backend = resolve_backend(backend, queries, W_blocks)
+    offset, total = sharding.place(queries, items, k, group)
+    checks.check_k(k, total)
+    lists = _topk(
+        queries, Gallery(gallery, queries.device, offset), W_diag, W_blocks, k, normalize, exclusions, backend
+    )
+    return sharding.merge_lists(lists, k, group).result()
+
+
+def _topk(
+    queries: Tensor,
+    gallery: Gallery,
+    W_diag: Tensor | None,
+    W_blocks: Tensor | None,
+    k: int,
+    normalize: bool,
+    exclusions: Exclusions,
+    backend: str,
+) -> scan.Lists:
+    k = min(k, len(gallery))
+    scores = Scores(queries, len(gallery), W_diag, W_blocks, normalize, backend)
+    if k == 0 or queries.shape[0] == 0:
+        return scan.Lists.empty(queries.shape[0], k, scores.dtype, queries.device)
+    if backend == "triton" and k <= LARGEST_KERNEL_K and scores.dtype == torch.float32:
+        from gssf_triton.kernels import topk as kernels
+
+        return kernels.topk(scores, gallery, exclusions, k)
+    return scan.topk(scores, gallery, exclusions, k)
+
+
+@torch.no_grad()
+def ranks(
+    queries: Tensor,
+    gallery: Tensor | np.ndarray,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    normalize: bool = False,
+    exclude: Tensor | None = None,
+    query_cams: Tensor | None = None,
+    gallery_cams: Tensor | None = None,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """How many gallery items come before each query's first match, in `topk`'s order: no sort, no score matrix.
+
+    Two passes over the same scores, bit for bit: one for each query's best match (highest score, lowest index), one
+    that counts what comes before it. Not differentiable.
+
+    Args:
+        queries: (Q, D), as in `topk`.
+        gallery: (N, D), a tensor or a NumPy array, as in `topk`.
+        W_diag: Diagonal weight, (D,), or None.
+        W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None.
+        query_ids: (Q,) integers. An item whose id equals the query's is a match.
+        gallery_ids: (N,) integers.
+        normalize: Put both sides on the unit sphere first.
+        exclude: (Q,) integers: the gallery index of an item that is left out for its query (itself), −1 for none.
+        query_cams: (Q,) integers; with `gallery_cams`, items of the query's id and camera are left out.
+        gallery_cams: (N,) integers.
+        mask: (Q, N) bool, True where an item is ranked at all.
+        group: Processes that each hold a shard of the gallery, as in `topk`; `gallery_ids`, `gallery_cams` and `mask`
+            are the shard's.
+        backend: As in `pairwise_sim`.
+
+    Returns:
+        (Q,) int64: 0 where a match comes first, −1 where the query has none.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: shapes, dtypes or devices that do not agree, or no weight.
+        RuntimeError: `backend="triton"` where Triton cannot run.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
+
+    Example:
+        >>> import torch, gssf_triton
+        >>> queries, gallery = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 5.0], [3.0, 0.0], [2.0, 0.0]])
+        >>> ids = {"query_ids": torch.tensor([7]), "gallery_ids": torch.tensor([7, 4, 7])}
+        >>> gssf_triton.ranks(queries, gallery, torch.ones(2), **ids)
+        tensor([1])
+    """
+    _, items = check_call(queries, gallery, W_diag, W_blocks)
+    exclusions = make_exclusions(queries, items, exclude, mask, (query_ids, gallery_ids), (query_cams, gallery_cams))
+    backend = resolve_backend(backend, queries, W_blocks)
+    offset, _ = sharding.place(queries, items, 0, group)
+    scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)
+    shard = Gallery(gallery, queries.device, offset)
+    source = scan
+    if backend == "triton" and scores.dtype == torch.float32:
+        from gssf_triton.kernels import rank_count
+
+        source = rank_count
+    keys, indices = sharding.merge_best(*source.best_match(scores, shard, exclusions), group)
+    counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
+    return counts.masked_fill_(indices < 0, -1)

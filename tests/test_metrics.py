@@ -1,0 +1,257 @@
+"""The metrics against textbook code on random cases: ties, unmatched queries, junk, distractors, lone labels, folds."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pytest
+import retrieval_reference as naive
+import torch
+from reference import features, weights
+from retrieval_reference import coarse, coarse_weights
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+from gssf_triton import metrics
+from gssf_triton.autotune import retrieval_configs
+
+
+@pytest.fixture(params=["whole", "chunks"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything in one chunk, or in many."""
+    if request.param == "chunks":
+        chunks = retrieval_configs.StreamChunks(rows=16, columns=64, block_rows=64)
+        monkeypatch.setattr(retrieval_configs, "stream_chunks", lambda *shape: chunks)
+    return str(request.param)
+
+
+def same(ours: dict[str, float], expected: dict[str, float]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert ours[name] == pytest.approx(value, rel=1e-9, abs=1e-9, nan_ok=True), name
+
+
+def data(rows: tuple[int, int], real: bool, device: str) -> dict[str, Any]:
+    """Two sets of features and a metric; whole numbers, with ties everywhere, or real ones."""
+    make, metric = (features, weights) if real else (coarse, coarse_weights)
+    a, b = (make(count, 12, device=device) for count in rows)
+    return {"a": a, "b": b, **metric("diag+blocks", 3, 4, device=device)}
+
+
+def scores(call: dict[str, Any], normalize: bool) -> Any:
+    return naive.scores_of(call["a"], call["b"], call["W_diag"], call["W_blocks"], normalize=normalize).tolist()
+
+
+REAL = pytest.mark.parametrize("real", [False, True], ids=["ties", "real"])
+
+
+# ---------------------------------------------------------------- image–text
+
+
+def image_text_call(I: int, T: int, real: bool, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:  # noqa: E741
+    call = data((I, T), real, device)
+    # Several captions an image, several images a caption, some of each without a match.
+    names = {
+        "image_ids": torch.randint(0, max(I * 2 // 3, 1), (I,)).to(device),
+        "text_ids": torch.randint(-3, max(I * 2 // 3, 1), (T,)).to(device),
+    }
+    names["text_ids"][:1] = names["image_ids"][:1]
+    return call, names
+
+
+@REAL
+@pytest.mark.parametrize(("I", "T"), [(1, 1), (17, 80), (40, 37)], ids=str)
+def test_image_text(I: int, T: int, real: bool, cut: str, backend: str, device: str) -> None:  # noqa: E741
+    call, names = image_text_call(I, T, real, device)
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    for normalize in (True,) if real else (False,):
+        ours = metrics.image_text(
+            call["a"], call["b"], **weights, **names, ks=(1, 3, 10), normalize=normalize, backend=backend
+        )
+        lists = (names["image_ids"].tolist(), names["text_ids"].tolist())
+        same(ours, naive.image_text(scores(call, normalize), *lists, (1, 3, 10)))
+
+
+def test_image_text_in_coco_folds(cut: str, backend: str, device: str) -> None:
+    """Five captions an image, in order: each fold is a run of images and their captions."""
+    call, names = data((20, 100), False, device), {}
+    names["image_ids"] = torch.arange(20, device=device)
+    names["text_ids"] = names["image_ids"].repeat_interleave(5)
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    ours = metrics.image_text(call["a"], call["b"], **weights, **names, folds=5, normalize=False, backend=backend)
+    S = scores(call, False)
+    folds = [
+        naive.image_text(
+            [row[20 * f : 20 * f + 20] for row in S[4 * f : 4 * f + 4]],
+            range(4), [t // 5 for t in range(20)], (1, 5, 10),
+        )
+        for f in range(5)
+    ]  # fmt: skip
+    same(ours, {name: naive.mean(fold[name] for fold in folds) for name in folds[0]})
+    assert ours["rsum"] == pytest.approx(sum(ours[f"{way}_r{k}"] for way in ("i2t", "t2i") for k in (1, 5, 10)))
+
+
+def test_image_text_in_folds_of_any_order(device: str) -> None:
+    """Captions lie where they like: a fold has those of its images, and a share of those of none."""
+    call = data((23, 61), False, device)
+    names = {"image_ids": torch.arange(23, device=device), "text_ids": torch.randint(-3, 23, (61,)).to(device)}
+    names["text_ids"][:3] = torch.tensor([1, 9, 20])  # every fold has a pair
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    ours = metrics.image_text(call["a"], call["b"], **weights, **names, folds=3, normalize=False)
+    S, text_ids = scores(call, False), names["text_ids"].tolist()
+    nobody = [t for t, name in enumerate(text_ids) if not 0 <= name < 23]
+    folds = []
+    for fold, images in enumerate([range(0, 8), range(8, 16), range(16, 23)]):
+        texts = [t for t, name in enumerate(text_ids) if name in images or t in nobody[fold::3]]
+        part = [[S[i][t] for t in texts] for i in images]
+        folds.append(naive.image_text(part, list(images), [text_ids[t] for t in texts], (1, 5, 10)))
+    same(ours, {name: naive.mean(fold[name] for fold in folds) for name in folds[0]})
+
+
+# ---------------------------------------------------------------- re-identification
+
+
+def reid_call(Q: int, N: int, real: bool, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    names = {
+        "query_ids": torch.randint(1, 9, (Q,)),
+        "gallery_ids": torch.randint(-1, 7, (N,)),  # −1 junk, 0 distractors; nobody is 7 or 8
+        "query_cams": torch.randint(0, 3, (Q,)),
+        "gallery_cams": torch.randint(0, 3, (N,)),
+    }
+    return data((Q, N), real, device), {name: x.to(device) for name, x in names.items()}
+
+
+@REAL
+@pytest.mark.parametrize(("Q", "N"), [(1, 40), (20, 90), (35, 131)], ids=str)
+def test_reid(Q: int, N: int, real: bool, cut: str, backend: str, device: str) -> None:
+    call, names = reid_call(Q, N, real, device)
+    names["query_ids"][0], names["gallery_ids"][:2] = 3, 3
+    names["query_cams"][0], names["gallery_cams"][0] = 0, 1
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    ours = metrics.reid(call["a"], call["b"], **weights, **names, ks=(1, 5, 10), normalize=real, backend=backend)
+    same(ours, naive.reid(scores(call, real), *(x.tolist() for x in names.values()), (1, 5, 10)))
+
+
+def test_reid_precision_is_scikit_learns(device: str) -> None:
+    """Where no scores are equal, average precision has one definition."""
+    call, names = reid_call(30, 80, True, device)
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    ours = metrics.reid(call["a"], call["b"], **weights, **names)
+    S = naive.scores_of(call["a"], call["b"], **weights, normalize=True).cpu()
+    names = {name: x.cpu() for name, x in names.items()}
+    found = []
+    for i in range(30):
+        same_id = names["gallery_ids"] == names["query_ids"][i]
+        ranked = (names["gallery_ids"] != -1) & ~(same_id & (names["gallery_cams"] == names["query_cams"][i]))
+        if (same_id & ranked).any():
+            found.append(average_precision_score(same_id[ranked].numpy(), S[i][ranked].numpy()))
+    assert ours["map"] == pytest.approx(100 * sum(found) / len(found), rel=1e-9)
+
+
+def test_reid_where_nobody_has_a_match(backend: str, device: str) -> None:
+    call, names = reid_call(5, 9, True, device)
+    names["query_ids"] += 100
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    ours = metrics.reid(call["a"], call["b"], **weights, **names, backend=backend)
+    assert list(ours) == ["map", "minp", "cmc1", "cmc5", "cmc10"]
+    assert all(math.isnan(value) for value in ours.values())
+
+
+# ---------------------------------------------------------------- one set
+
+
+@REAL
+@pytest.mark.parametrize(("N", "classes"), [(1, 1), (2, 1), (90, 40), (131, 3)], ids=str)
+def test_retrieval(N: int, classes: int, real: bool, cut: str, backend: str, device: str) -> None:
+    call = data((N, 1), real, device)
+    call["b"] = call["a"]
+    labels = torch.randint(0, classes, (N,)).to(device)
+    ours = metrics.retrieval(
+        call["a"], labels, call["W_diag"], call["W_blocks"], (1, 2, 4, 8), normalize=real, backend=backend
+    )
+    same(ours, naive.retrieval(scores(call, real), labels.tolist(), (1, 2, 4, 8)))
+
+
+def test_retrieval_with_nan_in_the_set(backend: str, device: str) -> None:
+    """Items that are not numbers rank first, as in torch.topk, and are counted as what they are."""
+    x = coarse(60, 12, device=device)
+    x[torch.rand(60, device=device) < 0.2] = float("nan")
+    labels = torch.randint(0, 5, (60,)).to(device)
+    W_diag = torch.ones(12, device=device)
+    ours = metrics.retrieval(x, labels, W_diag, normalize=False, backend=backend)
+    same(ours, naive.retrieval(naive.scores_of(x, x, W_diag, None).tolist(), labels.tolist(), (1, 2, 4, 8)))
+
+
+# ---------------------------------------------------------------- promises
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Whole numbers are exact in all of them."""
+    call = data((20, 1), False, device)
+    labels = torch.randint(0, 4, (20,)).to(device)
+    weights = call["W_diag"], call["W_blocks"]
+    ours = metrics.retrieval(call["a"].to(dtype), labels, *weights, normalize=False, backend=backend)
+    same(ours, metrics.retrieval(call["a"], labels, *weights, normalize=False, backend=backend))
+
+
+def test_both_sides_are_normalised_unless_told_otherwise(device: str) -> None:
+    x, labels, W = features(40, 12, device=device), torch.arange(40, device=device) % 5, torch.ones(12, device=device)
+    longer = x * (1 + torch.arange(40, device=device)[:, None])
+    same(metrics.retrieval(longer, labels, W), metrics.retrieval(x, labels, W))
+    assert metrics.retrieval(longer, labels, W, normalize=False) != metrics.retrieval(x, labels, W, normalize=False)
+
+
+def test_progress_changes_nothing_but_the_screen(
+    device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, names = reid_call(20, 90, False, device)
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    quiet = metrics.reid(call["a"], call["b"], **weights, **names)
+    assert capsys.readouterr().err == ""
+    assert metrics.reid(call["a"], call["b"], **weights, **names, progress=True) == quiet
+    assert "re-id" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match="progress=True needs tqdm"):
+        metrics.reid(call["a"], call["b"], **weights, **names, progress=True)
+
+
+MISTAKES = [
+    ("ks", {"ks": ()}, ValueError, "ks"),
+    ("ks", {"ks": (0,)}, ValueError, "ks .* got 0"),
+    ("ks", {"ks": (1.5,)}, TypeError, "ks .* float"),
+    ("folds", {"folds": 0}, ValueError, "folds .* between 1 and 4, got 0"),
+    ("folds", {"folds": 5}, ValueError, "folds .* between 1 and 4, got 5"),
+    ("ids-short", {"image_ids": torch.arange(3)}, ValueError, r"image_ids .* \(4,\).* images, got \(3,\)"),
+    ("ids-float", {"text_ids": torch.ones(6)}, ValueError, "text_ids must be integers, got torch.float32"),
+    ("ids-list", {"text_ids": [1] * 6}, TypeError, "text_ids must be a torch.Tensor, got list"),
+    ("two-D", {"texts": torch.ones(6, 5)}, ValueError, r"images and texts .* \(4, 8\).* \(6, 5\)"),
+    ("3-d", {"images": torch.ones(1, 4, 8)}, ValueError, r"images must have shape \(I, D\), got \(1, 4, 8\)"),
+    ("two-dtypes", {"texts": torch.ones(6, 8).half()}, ValueError, "images and texts .* dtype"),
+    ("no-weight", {"W_diag": None}, ValueError, "no weight"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    call: dict[str, Any] = {"images": torch.ones(4, 8), "texts": torch.ones(6, 8), "W_diag": torch.ones(8)}
+    call |= {"image_ids": torch.arange(4), "text_ids": torch.arange(6)}
+    metrics.image_text(**call)
+    with pytest.raises(error, match=message):
+        metrics.image_text(**call | change)
+
+
+def test_reid_wants_cameras() -> None:
+    x, ids = torch.ones(3, 4), torch.arange(3)
+    with pytest.raises(TypeError, match=r"query_cams must be a torch.Tensor, got NoneType"):
+        metrics.reid(
+            x,
+            x,
+            torch.ones(4),
+            query_ids=ids,
+            gallery_ids=ids,
+            query_cams=None,
+            gallery_cams=None,  # type: ignore[arg-type]
+        )

@@ -1,0 +1,351 @@
+"""topk and ranks against a sort in Python: ties, exclusions, NaN, every cut of the work, every shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import retrieval_reference as naive
+import torch
+from reference import assert_close, features, tolerance, weights
+from retrieval_reference import coarse, coarse_weights
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gssf_triton
+from gssf_triton.autotune import retrieval_configs
+from gssf_triton.retrieval import scan
+
+KINDS = ["diag", "blocks", "diag+blocks"]
+
+
+@pytest.fixture(params=["whole", "chunks"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything in one chunk, or in many, none of them even."""
+    if request.param == "chunks":
+        chunks = retrieval_configs.StreamChunks(rows=16, columns=64, block_rows=64)
+        monkeypatch.setattr(retrieval_configs, "stream_chunks", lambda *shape: chunks)
+    return str(request.param)
+
+
+def problem(Q: int, N: int, kind: str, device: str, special: float | None = None) -> dict[str, Any]:
+    """Queries and a gallery over 12 channels; some gallery rows are `special` throughout."""
+    gallery = coarse(N, 12, device=device)
+    if special is not None:
+        gallery[torch.rand(N, device=device) < 0.1] = special
+    return {"queries": coarse(Q, 12, device=device), "gallery": gallery, **coarse_weights(kind, 3, 4, device)}
+
+
+def exclusions(Q: int, N: int, device: str, share: float) -> dict[str, Tensor]:
+    return {
+        "mask": (torch.rand(Q, N) < share).to(device),
+        "exclude": torch.randint(-1, N, (Q,)).to(device),
+    }
+
+
+def expected_topk(call: dict[str, Any], k: int, excluded: dict[str, Tensor]) -> tuple[list[list[float]], Any]:
+    S = naive.scores_of(**call).tolist()
+    lists = {name: x.tolist() for name, x in excluded.items()}
+    indices = []
+    for i, row in enumerate(S):
+        found = naive.order(row, naive.kept(i, len(row), **lists))
+        indices.append((found + [-1] * k)[:k])
+    values = [[S[i][j] if j >= 0 else -float("inf") for j in found] for i, found in enumerate(indices)]
+    return values, indices
+
+
+SHAPES = [(1, 1), (1, 33), (5, 1), (9, 31), (35, 131)]
+
+
+@pytest.mark.parametrize(("Q", "N"), SHAPES, ids=lambda n: str(n))
+@pytest.mark.parametrize("kind", KINDS)
+def test_topk_is_a_sort(Q: int, N: int, kind: str, cut: str, backend: str, device: str) -> None:
+    call = problem(Q, N, kind, device)
+    for k in sorted({1, min(N, 10), N}):
+        values, indices = gssf_triton.topk(**call, k=k, backend=backend)
+        expected_values, expected = expected_topk(call, k, {})
+        assert indices.tolist() == expected
+        assert values.tolist() == expected_values
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98], ids=lambda s: f"{s:.0%}-kept")
+@pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf"), 0.0], ids=str)
+def test_topk_with_exclusions(share: float, special: float | None, cut: str, backend: str, device: str) -> None:
+    Q, N = 20, 100
+    call, excluded = problem(Q, N, "diag+blocks", device, special), exclusions(Q, N, device, share)
+    for k in (1, 6, N):
+        values, indices = gssf_triton.topk(**call, **excluded, k=k, backend=backend)
+        expected_values, expected = expected_topk(call, k, excluded)
+        assert indices.tolist() == expected
+        torch.testing.assert_close(values.double().cpu(), torch.tensor(expected_values).double(), equal_nan=True)
+
+
+def test_one_score_for_all_goes_by_index(cut: str, backend: str, device: str) -> None:
+    """The worst case for ties: every score is equal, at the boundary of every list."""
+    call = {"queries": torch.zeros(9, 4, device=device), "gallery": features(200, 4, device=device)}
+    for k in (1, 17, 200):
+        values, indices = gssf_triton.topk(**call, W_diag=torch.ones(4, device=device), k=k, backend=backend)
+        assert indices.equal(torch.arange(k, device=device).expand(9, k))
+        assert not values.any()
+
+
+def test_copies_of_an_item_go_by_index(cut: str, device: str) -> None:
+    """Equal rows have equal scores wherever they lie, in full chunks and in the last one.
+
+    A library's product promises that only for equal shapes. (The interpreter's products are NumPy's, tile by tile, and
+    keep no such promise: a kernel's columns are equal by the instruction, on a GPU.)
+    """
+    once = features(61, 40, device=device)
+    call = {"queries": features(9, 40, device=device), "gallery": once.repeat(4, 1)}
+    values, indices = gssf_triton.topk(
+        **call, **weights("diag+blocks", 5, 8, device=device), normalize=True, k=244, backend="torch"
+    )
+    scores = torch.zeros_like(values).scatter_(1, indices, values).view(9, 4, 61)
+    assert (scores == scores[:, :1]).all()
+    later = values[:, 1:] == values[:, :-1]
+    assert (indices.diff(dim=1)[later] > 0).all(), "equal scores lie in the order of their indices"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True], ids=["as-is", "normalize"])
+def test_topk_of_real_numbers(dtype: torch.dtype, normalize: bool, cut: str, backend: str, device: str) -> None:
+    queries, gallery = features(23, 40, dtype=dtype, device=device), features(131, 40, dtype=dtype, device=device)
+    gallery *= torch.rand(131, 1).to(gallery) * 3
+    metric = weights("diag+blocks", 5, 8, device=device)
+    S = naive.scores_of(queries, gallery, **metric, normalize=normalize)
+    for k in (7, 100):
+        values, indices = gssf_triton.topk(queries, gallery, **metric, normalize=normalize, k=k, backend=backend)
+        assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert indices.dtype == torch.int64
+        assert_close(values, S.gather(1, indices), tolerance(dtype, torch.float32), name="scores of the indices")
+        assert_close(values, S.topk(k).values, tolerance(dtype, torch.float32), name="the k best scores")
+        assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def ids(Q: int, N: int, device: str) -> dict[str, Tensor]:
+    names = {"query_ids": (6, Q), "gallery_ids": (40, N), "query_cams": (2, Q), "gallery_cams": (2, N)}
+    labels = {name: torch.randint(0, most, (count,)).to(device) for name, (most, count) in names.items()}
+    labels["query_ids"][:1] = 99  # nobody's
+    return labels
+
+
+def expected_ranks(call: dict[str, Any], labels: dict[str, Tensor], excluded: dict[str, Tensor]) -> list[int]:
+    S = naive.scores_of(**call).tolist()
+    lists = {name: x.tolist() for name, x in (labels | excluded).items()}
+    cameras = None
+    if "query_cams" in lists:
+
+        def cameras(i: int, j: int) -> bool:
+            same_id = lists["query_ids"][i] == lists["gallery_ids"][j]
+            return same_id and lists["query_cams"][i] == lists["gallery_cams"][j]
+
+    N = len(lists["gallery_ids"])
+    keep = [naive.kept(i, N, lists.get("exclude"), lists.get("mask"), cameras) for i in range(len(S))]
+    places = naive.match_places(S, lists["query_ids"], lists["gallery_ids"], keep)
+    return [found[0] if found else -1 for found in places]
+
+
+@pytest.mark.parametrize(("Q", "N"), SHAPES, ids=lambda n: str(n))
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_are_places_in_a_sort(Q: int, N: int, kind: str, cut: str, backend: str, device: str) -> None:
+    call = problem(Q, N, kind, device)
+    labels = {name: x for name, x in ids(Q, N, device).items() if name.endswith("ids")}
+    found = gssf_triton.ranks(**call, **labels, backend=backend)
+    assert found.dtype == torch.int64
+    assert found.tolist() == expected_ranks(call, labels, {})
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98], ids=lambda s: f"{s:.0%}-kept")
+@pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf"), 0.0], ids=str)
+def test_ranks_with_exclusions(share: float, special: float | None, cut: str, backend: str, device: str) -> None:
+    Q, N = 20, 100
+    call, excluded = problem(Q, N, "diag+blocks", device, special), exclusions(Q, N, device, share)
+    labels = ids(Q, N, device)
+    found = gssf_triton.ranks(**call, **labels, **excluded, backend=backend)
+    assert found.tolist() == expected_ranks(call, labels, excluded)
+    assert (found == -1).any(), "the case has unmatched queries"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ranks_agree_with_topk(dtype: torch.dtype, cut: str, backend: str, device: str) -> None:
+    """On real numbers, to the last bit: the rank is where `topk`, asked for everything, has the first match."""
+    Q, N = 20, 60  # as many as the kernel's list is long
+    tensors = {"queries": features(Q, 40, dtype=dtype, device=device), "gallery": features(N, 40, device=device)}
+    tensors["gallery"] = tensors["gallery"].to(dtype)
+    tensors |= weights("diag+blocks", 5, 8, device=device)
+    labels = {name: x for name, x in ids(Q, N, device).items() if name.endswith("ids")}
+    labels["gallery_ids"] %= 9
+    _, indices = gssf_triton.topk(**tensors, normalize=True, k=N, backend=backend)
+    match = labels["gallery_ids"][indices] == labels["query_ids"][:, None]
+    expected = torch.where(match.any(1), match.int().argmax(1), -1)
+    assert gssf_triton.ranks(**tensors, **labels, normalize=True, backend=backend).equal(expected)
+
+
+def test_an_item_is_often_not_its_own_best_match(backend: str, device: str) -> None:
+    """Under a metric that is not positive, dropping the first column would drop another item."""
+    x = features(50, 12, device=device)
+    W_diag = -torch.ones(12, device=device)
+    itself = torch.arange(50, device=device)
+    _, first = gssf_triton.topk(x, x, W_diag, k=1, backend=backend)
+    assert (first[:, 0] != itself).any()
+    _, others = gssf_triton.topk(x, x, W_diag, k=49, exclude=itself, backend=backend)
+    assert (others.sort(1).values + (others.sort(1).values >= 0)).shape == (50, 49)
+    assert not (others == itself[:, None]).any()
+    assert all(len({*row, i}) == 50 for i, row in enumerate(others.tolist()))
+
+
+# ---------------------------------------------------------------- galleries on disk
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_memory_mapped_gallery(dtype: Any, cut: str, backend: str, device: str, tmp_path: Path) -> None:
+    """The same bits as from memory; the file is opened read-only and read in blocks."""
+    gallery = features(131, 12).numpy().astype(dtype)
+    np.save(tmp_path / "gallery.npy", gallery)
+    mapped = np.load(tmp_path / "gallery.npy", mmap_mode="r")
+    resident = torch.from_numpy(gallery).to(device)
+    queries = features(9, 12, dtype=resident.dtype, device=device)
+    metric = weights("diag+blocks", 3, 4, device=device)
+    excluded = exclusions(9, 131, device, 0.7)
+    options = {**metric, **excluded, "normalize": True, "backend": backend}
+    for k in (5, 100):
+        for ours, expected in zip(
+            gssf_triton.topk(queries, mapped, **options, k=k),
+            gssf_triton.topk(queries, resident, **options, k=k),
+            strict=True,
+        ):
+            assert torch.equal(ours, expected)
+    labels = ids(9, 131, device)
+    assert gssf_triton.ranks(queries, mapped, **options, **labels).equal(
+        gssf_triton.ranks(queries, resident, **options, **labels)
+    )
+
+
+def test_an_array_of_any_strides(backend: str, device: str) -> None:
+    array = features(40, 24).numpy()[::-2, ::2]
+    queries, W_diag = features(3, 12, device=device), torch.ones(12, device=device)
+    _, indices = gssf_triton.topk(queries, array, W_diag, k=5, backend=backend)
+    _, expected = gssf_triton.topk(queries, torch.from_numpy(array.copy()).to(device), W_diag, k=5, backend=backend)
+    assert indices.equal(expected)
+
+
+# ---------------------------------------------------------------- promises
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operator returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.numel() * x.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("k", [3, 70])
+def test_the_score_matrix_is_never_held(k: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Q, N = 64, 640
+    chunks = retrieval_configs.StreamChunks(rows=32, columns=64, block_rows=128)
+    monkeypatch.setattr(retrieval_configs, "stream_chunks", lambda *shape: chunks)
+    call = {"queries": features(Q, 8, device=device), "gallery": features(N, 8, device=device)}
+    metric = weights("diag", 1, 8, device=device)
+    with Largest() as largest:
+        gssf_triton.topk(**call, **metric, k=k, normalize=True, backend=backend)
+    assert largest.bytes < Q * N * 4 // 3
+    labels = {name: x for name, x in ids(Q, N, device).items() if name.endswith("ids")}
+    with Largest() as largest:
+        gssf_triton.ranks(**call, **metric, **labels, normalize=True, backend=backend)
+    assert largest.bytes < Q * N * 4 // 3
+
+
+def test_same_call_same_bits(cut: str, backend: str, device: str) -> None:
+    call = {"queries": features(33, 24, device=device), "gallery": features(100, 24, device=device)}
+    call |= weights("diag+blocks", 3, 8, device=device)
+    labels = ids(33, 100, device)
+    first = (*gssf_triton.topk(**call, k=9, normalize=True, backend=backend),)
+    first += (gssf_triton.ranks(**call, **labels, normalize=True, backend=backend),)
+    again = (*gssf_triton.topk(**call, k=9, normalize=True, backend=backend),)
+    again += (gssf_triton.ranks(**call, **labels, normalize=True, backend=backend),)
+    assert all(torch.equal(now, before) for now, before in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_any_strides(layout: str, cut: str, backend: str, device: str) -> None:
+    queries, gallery = coarse(11, 12, device=device), coarse(90, 12, device=device)
+    change = {
+        "transposed": lambda x: x.mT.contiguous().mT,
+        "strided": lambda x: torch.stack((x, x), dim=2).flatten(1)[:, ::2],
+        "expanded": lambda x: x[:1].expand(x.shape),
+    }[layout]
+    metric = coarse_weights("diag+blocks", 3, 4, device)
+    mask = (torch.rand(90, 11) < 0.7).to(device).mT
+    labels = {name: torch.stack((x, x), dim=1)[:, 0] for name, x in ids(11, 90, device).items()}
+    call = {"queries": change(queries), "gallery": change(gallery), **metric}
+    plain = {name: x.contiguous() for name, x in call.items()}
+    for ours, expected in zip(
+        gssf_triton.topk(**call, mask=mask, k=8, backend=backend),
+        gssf_triton.topk(**plain, mask=mask.contiguous(), k=8, backend=backend),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected)
+    assert gssf_triton.ranks(**call, **labels, mask=mask, backend=backend).equal(
+        gssf_triton.ranks(
+            **plain, **{name: x.contiguous() for name, x in labels.items()}, mask=mask.contiguous(), backend=backend
+        )
+    )
+
+
+@pytest.mark.parametrize(("Q", "N", "k"), [(0, 5, 3), (4, 0, 0), (0, 0, 0), (4, 5, 0)])
+def test_empty(Q: int, N: int, k: int, backend: str, device: str) -> None:
+    call = {"queries": features(Q, 8, device=device), "gallery": features(N, 8, device=device)}
+    call["W_diag"] = torch.ones(8, device=device)
+    values, indices = gssf_triton.topk(**call, k=k, backend=backend)
+    assert values.shape == indices.shape == (Q, k)
+    labels = {name: x for name, x in ids(Q, N, device).items() if name.endswith("ids")}
+    found = gssf_triton.ranks(**call, **labels, backend=backend)
+    assert found.shape == (Q,)
+    if N == 0:
+        assert (found == -1).all()
+    assert gssf_triton.topk(call["queries"], np.zeros((N, 8), np.float32), call["W_diag"], k=k)[1].shape == (Q, k)
+
+
+def test_no_channels(backend: str, device: str) -> None:
+    """Every score is 0."""
+    none = torch.ones(0, device=device)
+    _, indices = gssf_triton.topk(torch.ones(2, 0), torch.ones(5, 0), none, k=3, backend=backend)
+    assert indices.tolist() == [[0, 1, 2]] * 2
+
+
+def test_nothing_is_differentiated_and_nothing_changed(backend: str, device: str) -> None:
+    call = {"queries": features(5, 8, device=device), "gallery": features(9, 8, device=device)}
+    call |= weights("diag+blocks", 2, 4, device=device)
+    call = {name: x.requires_grad_() for name, x in call.items()}
+    excluded = exclusions(5, 9, device, 0.5)
+    labels = ids(5, 9, device)
+    kept = {name: x.detach().clone() for name, x in (call | excluded | labels).items()}
+    values, indices = gssf_triton.topk(**call, **excluded, k=3, normalize=True, backend=backend)
+    found = gssf_triton.ranks(**call, **excluded, **labels, normalize=True, backend=backend)
+    assert not values.requires_grad and not indices.requires_grad and not found.requires_grad
+    for name, x in (call | excluded | labels).items():
+        assert torch.equal(x.detach(), kept[name]), name
+
+
+def test_the_filter_and_the_full_merge_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast way through a chunk is taken where it should be, and finds what the slow one does."""
+    monkeypatch.setattr(
+        retrieval_configs, "stream_chunks", lambda *shape: retrieval_configs.StreamChunks(16, 1024, 1024)
+    )
+    call = {"queries": features(40, 8), "gallery": features(20_000, 8), "W_diag": torch.ones(8)}
+    taken = []
+    better = scan._add_better
+    monkeypatch.setattr(scan, "_add_better", lambda *args: taken.append(better(*args)) or taken[-1])
+    fast = gssf_triton.topk(**call, k=10)
+    assert sum(taken) > len(taken) / 2
+    monkeypatch.setattr(scan, "_add_better", lambda *args: False)
+    slow = gssf_triton.topk(**call, k=10)
+    assert fast[0].equal(slow[0]) and fast[1].equal(slow[1])
