@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from gssf_triton import nn
 from gssf_triton.functional import dense_metric, paired_sim, pairwise_sim, pairwise_terms, transform
+from gssf_triton.region_word import cross_attention_sim, late_interaction
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "dense_metric", "nn", "paired_sim", "pairwise_sim", "pairwise_terms", "transform"]
+__all__ = [
+    "__version__",
+    "cross_attention_sim",
+    "dense_metric",
+    "late_interaction",
+    "nn",
+    "paired_sim",
+    "pairwise_sim",
+    "pairwise_terms",
+    "transform",
+]
