@@ -77,11 +77,13 @@ def _attention_gradients(at: Attention, d_value: Tensor, smooth: float, captions
     by_image = at.alpha.transpose(0, 1)  # [images, words, regions]
     d_gram = torch.bmm((by_image * d_squares.T[..., None]).mT, by_image)
     d_logits = at.alpha * (d_alpha - (at.alpha * d_alpha).sum(-1, keepdim=True))
-    # logits = smooth e / (‖e‖ + eps), the norm over a caption's words.
+    # logits = smooth e / (‖e‖ + eps), the norm over a caption's words. e / ‖e‖ is taken first: it is exactly ±1 where a
+    # caption has one word, whose gradient is a difference of equals.
     d_unit = (smooth * d_logits).view(captions, -1, *at.e.shape[1:])
     e, scale = at.e.view_as(d_unit), at.word_norm + ATTENTION_EPS
-    radial = (d_unit * e).sum(1, keepdim=True) / (at.word_norm * scale.square())
-    d_e = d_unit / scale - e * torch.where(at.word_norm > 0, radial, 0)
+    direction = torch.where(at.word_norm > 0, e / at.word_norm, 0)
+    radial = (d_unit * direction).sum(1, keepdim=True) * (at.word_norm / scale)
+    d_e = (d_unit - direction * radial) / scale
     d_products = torch.where(e > 0, d_e, LEAKY_SLOPE * d_e)
     return d_products.view_as(at.e), d_s, d_gram
 

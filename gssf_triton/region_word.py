@@ -37,10 +37,10 @@ def _folded(
 ) -> Tensor:
     """T(x) in float32 at least: rounded to half precision it would change which region is a word's best.
 
-    Padding is zeroed first: a NaN in it, times its gradient of 0, would reach the weights' gradients.
+    For the backward pass padding is zeroed first: a NaN in it, times its gradient of 0, would reach the weights'.
     """
     x = x.to(torch_backend.accumulate_dtype(x.dtype))
-    if mask is not None:
+    if mask is not None and torch.is_grad_enabled():
         x = x.masked_fill(mask.logical_not()[..., None], 0)
     if backend == "torch":
         return torch_backend.fold(x, W_diag, W_blocks, normalize)
