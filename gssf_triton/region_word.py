@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gssf_triton import checks, ops, region_word_ops, torch_backend
+from gssf_triton.autotune.configs import CROSS_ATTENTION_PAIR, CROSS_ATTENTION_ROWS, cross_attention_fits
 from gssf_triton.backend import resolve_backend
 from gssf_triton.functional import _autocast
 from gssf_triton.region_word_ops import POOLINGS, full_precision
@@ -126,6 +127,20 @@ def late_interaction(
     return scores.to(dtype)
 
 
+def _cross_attention_backend(backend: str, regions: Tensor, words: Tensor, W_blocks: Tensor | None) -> str:
+    """The backend; images or captions of more rows than the kernel's registers hold are torch's."""
+    resolved = resolve_backend(backend, regions, W_blocks)
+    if resolved == "torch" or cross_attention_fits(regions.shape[1], words.shape[1]):
+        return resolved
+    if backend == "triton":
+        raise ValueError(
+            f'regions {checks.shape_of(regions)} and words {checks.shape_of(words)} have too many rows an item for '
+            f'backend="triton": both up to {CROSS_ATTENTION_ROWS}, their product, each as the next power of two, up '
+            f'to {CROSS_ATTENTION_PAIR}; use backend="torch" or "auto"'
+        )
+    return "torch"
+
+
 def cross_attention_sim(
     regions: Tensor,
     words: Tensor,
@@ -167,7 +182,8 @@ def cross_attention_sim(
 
     Raises:
         TypeError: an argument that is not a tensor, or a smooth that is not a number.
-        ValueError: shapes, dtypes or devices that do not agree, or no weight.
+        ValueError: shapes, dtypes or devices that do not agree, no weight, or more regions or words than
+            `backend="triton"` takes (128; 64 of one beside 128 of the other).
         RuntimeError: `backend="triton"` where Triton cannot run.
 
     Source:
@@ -185,7 +201,7 @@ def cross_attention_sim(
     """
     checks.check_positive("smooth", smooth)
     regions, words, region_mask, word_mask = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, out_dtype)
-    backend = resolve_backend(backend, regions, W_blocks)
+    backend = _cross_attention_backend(backend, regions, words, W_blocks)
     with full_precision(regions):
         folded = _folded(regions, region_mask, W_diag, W_blocks, True, backend)
         scores = region_word_ops.cross_attention(

@@ -7,12 +7,13 @@ products, and have no gradient themselves: differentiating twice raises torch's 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gssf_triton import cross_attention_torch, region_word_torch
+from gssf_triton import cross_attention_torch, region_word_torch, region_word_triton
 from gssf_triton.region_word_torch import Side
 from gssf_triton.torch_backend import accumulate_dtype
 
@@ -24,6 +25,10 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
     if not torch.amp.is_autocast_available(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _backend(name: str) -> ModuleType:
+    return region_word_triton if name == "triton" else region_word_torch
 
 
 def _scores_like(regions: Tensor, words: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def late_interaction(
     """Scores (I, T) of regions (I, R, D) and words (T, L, D), one of them folded; `unit_…` normalises the other."""
     sides = Side(regions, region_mask, unit_regions), Side(words, word_mask, unit_words)
     with full_precision(regions):
-        return region_word_torch.late_interaction(*sides, pooling, sharpness)
+        return _backend(backend).late_interaction(*sides, pooling, sharpness)
 
 
 @late_interaction.register_fake
@@ -82,7 +87,7 @@ def _late_interaction_backward(
 ) -> tuple[Tensor, Tensor]:
     sides = Side(regions, region_mask, unit_regions), Side(words, word_mask, unit_words)
     with full_precision(regions):
-        return region_word_torch.late_interaction_backward(grad, *sides, pooling, sharpness)
+        return _backend(backend).late_interaction_backward(grad, *sides, pooling, sharpness)
 
 
 @_late_interaction_backward.register_fake
@@ -125,7 +130,8 @@ def cross_attention(
     """Scores (I, T) of regions (I, R, D) and words (T, L, D) as they are, and of T of the normalised regions."""
     sides = Side(regions, region_mask, True), folded, Side(words, word_mask, True)
     with full_precision(regions):
-        return cross_attention_torch.cross_attention(*sides, smooth)
+        module = region_word_triton if backend == "triton" else cross_attention_torch
+        return module.cross_attention(*sides, smooth)
 
 
 @cross_attention.register_fake

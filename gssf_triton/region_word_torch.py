@@ -7,7 +7,7 @@ their own gradient, before the next chunk. The backward pass recomputes them. Ev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -148,20 +148,32 @@ def late_interaction(regions: Side, words: Side, pooling: str, sharpness: float)
     return stream.finished(scores)
 
 
-def _best_gradients(S: Tensor, weights: Tensor, word: LoadedChunk, region: LoadedChunk) -> tuple[Tensor, Tensor]:
+def best_regions(stream: Stream, word: LoadedChunk, region: LoadedChunk) -> Tensor:
+    """Each word's best region of each image, the lowest of equals, [words, images]."""
+    return stream.masked(products(word, region), region).max(-1).indices
+
+
+def region_weights(stream: Stream, word: LoadedChunk, region: LoadedChunk, sharpness: float) -> Tensor:
+    """Each word's softmax weights over the regions of each image, [words, images, regions]."""
+    S, no_region = stream.masked(products(word, region), region), stream.no_region(region)
+    if no_region is not None:
+        S = S.masked_fill_(no_region[:, None], 0)  # else 0 / 0
+    return _smooth_weights(S, sharpness)[1]
+
+
+def _best_gradients(best: Tensor, weights: Tensor, word: LoadedChunk, region: LoadedChunk) -> tuple[Tensor, Tensor]:
     """(d words, d regions) where each word meets its best region only, weighted (words, images).
 
     One region in R takes part: sums of gathered rows, R / 2 times fewer operations than the product with a matrix of
     zeros and weights.
     """
     images, R = region.rows.shape[:2]
-    best = S.max(-1).indices  # the lowest of equals
-    row = best + torch.arange(images, device=S.device) * R
+    row = best + torch.arange(images, device=best.device) * R
     d_words = embedding_bag(row, region.matrix, mode="sum", per_sample_weights=weights)
     # Words by region: each region's bag is a run of its image's words sorted by their best region.
     by_region, order = best.T.contiguous().sort(dim=1, stable=True)
-    first = torch.searchsorted(by_region, torch.arange(R, device=S.device).expand(images, R).contiguous())
-    first += torch.arange(images, device=S.device)[:, None] * by_region.shape[1]
+    first = torch.searchsorted(by_region, torch.arange(R, device=best.device).expand(images, R).contiguous())
+    first += torch.arange(images, device=best.device)[:, None] * by_region.shape[1]
     sorted_weights = weights.T.gather(1, order)
     d_regions = embedding_bag(
         order.flatten(), word.matrix, first.flatten(), mode="sum", per_sample_weights=sorted_weights.flatten()
@@ -169,18 +181,24 @@ def _best_gradients(S: Tensor, weights: Tensor, word: LoadedChunk, region: Loade
     return d_words, d_regions
 
 
-def _smooth_gradients(
-    S: Tensor, weights: Tensor, word: LoadedChunk, region: LoadedChunk, sharpness: float
-) -> tuple[Tensor, Tensor]:
-    """(d words, d regions) where each word meets every region by its softmax weight, times weights (words, images)."""
-    dS = _smooth_weights(S, sharpness)[1].mul_(weights[..., None]).flatten(1)
+def _smooth_gradients(dS: Tensor, word: LoadedChunk, region: LoadedChunk) -> tuple[Tensor, Tensor]:
+    """(d words, d regions) of the products' gradient [words, images, regions]."""
+    dS = dS.flatten(1)
     return torch.mm(dS, region.matrix), torch.mm(dS.T, word.matrix)
 
 
 def late_interaction_backward(
-    grad: Tensor, regions: Side, words: Side, pooling: str, sharpness: float
+    grad: Tensor,
+    regions: Side,
+    words: Side,
+    pooling: str,
+    sharpness: float,
+    recompute: tuple[Callable[..., Tensor], Callable[..., Tensor]] = (best_regions, region_weights),
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the regions and of the words, of the scores' gradient (I, T)."""
+    """The gradients of the regions and of the words, of the scores' gradient (I, T).
+
+    `recompute` are what finds a chunk's best regions and its softmax weights.
+    """
     stream = Stream(regions, words)
     incoming = stream.incoming(grad)
     d_regions, d_words = torch.zeros_like(regions.x), torch.zeros_like(words.x)
@@ -190,14 +208,13 @@ def late_interaction_backward(
     for word in stream.word_chunks():
         word_sum = torch.zeros_like(word.matrix)
         for region in stream.region_chunks():
-            S = stream.masked(products(word, region), region)
             weights = stream.spread(incoming, word, region, pooling != "max-sum")
             if pooling == "lse-mean":
-                no_region = stream.no_region(region)
-                S = S if no_region is None else S.masked_fill_(no_region[:, None], 0)  # else 0 / 0
-                d_word, d_region = _smooth_gradients(S, weights, word, region, sharpness)
+                dS = recompute[1](stream, word, region, sharpness).mul_(weights[..., None])
+                d_word, d_region = _smooth_gradients(dS, word, region)
             else:
-                d_word, d_region = _best_gradients(S, weights, word, region)
+                best = recompute[0](stream, word, region)
+                d_word, d_region = _best_gradients(best, weights, word, region)
             word_sum += d_word
             sums[region.chunk] = sums[region.chunk].add_(d_region) if region.chunk in sums else d_region
         store_gradient(stream.words, words, word, word_sum, d_words)
