@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -24,29 +25,19 @@ class Resources:
 
 
 #: Pointers with a dtype of their own: weights and their gradients stay float32 beside half-precision features.
-FLOAT32_POINTERS = {"w_diag_ptr", "dw_diag_ptr", "dw_blocks_ptr"}
+FLOAT32_POINTERS = {"w_diag_ptr", "dw_diag_ptr", "dw_blocks_ptr", "region_scale_ptr", "word_scale_ptr",
+                    "word_share_ptr", "gram_ptr", "out_ptr"}  # fmt: skip
+INTEGER_POINTERS = {"region_mask_ptr": "*i8", "order_ptr": "*i64"}
+FLOAT_ARGUMENTS = {"sharpness", "smooth", "slope", "eps"}
 POINTER_TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "tf32": "*fp32"}
 #: Contiguous rows, the common case: Triton makes a constant of an argument that equals 1.
 UNIT_STRIDES = {"stride_ad", "stride_bd", "stride_xd", "stride_yd", "stride_td", "stride_rd", "stride_pn", "stride_sn",
-                "stride_wd", "stride_wq"}  # fmt: skip
+                "stride_wd", "stride_wq", "stride_zd"}  # fmt: skip
 
 
 def _kernel(name: str) -> Any:
-    if name == "pairwise":
-        from gssf_triton.kernels.pairwise import pairwise_kernel
-
-        return pairwise_kernel
-    if name == "fold":
-        from gssf_triton.kernels.fold import fold_kernel
-
-        return fold_kernel
-    if name == "paired":
-        from gssf_triton.kernels.paired import paired_kernel
-
-        return paired_kernel
-    from gssf_triton.kernels.gradient import gradient_kernel
-
-    return gradient_kernel
+    """`late_interaction` is `late_interaction_kernel` of gssf_triton.kernels.late_interaction, and so on."""
+    return getattr(importlib.import_module(f"gssf_triton.kernels.{name}"), f"{name}_kernel")
 
 
 def _source(launch: Launch) -> Any:
@@ -66,8 +57,10 @@ def _source(launch: Launch) -> Any:
             constexprs[name] = 1
         elif name.endswith("_ptr"):
             wide = name in FLOAT32_POINTERS or (name == "w_blocks_ptr" and launch.kernel == "gradient")
-            signature[name] = "*fp32" if wide else POINTER_TYPES[launch.numerics]
+            signature[name] = INTEGER_POINTERS.get(name) or ("*fp32" if wide else POINTER_TYPES[launch.numerics])
             attrs[(index,)] = [["tt.divisibility", 16]]
+        elif name in FLOAT_ARGUMENTS:
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if name.startswith("stride_") or name in ("D", "M", "N"):

@@ -85,7 +85,7 @@ def test_the_gate_covers_every_target_numerics_and_kernel() -> None:
     launches = all_launches()
     assert len(launches) == len(set(launches))
     seen = {(x.arch, x.numerics, x.kernel) for x in launches}
-    kernels = ("pairwise", "fold", "paired", "gradient")
+    kernels = ("pairwise", "fold", "paired", "gradient", "late_interaction", "cross_attention")
     assert seen == {(a, n, k) for a in ARCHITECTURES for n in ("bf16", "fp16", "fp32", "tf32") for k in kernels}
 
 
