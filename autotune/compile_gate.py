@@ -38,13 +38,13 @@ def faults(launch: Launch, resources: Resources) -> list[str]:
 
 def render_row(launch: Launch, resources: Resources, verdict: str) -> str:
     return (
-        f"{launch.arch:7} {launch.kernel:9} {launch.numerics:5} {launch.variant:22} {launch.config_text:34} "
+        f"{launch.arch:7} {launch.kernel:16} {launch.numerics:5} {launch.variant:22} {launch.config_text:34} "
         f"{resources.registers:5d} {resources.shared:8,d} {resources.spills:6,d} {resources.tensor_ops:6d}  {verdict}"
     )
 
 
 HEADER = (
-    f"{'target':7} {'kernel':9} {'dtype':5} {'variant':22} {'config':34} "
+    f"{'target':7} {'kernel':16} {'dtype':5} {'variant':22} {'config':34} "
     f"{'regs':>5} {'shared':>8} {'spills':>6} {'mma':>6}  verdict"
 )
 

@@ -181,3 +181,72 @@ def chunk_config(device_type: str) -> ChunkConfig:
     half precision is 128 MiB, and large enough for the library's products to run at full rate.
     """
     return ChunkConfig(512, 1024) if device_type == "cpu" else ChunkConfig(4096, 16384)
+
+
+@dataclass(frozen=True)
+class LateInteractionConfig:
+    """BLOCK_M region rows against WORDS words of each of CAPTIONS captions, BLOCK_K lanes a step."""
+
+    BLOCK_M: int
+    CAPTIONS: int
+    WORDS: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+
+    def images(self, R: int) -> int:
+        """Images of R regions that share a tile: as many as fit whole, up to 8; a larger image takes several tiles."""
+        return max(1, min(8, self.BLOCK_M // max(R, 1)))
+
+
+def late_interaction_config(R: int, L: int, D: int, dtype: torch.dtype, arch: str) -> LateInteractionConfig:
+    """The late-interaction kernel's tile for images of R regions and captions of L words."""
+    words = min(padded_block(L), 16)
+    if arch == "interpreter":
+        words = min(words, 8)
+        return LateInteractionConfig(32, 32 // words, words, 32, num_warps=4, num_stages=1, GROUP_M=2)
+    if dtype == torch.float64:
+        return LateInteractionConfig(32, 32 // words, words, 16, num_warps=4, num_stages=1)
+    half = dtype in (torch.float16, torch.bfloat16)
+    if not half:
+        return LateInteractionConfig(64, 64 // words, words, 32, num_warps=4, num_stages=2)
+    if is_small_memory(arch):
+        return LateInteractionConfig(64, 64 // words, words, 32, num_warps=4, num_stages=2)
+    return LateInteractionConfig(128, 128 // words, words, 64, num_warps=8, num_stages=3)
+
+
+@dataclass(frozen=True)
+class CrossAttentionConfig:
+    """All BLOCK_M ≥ R regions of one image against all WORDS ≥ L words of CAPTIONS captions, BLOCK_K lanes a step."""
+
+    BLOCK_M: int
+    CAPTIONS: int
+    WORDS: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+#: Regions × words of a pair, both padded to powers of two, that the cross-attention kernel holds in registers; and the
+#: most of either.
+CROSS_ATTENTION_PAIR = 8192
+CROSS_ATTENTION_ROWS = 128
+
+
+def cross_attention_fits(R: int, L: int) -> bool:
+    """True where the cross-attention kernel takes images of R regions and captions of L words."""
+    rows, words = max(padded_block(R), MIN_DOT), max(padded_block(L), 1)
+    return max(rows, words) <= CROSS_ATTENTION_ROWS and rows * max(words, MIN_DOT) <= CROSS_ATTENTION_PAIR
+
+
+def cross_attention_config(R: int, L: int, dtype: torch.dtype, arch: str) -> CrossAttentionConfig:
+    """The cross-attention kernel's tile for images of R regions and captions of L words."""
+    assert cross_attention_fits(R, L)
+    rows, words = max(padded_block(R), MIN_DOT), padded_block(L)
+    if arch == "interpreter":
+        return CrossAttentionConfig(rows, max(1, 32 // words), words, 32, num_warps=4, num_stages=1)
+    captions = max(1, max(2048 // rows, MIN_DOT) // words)
+    half = dtype in (torch.float16, torch.bfloat16)
+    block_k = 16 if dtype == torch.float64 else 64 if half and not is_small_memory(arch) else 32
+    return CrossAttentionConfig(rows, captions, words, block_k, num_warps=8, num_stages=2)

@@ -16,9 +16,11 @@ from gssf_triton.autotune.configs import (
     FoldConfig,
     GradientConfig,
     PairwiseConfig,
+    cross_attention_config,
     dot_precision,
     fold_config,
     gradient_config,
+    late_interaction_config,
     padded_block,
     pairwise_config,
     stream_config,
@@ -53,6 +55,8 @@ BRIEF = ("fp16", "tf32")
 #: Rows on each side that lead to the configurations for small and for large S.
 ROWS = (64, 8192)
 CHANNELS = 1024
+#: Of an image and of a caption.
+REGIONS, WORDS = 36, 32
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,15 @@ class Launch:
 
     @property
     def config_text(self) -> str:
-        short = {"BLOCK_M": "M", "BLOCK_N": "N", "BLOCK_K": "K", "BLOCK_C": "C", "BLOCK_P": "P"}
+        short = {
+            "BLOCK_M": "M",
+            "BLOCK_N": "N",
+            "CAPTIONS": "T",
+            "WORDS": "L",
+            "BLOCK_K": "K",
+            "BLOCK_C": "C",
+            "BLOCK_P": "P",
+        }
         tile = " ".join(f"{short[name]}{value}" for name, value in self.constants if name in short)
         return f"{tile} w{self.num_warps} s{self.num_stages}"
 
@@ -200,6 +212,29 @@ def _retrieval(arch: str, numerics: str) -> Iterator[Launch]:
         yield _make("rank", arch, numerics, label, config, flags, dots=True)
 
 
+def _late_interaction(arch: str, numerics: str) -> Iterator[Launch]:
+    dtype, precision = _numerics(numerics)
+    config = late_interaction_config(REGIONS, WORDS, CHANNELS, dtype, arch)
+    for label, mode, smooth in (("scores max", 0, False), ("weights lse", 2, True))[: 1 if numerics in BRIEF else None]:
+        flags = {
+            "IMAGES": config.images(REGIONS), "MODE": mode, "SMOOTH": smooth,
+            "TWO_PARTS": mode == 2 and dtype != torch.float32, "HAS_REGION_MASK": True, "SCALE_REGIONS": False,
+            "SCALE_WORDS": True, "EVEN_D": True, "WIDE": False, "PRECISION": precision, "ACC": "fp32",
+        }  # fmt: skip
+        yield _make("late_interaction", arch, numerics, label, config, flags, dots=True)
+
+
+def _cross_attention(arch: str, numerics: str) -> Iterator[Launch]:
+    dtype, precision = _numerics(numerics)
+    for label, R, L in (("36 regions", REGIONS, WORDS), ("largest", 64, 128))[: 1 if numerics in BRIEF else None]:
+        flags = {
+            "HAS_REGION_MASK": True, "EVEN_D": True, "WIDE": False, "PRECISION": precision, "ACC": "fp32",
+            "GRAM_PRECISION": dot_precision(torch.float32, arch, tf32=numerics == "tf32", whole_rows=True),
+        }  # fmt: skip
+        config = cross_attention_config(R, L, dtype, arch)
+        yield _make("cross_attention", arch, numerics, label, config, flags, dots=True)
+
+
 def _from_entry(key: Key, config: Any, arch: str) -> Iterator[Launch]:
     """The launches that a table's entry leads to, with loads that need no mask: the common case."""
     if key.dtype not in COMPILED:
@@ -258,6 +293,8 @@ def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[La
                 yield from _gradient(arch, numerics)
                 yield from _stream(arch, numerics)
                 yield from _retrieval(arch, numerics)
+                yield from _late_interaction(arch, numerics)
+                yield from _cross_attention(arch, numerics)
         for table in shipped():
             if table.arch in architectures:
                 yield from table_launches(table)

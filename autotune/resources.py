@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -26,46 +27,23 @@ class Resources:
 
 #: Pointers with a dtype of their own: weights and their gradients stay float32 beside half-precision features.
 FLOAT32_POINTERS = {"w_diag_ptr", "dw_diag_ptr", "dw_blocks_ptr", "row_in_ptr", "column_in_ptr", "scalars_ptr",
-                    "row_out_ptr", "column_out_ptr", "totals_ptr"}  # fmt: skip
-#: The retrieval kernels' pointers, whatever the features' dtype.
-TYPED_POINTERS = {
-    "scale_ptr": "*fp32", "exclude_ptr": "*i64", "mask_ptr": "*u8", "a_ids_ptr": "*i64", "b_ids_ptr": "*i64",
-    "a_cams_ptr": "*i64", "b_cams_ptr": "*i64", "bar_ptr": "*i64", "part_ptr": "*i64",
+                    "row_out_ptr", "column_out_ptr", "totals_ptr", "scale_ptr", "region_scale_ptr", "word_scale_ptr",
+                    "word_share_ptr", "gram_ptr", "out_ptr"}  # fmt: skip
+INTEGER_POINTERS = {
+    "exclude_ptr": "*i64", "mask_ptr": "*u8", "a_ids_ptr": "*i64", "b_ids_ptr": "*i64", "a_cams_ptr": "*i64",
+    "b_cams_ptr": "*i64", "bar_ptr": "*i64", "part_ptr": "*i64", "row_ids_ptr": "*i64", "column_ids_ptr": "*i64",
+    "region_mask_ptr": "*i8", "order_ptr": "*i64",
 }  # fmt: skip
+FLOAT_ARGUMENTS = {"sharpness", "smooth", "slope", "eps", "slope_scale"}
 POINTER_TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "tf32": "*fp32"}
 #: Contiguous rows, the common case: Triton makes a constant of an argument that equals 1.
 UNIT_STRIDES = {"stride_ad", "stride_bd", "stride_xd", "stride_yd", "stride_td", "stride_rd", "stride_pn", "stride_sn",
-                "stride_wd", "stride_wq", "stride_ud", "stride_vd", "stride_rm", "stride_cn"}  # fmt: skip
+                "stride_wd", "stride_wq", "stride_ud", "stride_vd", "stride_rm", "stride_cn", "stride_zd"}  # fmt: skip
 
 
 def _kernel(name: str) -> Any:
-    if name == "pairwise":
-        from gssf_triton.kernels.pairwise import pairwise_kernel
-
-        return pairwise_kernel
-    if name == "fold":
-        from gssf_triton.kernels.fold import fold_kernel
-
-        return fold_kernel
-    if name == "paired":
-        from gssf_triton.kernels.paired import paired_kernel
-
-        return paired_kernel
-    if name == "stream":
-        from gssf_triton.kernels.stream import stream_kernel
-
-        return stream_kernel
-    if name == "topk":
-        from gssf_triton.kernels.topk import topk_kernel
-
-        return topk_kernel
-    if name == "rank":
-        from gssf_triton.kernels.rank_count import rank_kernel
-
-        return rank_kernel
-    from gssf_triton.kernels.gradient import gradient_kernel
-
-    return gradient_kernel
+    """`late_interaction` is `late_interaction_kernel` of gssf_triton.kernels.late_interaction, and so on."""
+    return getattr(importlib.import_module(f"gssf_triton.kernels.{name}"), f"{name}_kernel")
 
 
 def _epilogue(name: str) -> Any:
@@ -91,15 +69,12 @@ def _source(launch: Launch) -> Any:
         elif name in UNIT_STRIDES:
             signature[name] = "constexpr"
             constexprs[name] = 1
-        elif name.endswith("_ids_ptr"):
-            signature[name] = "*i64"
-        elif name == "slope_scale":
-            signature[name] = "fp32"
         elif name.endswith("_ptr"):
             wide = name in FLOAT32_POINTERS or (name == "w_blocks_ptr" and launch.kernel == "gradient")
-            features = TYPED_POINTERS.get(name, POINTER_TYPES[launch.numerics])
-            signature[name] = "*fp32" if wide else features
+            signature[name] = INTEGER_POINTERS.get(name) or ("*fp32" if wide else POINTER_TYPES[launch.numerics])
             attrs[(index,)] = [["tt.divisibility", 16]]
+        elif name in FLOAT_ARGUMENTS:
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if name.startswith("stride_") or name in ("D", "M", "N"):

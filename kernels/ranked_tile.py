@@ -146,7 +146,7 @@ def spans_of(queries: int, items: int, config: RetrievalConfig) -> tuple[int, in
 
 
 def split_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """`gssf_triton.retrieval.order`'s keys (int32) and the indices that a kernel's keys are made of; −1 where ABSENT."""
+    """Keys of `gssf_triton.retrieval.order` (int32) and indices that a kernel's keys consist of; −1 where ABSENT."""
     high = (keys >> 32).to(torch.int32)
     missing = high == torch.iinfo(torch.int32).min
     return high, (INDEX_MASK - (keys & INDEX_MASK)).masked_fill_(missing, -1)

@@ -21,7 +21,16 @@ NORMALIZE = "normalize: bool = False"
 LIKE = f"(queries: Tensor, gallery: Tensor | np.ndarray, {WEIGHTS}, *"
 GROUP = f"group: dist.ProcessGroup | None = None, {BACKEND}"
 
+MASKS = "region_mask: Tensor | None = None, word_mask: Tensor | None = None"
+
 SIGNATURES = {
+    "cross_attention_sim": (
+        f"(regions: Tensor, words: Tensor, {WEIGHTS}, *, {MASKS}, smooth: float = 9.0, {NUMERICS}) -> Tensor"
+    ),
+    "late_interaction": (
+        f"(regions: Tensor, words: Tensor, {WEIGHTS}, *, {MASKS}, pooling: str = 'max-mean', sharpness: float = 1.0, "
+        f"{NUMERICS}) -> Tensor"
+    ),
     "dense_metric": f"({WEIGHTS}) -> Tensor",
     "distillation_loss": (
         f"(a: Tensor, b: Tensor, {WEIGHTS}, *, teacher_a: Tensor, teacher_b: Tensor, "
@@ -30,7 +39,8 @@ SIGNATURES = {
     ),
     "info_nce": (
         f"(a: Tensor, b: Tensor, {WEIGHTS}, *, logit_scale: Tensor | float, ids: Tensor | None = None, "
-        f"symmetric: bool = True, label_smoothing: float = 0.0, {NORMALIZE}, reduction: str = 'mean', {GROUP}) -> Tensor"
+        f"symmetric: bool = True, label_smoothing: float = 0.0, {NORMALIZE}, reduction: str = 'mean', {GROUP}) "
+        "-> Tensor"
     ),
     "paired_sim": f"(a: Tensor, b: Tensor, {WEIGHTS}, *, {NUMERICS}) -> Tensor",
     "pairwise_sim": f"(a: Tensor, b: Tensor, {WEIGHTS}, *, {NUMERICS}) -> Tensor",

@@ -155,13 +155,14 @@ def info_nce(
 
     Source:
         van den Oord et al., "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748, eq. 4;
-        symmetric as in Radford et al., CLIP, ICML 2021, fig. 3.
+        symmetric as in Radford et al., CLIP, ICML 2021, fig. 3. The similarity: Diao et al., GSSF, IEEE TIP 2024
+        (arXiv 2410.15266).
 
     Example:
         >>> import torch, gssf_triton
         >>> a = torch.eye(3)
-        >>> gssf_triton.info_nce(a, a, torch.ones(3), logit_scale=10.0)
-        tensor(9.0796e-05)
+        >>> gssf_triton.info_nce(a, a, torch.ones(3), logit_scale=1.0)
+        tensor(0.5514)
         >>> gssf_triton.info_nce(a, a, torch.ones(3), logit_scale=0.0, reduction="none")
         tensor([1.0986, 1.0986, 1.0986])
     """

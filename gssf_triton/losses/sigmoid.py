@@ -128,6 +128,7 @@ def sigmoid_loss(
 
     Source:
         Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, eq. in section 3.2.
+        The similarity: Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
 
     Example:
         >>> import torch, gssf_triton

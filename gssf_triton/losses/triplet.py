@@ -239,14 +239,15 @@ def triplet_loss(
 
     Source:
         Faghri et al., "VSE++: Improving Visual-Semantic Embeddings with Hard Negatives", BMVC 2018, eq. 5 and 6.
+        The similarity: Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
 
     Example:
         >>> import torch, gssf_triton
         >>> a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.9, 1.0]])
         >>> gssf_triton.triplet_loss(a, b, torch.ones(2), margin=0.2)
-        tensor(0.1000)
+        tensor(0.2000)
         >>> gssf_triton.triplet_loss(a, b, torch.ones(2), margin=0.2, return_violations=True)
-        (tensor(0.1000), tensor([1, 0]))
+        (tensor(0.2000), tensor([1, 1]))
     """
     checks.check_choice("reduction", reduction, REDUCTIONS)
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):

@@ -1,7 +1,7 @@
 """Retrieval without the score matrix: the best k gallery items of every query, and the rank of its first match.
 
 One call's way: checks → the metric folded into the queries (`scoring`) → chunks of scores (`scan`) or kernels
-(`gssf_triton.kernels.topk`, `gssf_triton.kernels.rank_count`) → shards merged (`sharding`).
+(`gssf_triton.kernels.topk`, `gssf_triton.kernels.rank`) → shards merged (`sharding`).
 """
 
 from __future__ import annotations

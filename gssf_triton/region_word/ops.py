@@ -1,0 +1,173 @@
+"""The operators of region–word scores, for both backends: `torch.library` ops `gssf::…` with fake implementations.
+
+They take rows that were folded before, so the weights' gradients are the fold's own. Their gradients recompute the
+products, and have no gradient themselves: differentiating twice raises torch's error for such an operator.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gssf_triton.region_word import torch_backend, torch_cross_attention, triton_backend
+from gssf_triton.region_word.torch_backend import Side
+from gssf_triton.torch_backend import accumulate_dtype
+
+POOLINGS = ("max-mean", "lse-mean", "max-sum")
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """Outside autocast: what it casts was cast at the boundary, sums and maxima stay in float32."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _backend(name: str) -> ModuleType:
+    return triton_backend if name == "triton" else torch_backend
+
+
+def _scores_like(regions: Tensor, words: Tensor) -> Tensor:
+    dtype = torch.promote_types(accumulate_dtype(regions.dtype), accumulate_dtype(words.dtype))
+    return regions.new_empty((regions.shape[0], words.shape[0]), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- late interaction
+
+
+@torch.library.custom_op(
+    "gssf::late_interaction",
+    mutates_args=(),
+    schema="(Tensor regions, Tensor words, Tensor? region_mask, Tensor? word_mask, bool unit_regions, bool unit_words, "
+    "str pooling, float sharpness, str backend) -> Tensor",
+)
+def late_interaction(
+    regions: Tensor,
+    words: Tensor,
+    region_mask: Tensor | None,
+    word_mask: Tensor | None,
+    unit_regions: bool,
+    unit_words: bool,
+    pooling: str,
+    sharpness: float,
+    backend: str,
+) -> Tensor:
+    """Scores (I, T) of regions (I, R, D) and words (T, L, D), one of them folded; `unit_…` normalises the other."""
+    sides = Side(regions, region_mask, unit_regions), Side(words, word_mask, unit_words)
+    with full_precision(regions):
+        return _backend(backend).late_interaction(*sides, pooling, sharpness)
+
+
+@late_interaction.register_fake
+def _(regions: Tensor, words: Tensor, *_: Any) -> Tensor:
+    return _scores_like(regions, words)
+
+
+@torch.library.custom_op(
+    "gssf::late_interaction_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor regions, Tensor words, Tensor? region_mask, Tensor? word_mask, bool unit_regions, "
+    "bool unit_words, str pooling, float sharpness, str backend) -> (Tensor, Tensor)",
+)
+def _late_interaction_backward(
+    grad: Tensor,
+    regions: Tensor,
+    words: Tensor,
+    region_mask: Tensor | None,
+    word_mask: Tensor | None,
+    unit_regions: bool,
+    unit_words: bool,
+    pooling: str,
+    sharpness: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    sides = Side(regions, region_mask, unit_regions), Side(words, word_mask, unit_words)
+    with full_precision(regions):
+        return _backend(backend).late_interaction_backward(grad, *sides, pooling, sharpness)
+
+
+@_late_interaction_backward.register_fake
+def _(grad: Tensor, regions: Tensor, words: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(regions), torch.empty_like(words)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.options = inputs[len(tensors) :]
+
+
+def _late_interaction_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _late_interaction_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *(None,) * 7)
+
+
+late_interaction.register_autograd(_late_interaction_grad, setup_context=_setup)
+
+
+# ----------------------------------------------------------------------------------------------------- cross attention
+
+
+@torch.library.custom_op(
+    "gssf::cross_attention",
+    mutates_args=(),
+    schema="(Tensor regions, Tensor folded, Tensor words, Tensor? region_mask, Tensor? word_mask, float smooth, "
+    "str backend) -> Tensor",
+)
+def cross_attention(
+    regions: Tensor,
+    folded: Tensor,
+    words: Tensor,
+    region_mask: Tensor | None,
+    word_mask: Tensor | None,
+    smooth: float,
+    backend: str,
+) -> Tensor:
+    """Scores (I, T) of regions (I, R, D) and words (T, L, D) as they are, and of T of the normalised regions."""
+    sides = Side(regions, region_mask, True), folded, Side(words, word_mask, True)
+    with full_precision(regions):
+        module = triton_backend if backend == "triton" else torch_cross_attention
+        return module.cross_attention(*sides, smooth)
+
+
+@cross_attention.register_fake
+def _(regions: Tensor, folded: Tensor, words: Tensor, *_: Any) -> Tensor:
+    return _scores_like(regions, words)
+
+
+@torch.library.custom_op(
+    "gssf::cross_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor regions, Tensor folded, Tensor words, Tensor? region_mask, Tensor? word_mask, "
+    "float smooth, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _cross_attention_backward(
+    grad: Tensor,
+    regions: Tensor,
+    folded: Tensor,
+    words: Tensor,
+    region_mask: Tensor | None,
+    word_mask: Tensor | None,
+    smooth: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sides = Side(regions, region_mask, True), folded, Side(words, word_mask, True)
+    with full_precision(regions):
+        return torch_cross_attention.cross_attention_backward(grad, *sides, smooth)
+
+
+@_cross_attention_backward.register_fake
+def _(grad: Tensor, regions: Tensor, folded: Tensor, words: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(regions), torch.empty_like(folded), torch.empty_like(words)
+
+
+def _cross_attention_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _cross_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *(None,) * 4)
+
+
+cross_attention.register_autograd(_cross_attention_grad, setup_context=_setup)

@@ -1,0 +1,212 @@
+"""Scores of images and captions region by word: late interaction, and text-to-image attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gssf_triton import checks, torch_backend
+from gssf_triton import ops as metric_ops
+from gssf_triton.autotune.configs import CROSS_ATTENTION_PAIR, CROSS_ATTENTION_ROWS, cross_attention_fits
+from gssf_triton.backend import resolve_backend
+from gssf_triton.functional import autocast_features
+from gssf_triton.region_word import checks as row_checks
+from gssf_triton.region_word import ops
+from gssf_triton.region_word.ops import POOLINGS, full_precision
+
+
+def _check(
+    regions: Tensor,
+    words: Tensor,
+    W_diag: Tensor | None,
+    W_blocks: Tensor | None,
+    region_mask: Tensor | None,
+    word_mask: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The features as autocast has them, and the masks as booleans."""
+    row_checks.check_regions_and_words(regions, words)
+    checks.check_weights("regions", regions, W_diag, W_blocks)
+    row_checks.check_mask("region_mask", region_mask, "regions", regions)
+    row_checks.check_mask("word_mask", word_mask, "words", words)
+    checks.check_out_dtype(out_dtype)
+    regions, words = autocast_features(regions, words)
+    row_checks.check_regions_and_words_dtype(regions, words)
+    region_mask, word_mask = (None if mask is None else mask != 0 for mask in (region_mask, word_mask))
+    return regions, words, region_mask, word_mask
+
+
+def _folded(
+    x: Tensor, mask: Tensor | None, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, backend: str
+) -> Tensor:
+    """T(x) in float32 at least: rounded to half precision it would change which region is a word's best.
+
+    For the backward pass padding is zeroed first: a NaN in it, times its gradient of 0, would reach the weights'.
+    """
+    x = x.to(torch_backend.accumulate_dtype(x.dtype))
+    if mask is not None and torch.is_grad_enabled():
+        x = x.masked_fill(mask.logical_not()[..., None], 0)
+    if backend == "torch":
+        return torch_backend.fold(x, W_diag, W_blocks, normalize)
+    return metric_ops.fold(torch_backend.as_rows(x), W_diag, W_blocks, normalize).view(x.shape)
+
+
+def late_interaction(
+    regions: Tensor,
+    words: Tensor,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    region_mask: Tensor | None = None,
+    word_mask: Tensor | None = None,
+    pooling: str = "max-mean",
+    sharpness: float = 1.0,
+    normalize: bool = False,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Score of every image with every caption, each word meeting its best region.
+
+    $$score_{it} = \frac{1}{|L_t|} \sum_{l \in L_t} \max_{r \in R_i} s(x_{ir}, y_{tl})$$
+
+    The (I, T, R, L) similarities are never held, in forward or in backward, which makes them again: memory grows with
+    the features and with the (I, T) scores. A mask is any pattern of booleans; padding does not take part, whatever it
+    holds, and whole tiles of it cost nothing.
+
+    Args:
+        regions: Images, (I, R, D), float16, bfloat16, float32 or float64; any strides.
+        words: Captions, (T, L, D), of the regions' dtype and device.
+        W_diag: Diagonal weight, (D,), or None.
+        W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None. One of the two weights at least is given.
+        region_mask: True (or not 0) where a region is valid, (I, R); all are where None.
+        word_mask: True (or not 0) where a word is valid, (T, L); all are where None.
+        pooling: "max-mean": the best region, then the mean over the words. "lse-mean": log-sum-exp over the regions,
+            log Σ_r exp(sharpness · s) / sharpness, then the mean. "max-sum": the best region, summed over the words,
+            ColBERT's MaxSim.
+        sharpness: Of "lse-mean": the larger, the closer to the maximum (SCAN takes 6). Others don't look at it.
+        normalize: Put all rows on the unit sphere first, x / max(‖x‖₂, 1e-12).
+        out_dtype: Dtype of the scores; the features' where None.
+        backend: "auto" (Triton where it compiles for the tensors' GPU, else torch), "triton" or "torch".
+
+    Returns:
+        Scores, (I, T). An image with no valid region, or a caption with no valid word, scores 0 with everything.
+        Differentiable once in all four tensors; of equal regions the lowest gets a word's gradient.
+
+    Raises:
+        TypeError: an argument that is not a tensor, or a sharpness that is not a number.
+        ValueError: shapes, dtypes or devices that do not agree, no weight, an unknown pooling.
+        RuntimeError: `backend="triton"` where Triton cannot run.
+
+    Source:
+        Khattab and Zaharia, ColBERT, SIGIR 2020 (arXiv 2004.12832), eq. 3; log-sum-exp after Lee et al., SCAN,
+        ECCV 2018 (arXiv 1803.08024); the similarity is GSSF's (arXiv 2410.15266).
+
+    Example:
+        >>> import torch, gssf_triton
+        >>> regions = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+        >>> words = torch.tensor([[[3.0, 1.0], [0.0, 2.0]]])
+        >>> gssf_triton.late_interaction(regions, words, torch.ones(2))  # (max(3, 1) + max(0, 2)) / 2
+        tensor([[2.5000]])
+        >>> second_only = torch.tensor([[False, True]])
+        >>> gssf_triton.late_interaction(regions, words, torch.ones(2), region_mask=second_only, pooling="max-sum")
+        tensor([[3.]])
+    """
+    checks.check_choice("pooling", pooling, POOLINGS)
+    checks.check_positive("sharpness", sharpness)
+    regions, words, region_mask, word_mask = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, out_dtype)
+    dtype = out_dtype or regions.dtype
+    backend = resolve_backend(backend, regions, W_blocks)
+    fold_words = words.shape[0] * words.shape[1] < regions.shape[0] * regions.shape[1]
+    with full_precision(regions):
+        if fold_words:
+            transposed = None if W_blocks is None else W_blocks.mT
+            words = _folded(words, word_mask, W_diag, transposed, normalize, backend)
+        else:
+            regions = _folded(regions, region_mask, W_diag, W_blocks, normalize, backend)
+        units = normalize and fold_words, normalize and not fold_words
+        scores = ops.late_interaction(
+            regions, words, region_mask, word_mask, *units, pooling, float(sharpness), backend
+        )
+    return scores.to(dtype)
+
+
+def _cross_attention_backend(backend: str, regions: Tensor, words: Tensor, W_blocks: Tensor | None) -> str:
+    """The backend; images or captions of more rows than the kernel's registers hold are torch's."""
+    resolved = resolve_backend(backend, regions, W_blocks)
+    if resolved == "torch" or cross_attention_fits(regions.shape[1], words.shape[1]):
+        return resolved
+    if backend == "triton":
+        raise ValueError(
+            f"regions {checks.shape_of(regions)} and words {checks.shape_of(words)} have too many rows an item for "
+            f'backend="triton": both up to {CROSS_ATTENTION_ROWS}, their product, each as the next power of two, up '
+            f'to {CROSS_ATTENTION_PAIR}; use backend="torch" or "auto"'
+        )
+    return "torch"
+
+
+def cross_attention_sim(
+    regions: Tensor,
+    words: Tensor,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    region_mask: Tensor | None = None,
+    word_mask: Tensor | None = None,
+    smooth: float = 9.0,
+    normalize: bool = False,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Score of every image with every caption, each word meeting the region it attends to: SCAN, text to image.
+
+    With x the regions and y the words of a pair, all on the unit sphere,
+
+    $$e_{rl} = LeakyReLU_{0.1}(x_r \cdot y_l), \quad
+      \bar e_{rl} = \frac{e_{rl}}{\sqrt{\sum_l e_{rl}^2} + 10^{-8}}, \quad
+      \alpha_{rl} = softmax_r(smooth \cdot \bar e_{rl}), \quad c_l = \frac{\sum_r \alpha_{rl} x_r}{\|\cdot\|_2}$$
+
+    and the score is the mean of s(c_l, y_l) over the words. Neither (I, T, R, L) arrays nor the attended vectors c are
+    held, in forward or in backward. Padding takes part in none of the sums, whatever it holds.
+
+    Args:
+        regions: Images, (I, R, D), float16, bfloat16, float32 or float64; any strides.
+        words: Captions, (T, L, D), of the regions' dtype and device.
+        W_diag: Diagonal weight, (D,), or None.
+        W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None. One of the two weights at least is given.
+        region_mask: True (or not 0) where a region is valid, (I, R); all are where None.
+        word_mask: True (or not 0) where a word is valid, (T, L); all are where None.
+        smooth: Inverse temperature of the attention.
+        normalize: Makes no difference, since both sides of s are on the unit sphere here; every function takes it.
+        out_dtype: Dtype of the scores; the features' where None.
+        backend: "auto" (Triton where it compiles for the tensors' GPU, else torch), "triton" or "torch".
+
+    Returns:
+        Scores, (I, T). An image with no valid region, or a caption with no valid word, scores 0 with everything.
+        Differentiable once in all four tensors.
+
+    Raises:
+        TypeError: an argument that is not a tensor, or a smooth that is not a number.
+        ValueError: shapes, dtypes or devices that do not agree, no weight, or more regions or words than
+            `backend="triton"` takes (128; 64 of one beside 128 of the other).
+        RuntimeError: `backend="triton"` where Triton cannot run.
+
+    Source:
+        Lee et al., "Stacked Cross Attention for Image-Text Matching", ECCV 2018 (arXiv 1803.08024), section 3.1; the
+        similarity is GSSF's (arXiv 2410.15266).
+
+    Example:
+        >>> import torch, gssf_triton
+        >>> regions = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+        >>> words = torch.tensor([[[0.0, 5.0]]])
+        >>> gssf_triton.cross_attention_sim(regions, words, torch.ones(2), smooth=50.0)
+        tensor([[1.]])
+        >>> gssf_triton.cross_attention_sim(regions, words, torch.ones(2), smooth=1.0)
+        tensor([[0.9385]])
+    """
+    checks.check_positive("smooth", smooth)
+    regions, words, region_mask, word_mask = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, out_dtype)
+    backend = _cross_attention_backend(backend, regions, words, W_blocks)
+    with full_precision(regions):
+        folded = _folded(regions, region_mask, W_diag, W_blocks, True, backend)
+        scores = ops.cross_attention(regions, folded, words, region_mask, word_mask, float(smooth), backend)
+    return scores.to(out_dtype or regions.dtype)
