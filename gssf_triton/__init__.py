@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from gssf_triton import nn
 from gssf_triton.functional import dense_metric, paired_sim, pairwise_sim, pairwise_terms, transform
+from gssf_triton.heads import attention
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "dense_metric", "nn", "paired_sim", "pairwise_sim", "pairwise_terms", "transform"]
+__all__ = [
+    "__version__",
+    "attention",
+    "dense_metric",
+    "nn",
+    "paired_sim",
+    "pairwise_sim",
+    "pairwise_terms",
+    "transform",
+]

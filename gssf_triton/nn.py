@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_triton import functional
+from gssf_triton.multihead import GSSFAttention as GSSFAttention
 
 
 class GSSF(nn.Module):

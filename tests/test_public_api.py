@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,10 @@ BACKEND = "backend: str = 'auto'"
 NUMERICS = f"normalize: bool = False, out_dtype: torch.dtype | None = None, {BACKEND}"
 
 SIGNATURES = {
+    "attention": (
+        f"(q: Tensor, k: Tensor, v: Tensor, {WEIGHTS}, *, attn_mask: Tensor | None = None, is_causal: bool = False, "
+        f"scale: float | None = None, dropout_p: float = 0.0, {BACKEND}) -> Tensor"
+    ),
     "dense_metric": f"({WEIGHTS}) -> Tensor",
     "paired_sim": f"(a: Tensor, b: Tensor, {WEIGHTS}, *, {NUMERICS}) -> Tensor",
     "pairwise_sim": f"(a: Tensor, b: Tensor, {WEIGHTS}, *, {NUMERICS}) -> Tensor",
@@ -67,7 +72,7 @@ def test_module_signature(name: str) -> None:
     assert _signature(getattr(gssf_triton.nn.GSSF, name)) == GSSF_SIGNATURES[name]
 
 
-@pytest.mark.parametrize("name", ["nn.GSSF", *SIGNATURES])
+@pytest.mark.parametrize("name", ["nn.GSSF", "nn.GSSFAttention", *SIGNATURES])
 def test_docstring_has_an_example_and_the_source(name: str) -> None:
-    documented = gssf_triton.nn.GSSF if name == "nn.GSSF" else getattr(gssf_triton, name)
+    documented = operator.attrgetter(name)(gssf_triton)
     assert documented.__doc__ and ">>> " in documented.__doc__ and "2410.15266" in documented.__doc__
