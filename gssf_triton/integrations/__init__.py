@@ -17,7 +17,7 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         # A library that is there but lacks one of its own dependencies has its own tale to tell.
-        if error.name != module.partition(".")[0]:
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ModuleNotFoundError(
             f'{module} is not installed: pip install "gssf_triton[{extra}]"', name=error.name

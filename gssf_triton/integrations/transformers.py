@@ -108,7 +108,7 @@ def add_metric(
         sizes = _head_sizes(model, example_inputs)
         if not sizes:
             raise ValueError(
-                f"model must attend through transformers' attention interface, got a {type(model).__name__} that does not"
+                f"model must attend through the library's interface, got a {type(model).__name__} that does not"
             )
         metrics = {}
         for name, layer in model.named_modules():
