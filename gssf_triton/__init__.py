@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from gssf_triton import metrics, nn
 from gssf_triton.functional import dense_metric, paired_sim, pairwise_sim, pairwise_terms, transform
+from gssf_triton.heads import attention
 from gssf_triton.losses import distillation_loss, info_nce, sigmoid_loss, triplet_loss
 from gssf_triton.region_word import cross_attention_sim, late_interaction
 from gssf_triton.retrieval import ranks, topk
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "attention",
     "cross_attention_sim",
     "dense_metric",
     "distillation_loss",

@@ -147,6 +147,67 @@ def check_paired_rows(a: Tensor, b: Tensor) -> None:
         )
 
 
+def check_head_weights(q: Tensor, W_diag: object, W_blocks: object) -> None:
+    """Attention's metric: shared, (D,) and (G, B, B), or (H, D) and (H, G, B, B) one a head of q (..., H, L, D)."""
+    shared: list[object] = []
+    for name, weight, dims, form in (
+        ("W_diag", W_diag, 1, "(D,) or (H, D)"),
+        ("W_blocks", W_blocks, 3, "(G, B, B) or (H, G, B, B)"),
+    ):
+        if not isinstance(weight, Tensor) or weight.dim() != dims + 1:
+            shared.append(weight)
+            continue
+        heads = q.shape[-3] if q.dim() > 2 else None
+        if weight.shape[0] != heads:
+            raise ValueError(
+                f"{name} must have shape {form} with the H, D of q (..., H, L, D) {shape_of(q)}, got {shape_of(weight)}"
+            )
+        # Every head's weight has one form: with the heads left out it is a shared weight, and is checked as one.
+        shared.append(weight.new_empty(()).expand(weight.shape[1:]))
+    check_weights("q", q, *shared)
+
+
+def check_attention(q: object, k: object, v: object) -> None:
+    """q (..., L, D), k (..., S, D) and v (..., S, E) that can meet."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_features(name, x)
+    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    check_same_device("q", q, "k", k)
+    check_same_device("q", q, "v", v)
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same D: q is {shape_of(q)}, k is {shape_of(k)}")
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"k and v must have the same number of rows: k is {shape_of(k)}, v is {shape_of(v)}")
+    try:
+        torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"the leading dimensions of q, k and v must broadcast: q is {shape_of(q)}, k is {shape_of(k)}, "
+            f"v is {shape_of(v)}"
+        ) from None
+
+
+def check_mask(
+    name: str, mask: object, reference_name: str, reference: Tensor, shapes: Sequence[Sequence[int]]
+) -> None:
+    """A boolean or floating-point mask of one of `shapes`, or that broadcasts to the one shape given."""
+    if mask is None:
+        return
+    check_tensor(name, mask)
+    assert isinstance(mask, Tensor)
+    if mask.dtype != torch.bool and mask.dtype not in FEATURE_DTYPES:
+        raise ValueError(f"{name} must be bool, {_DTYPE_NAMES}, got {mask.dtype}")
+    wanted = [tuple(shape) for shape in shapes]
+    if shape_of(mask) not in wanted:
+        try:
+            fits = len(wanted) == 1 and tuple(torch.broadcast_shapes(mask.shape, wanted[0])) == wanted[0]
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {shape_of(mask)}")
+    check_same_device(reference_name, reference, name, mask)
+
+
 def check_out_dtype(out_dtype: object) -> None:
     if out_dtype is None:
         return
@@ -211,7 +272,7 @@ def check_labels(name: str, labels: object, count: int, of: str, features: Tenso
     check_same_device(of, features, name, labels)
 
 
-def check_mask(name: str, mask: object, shape: tuple[int, int], queries: Tensor) -> None:
+def check_pair_mask(name: str, mask: object, shape: tuple[int, int], queries: Tensor) -> None:
     check_tensor(name, mask)
     assert isinstance(mask, Tensor)
     if mask.dtype != torch.bool:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from gssf_triton import functional
 from gssf_triton.losses.modules import DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
+from gssf_triton.multihead import GSSFAttention
 
-__all__ = ["GSSF", "DistillationLoss", "InfoNCELoss", "SigmoidLoss", "TripletLoss"]
+__all__ = ["GSSF", "DistillationLoss", "GSSFAttention", "InfoNCELoss", "SigmoidLoss", "TripletLoss"]
 
 
 class GSSF(nn.Module):

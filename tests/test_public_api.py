@@ -24,6 +24,10 @@ GROUP = f"group: dist.ProcessGroup | None = None, {BACKEND}"
 MASKS = "region_mask: Tensor | None = None, word_mask: Tensor | None = None"
 
 SIGNATURES = {
+    "attention": (
+        f"(q: Tensor, k: Tensor, v: Tensor, {WEIGHTS}, *, attn_mask: Tensor | None = None, is_causal: bool = False, "
+        f"scale: float | None = None, dropout_p: float = 0.0, {BACKEND}) -> Tensor"
+    ),
     "cross_attention_sim": (
         f"(regions: Tensor, words: Tensor, {WEIGHTS}, *, {MASKS}, smooth: float = 9.0, {NUMERICS}) -> Tensor"
     ),
@@ -132,7 +136,9 @@ def test_module_signature(name: str) -> None:
     assert _signature(getattr(gssf_triton.nn.GSSF, name)) == GSSF_SIGNATURES[name]
 
 
-@pytest.mark.parametrize("name", ["nn.GSSF", *SIGNATURES, *(f"metrics.{name}" for name in METRIC_SIGNATURES)])
+@pytest.mark.parametrize(
+    "name", ["nn.GSSF", "nn.GSSFAttention", *SIGNATURES, *(f"metrics.{name}" for name in METRIC_SIGNATURES)]
+)
 def test_docstring_has_an_example_and_the_source(name: str) -> None:
     documented = operator.attrgetter(name)(gssf_triton)
     assert documented.__doc__ and ">>> " in documented.__doc__ and "2410.15266" in documented.__doc__

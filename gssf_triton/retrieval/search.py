@@ -53,7 +53,7 @@ def make_exclusions(
     if exclude is not None:
         checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
     if mask is not None:
-        checks.check_mask("mask", mask, (queries.shape[0], items), queries)
+        checks.check_pair_mask("mask", mask, (queries.shape[0], items), queries)
     if (cameras[0] is None) != (cameras[1] is None):
         missing = "query_cams" if cameras[0] is None else "gallery_cams"
         raise ValueError(f"query_cams and gallery_cams must be given together, got None for {missing}")
@@ -216,9 +216,9 @@ def ranks(
     shard = Gallery(gallery, queries.device, offset)
     source = scan
     if backend == "triton" and scores.dtype == torch.float32:
-        from gssf_triton.kernels import rank_count
+        from gssf_triton.kernels import rank as rank_kernels
 
-        source = rank_count
+        source = rank_kernels
     keys, indices = sharding.merge_best(*source.best_match(scores, shard, exclusions), group)
     counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
     return counts.masked_fill_(indices < 0, -1)

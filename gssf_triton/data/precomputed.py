@@ -1,0 +1,116 @@
+"""Region features and captions of Flickr30K and MS-COCO in the layout that SCAN and its successors share.
+
+`{f30k,coco}_precomp/{train,dev,test,testall}_ims.npy`, n × 36 × 2048 region features, beside `…_caps.txt`, one caption
+a line (Lee et al., "Stacked Cross Attention for Image-Text Matching", ECCV 2018).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gssf_triton.checks import check_choice
+from gssf_triton.data.files import DataError, existing_file, existing_folder, fault, numbered_lines
+
+NAMES = ("f30k", "coco")
+SPLITS = ("train", "dev", "test", "testall")
+CAPTIONS_PER_IMAGE = 5
+
+
+@dataclass(frozen=True)
+class PrecomputedFeatures:
+    """One split's image features and captions.
+
+    Attributes:
+        images: (n, R, D) float features of each image's R regions, memory-mapped: rows are read when they are used.
+        captions: The captions.
+        image_ids: (len(captions),) int64, the row in `images` of each caption's image.
+    """
+
+    images: NDArray[np.floating]
+    captions: tuple[str, ...]
+    image_ids: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _features(path: Path) -> NDArray[np.floating]:
+    expected = "an .npy array of floats, (images, regions, channels)"
+    existing_file(path, expected)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        # NumPy says of a file cut short that the map is larger than it, of a cut header that it cannot be parsed.
+        raise fault(path, None, f"{expected}, whole", f"a file of {path.stat().st_size} bytes ({error})") from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise fault(path, None, expected, "an .npz archive")
+    if array.ndim != 3 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
+        raise fault(path, None, expected, f"{array.dtype} of shape {array.shape}")
+    return array
+
+
+def _is_repeated(images: NDArray[np.floating]) -> bool:
+    """Some copies of the sets repeat each image's row for each of its five captions; the ends of the file tell."""
+    ends = (images[:CAPTIONS_PER_IMAGE], images[-CAPTIONS_PER_IMAGE:])
+    return len(images) % CAPTIONS_PER_IMAGE == 0 and all(bool((rows == rows[0]).all()) for rows in ends)
+
+
+def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeatures:
+    r"""Read one split of precomputed Flickr30K or COCO features; the features stay on disk until they are used.
+
+    Args:
+        root: The folder that has `{name}_precomp`, or that folder itself.
+        name: "f30k" or "coco".
+        split: "train", "dev", "test" or "testall" (COCO's 5,000 images).
+
+    Returns:
+        The split. Five captions an image, or one; where a copy of the set repeats each image's row five times, one a
+        caption, every fifth row is kept.
+
+    Raises:
+        FileNotFoundError: a file or folder that is not there.
+        DataError: a file cut short, of another shape or type, a blank or undecodable caption (file and line are named),
+            or counts of images and captions that do not agree.
+        ValueError: an unknown name or split.
+
+    Source:
+        Lee et al., Stacked Cross Attention, ECCV 2018 (arXiv 1803.08024), whose release fixed the layout.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from pathlib import Path
+        >>> from gssf_triton.data import load_precomputed
+        >>> root = tempfile.TemporaryDirectory()
+        >>> folder = Path(root.name) / "f30k_precomp"
+        >>> folder.mkdir()
+        >>> np.save(folder / "dev_ims.npy", np.zeros((2, 36, 2048), dtype=np.float32))
+        >>> _ = (folder / "dev_caps.txt").write_text("A dog runs .\n" * 10)
+        >>> dev = load_precomputed(root.name, "f30k", "dev")
+        >>> dev.images.shape, len(dev.captions), dev.image_ids.tolist()
+        ((2, 36, 2048), 10, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
+        >>> root.cleanup()
+    """
+    check_choice("name", name, NAMES)
+    check_choice("split", split, SPLITS)
+    folder = existing_folder(root, f"{name}_precomp", f"{split}_ims.npy")
+    images = _features(folder / f"{split}_ims.npy")
+    path = folder / f"{split}_caps.txt"
+    captions = tuple(text for _, text in numbered_lines(path, "a caption"))
+    if len(captions) == CAPTIONS_PER_IMAGE * len(images):
+        per_image = CAPTIONS_PER_IMAGE
+    elif len(captions) != len(images):
+        raise DataError(
+            f"{path}, line {len(captions)}, its last: expected one caption or {CAPTIONS_PER_IMAGE} for each of the "
+            f"{len(images)} images of {split}_ims.npy, {len(images)} or {CAPTIONS_PER_IMAGE * len(images)} lines, "
+            f"got {len(captions)}"
+        )
+    elif _is_repeated(images):
+        images, per_image = images[::CAPTIONS_PER_IMAGE], CAPTIONS_PER_IMAGE
+    else:
+        per_image = 1
+    return PrecomputedFeatures(images, captions, np.arange(len(captions), dtype=np.int64) // per_image)

@@ -1,0 +1,224 @@
+"""Attention whose scores are GSSF similarities, and the metric of an attention layer's heads.
+
+softmax(T(q) kᵀ · scale) v is PyTorch's own scaled_dot_product_attention on T(q): flash kernels apply. Diao et al.,
+GSSF, IEEE TIP 2024 (arXiv 2410.15266), in the attention of Vaswani et al., 2017.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gssf_triton import checks, functional
+
+#: Blocks of a head's channels are at most as large as nn.GSSF's default block where no size is given.
+LARGEST_DEFAULT_BLOCK = 32
+
+
+def fold_heads(q: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, backend: str = "auto") -> Tensor:
+    """T(q), (..., H, L, D) to the same: each head under its own metric, or all under one.
+
+    The heads side by side are one row of H·D channels, and their metrics one metric of H·G blocks: the fold that serves
+    everything else, one batched product in torch and one kernel in Triton, serves here, and q that was split into heads
+    as a view is read in place.
+    """
+    per_head = (W_diag is not None and W_diag.dim() == 2) or (W_blocks is not None and W_blocks.dim() == 4)
+    if not per_head:
+        return functional.transform(q, W_diag, W_blocks, backend=backend)
+    heads, channels = q.shape[-3], q.shape[-1]
+    diag = None if W_diag is None else W_diag.expand(heads, channels).reshape(heads * channels)
+    blocks = None if W_blocks is None else W_blocks.expand(heads, *W_blocks.shape[-3:]).flatten(0, 1)
+    folded = functional.transform(q.transpose(-3, -2).flatten(-2), diag, blocks, backend=backend)
+    return folded.unflatten(-1, (heads, channels)).transpose(-3, -2)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Attention with GSSF similarities as its scores.
+
+    $$\mathrm{softmax}(T(q)\, k^\top \cdot scale + mask)\, v$$
+
+    Args:
+        q: Queries, (..., H, L, D), or (..., L, D) where the metric is shared; float16, bfloat16, float32 or float64.
+        k: Keys, (..., H, S, D). Leading dimensions of q, k and v broadcast.
+        v: Values, (..., H, S, E).
+        W_diag: Diagonal weight, (D,) for all heads or (H, D), or None. Weights may be float32 beside half precision.
+        W_blocks: Block weight, (G, B, B) with G·B = D for all heads or (H, G, B, B), or None.
+        attn_mask: Broadcasts to (..., H, L, S): boolean, True where a key takes part, or floating, added to the scores.
+        is_causal: Query i sees keys 0 to i only; not together with `attn_mask`.
+        scale: Factor on the scores; 1/√D where None.
+        dropout_p: Probability that an attention weight is dropped; applied whenever it is not 0.
+        backend: What computes T(q), as in `pairwise_sim`; the attention is PyTorch's on either.
+
+    Returns:
+        (..., H, L, E), in v's dtype.
+
+    Raises:
+        TypeError: an argument that is not a tensor.
+        ValueError: shapes, dtypes or devices that do not agree, no weight, or a mask together with `is_causal`.
+        RuntimeError: `backend="triton"` where Triton cannot run.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266), plugged into scaled dot-product attention.
+
+    Example:
+        >>> import torch, gssf_triton
+        >>> q, k, v = (torch.randn(2, 4, 5, 16) for _ in range(3))
+        >>> W_diag, W_blocks = torch.ones(4, 16), torch.zeros(4, 2, 8, 8)  # a metric a head, here the identity
+        >>> plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        >>> torch.allclose(gssf_triton.attention(q, k, v, W_diag, W_blocks), plain, atol=1e-6)
+        True
+    """
+    checks.check_attention(q, k, v)
+    checks.check_head_weights(q, W_diag, W_blocks)
+    batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    checks.check_mask("attn_mask", attn_mask, "q", q, [(*batch, q.shape[-2], k.shape[-2])])
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask and is_causal must not be given together: got a mask and is_causal=True")
+    q, k, v = functional.autocast_features(q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"q and {name} must have the same dtype: q is {q.dtype}, {name} is {x.dtype}")
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(q.dtype)
+    q = fold_heads(q, W_diag, W_blocks, backend)
+    q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+    )
+
+
+class HeadMetric(nn.Module):
+    """The metric of every head of an attention layer; starts as the identity, which leaves attention as it is.
+
+    A state dict that holds neither weight is one of plain attention: loading it sets the metric back to the identity,
+    so that pretrained models load strictly and are unchanged until trained.
+
+    Args:
+        num_heads: H.
+        head_dim: Channels D of a head.
+        block_size: Size B of the blocks, which must divide `head_dim`; None takes its largest divisor up to 32.
+        diag: Learn `W_diag`.
+        blocks: Learn `W_blocks`.
+        device: Where the weights are made.
+        dtype: The weights' dtype.
+
+    Attributes:
+        W_diag: Parameter (H, D), 1 at the start, or None.
+        W_blocks: Parameter (H, D/B, B, B), 0 at the start, or the identity where there is no diagonal; or None.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
+
+    Example:
+        >>> import torch
+        >>> from gssf_triton.heads import HeadMetric
+        >>> q = torch.randn(2, 8, 10, 64)
+        >>> torch.equal(HeadMetric(num_heads=8, head_dim=64)(q), q)
+        True
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        block_size: int | None = None,
+        diag: bool = True,
+        blocks: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        add_head_weights(self, num_heads, head_dim, block_size, diag, blocks, device, dtype)
+
+    W_diag: nn.Parameter | None
+    W_blocks: nn.Parameter | None
+
+    def reset_metric(self) -> None:
+        """Back to the identity."""
+        reset_head_weights(self)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """T(q), (..., H, L, D) to the same."""
+        return fold_heads(q, self.W_diag, self.W_blocks)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        complete_state_dict(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        return repr_of_weights(self)
+
+
+def add_head_weights(
+    module: nn.Module,
+    num_heads: int,
+    head_dim: int,
+    block_size: int | None,
+    diag: bool,
+    blocks: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a module the parameters `W_diag` and `W_blocks`, a metric a head, at the identity."""
+    for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if not diag and not blocks:
+        raise ValueError("no term to learn: diag and blocks are both False, at least one of them is wanted")
+    if block_size is None:
+        block_size = max(size for size in range(1, LARGEST_DEFAULT_BLOCK + 1) if head_dim % size == 0)
+    if blocks and (block_size < 1 or head_dim % block_size):
+        raise ValueError(f"block_size must divide the {head_dim} channels of a head, got {block_size}")
+    module.register_parameter("W_diag", None)
+    module.register_parameter("W_blocks", None)
+    if diag:
+        module.W_diag = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
+    if blocks:
+        shape = (num_heads, head_dim // block_size, block_size, block_size)
+        module.W_blocks = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+    reset_head_weights(module)
+
+
+@torch.no_grad()
+def reset_head_weights(module: nn.Module) -> None:
+    """The identity: 1 on the diagonal and 0 in the blocks, or the identity there where no diagonal is learned."""
+    W_diag: Tensor | None
+    W_blocks: Tensor | None
+    W_diag, W_blocks = module._parameters["W_diag"], module._parameters["W_blocks"]
+    if W_diag is not None:
+        W_diag.fill_(1.0)
+    if W_blocks is not None:
+        W_blocks.zero_()
+        if W_diag is None:
+            W_blocks.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+
+
+def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Where a state dict has no weight of the metric at all, put the identity's there."""
+    names = [name for name in ("W_diag", "W_blocks") if getattr(module, name) is not None]
+    if any(f"{prefix}{name}" in state_dict for name in names):
+        return
+    reset_head_weights(module)
+    for name in names:
+        state_dict[f"{prefix}{name}"] = getattr(module, name).detach().clone()
+
+
+def repr_of_weights(module: nn.Module) -> str:
+    shapes = {name: getattr(module, name) for name in ("W_diag", "W_blocks")}
+    return ", ".join(f"{name}={None if w is None else tuple(w.shape)}" for name, w in shapes.items())

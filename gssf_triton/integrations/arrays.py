@@ -1,0 +1,151 @@
+"""GSSF for any vector database: plain float32 arrays whose inner products are the similarities.
+
+The metric is folded into the queries and the gallery is left as it is, so the weights can change with no re-indexing.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gssf_triton import checks, functional, torch_backend
+from gssf_triton.integrations import require
+
+Features = Tensor | NDArray[np.floating]
+
+
+def _matrix(name: str, x: Features) -> Tensor:
+    """Features as a float32 (n, D) tensor."""
+    if isinstance(x, np.ndarray):
+        # PyTorch warns of arrays that it could not write to, memory-mapped ones: nothing here writes.
+        x = torch.from_numpy(x if x.flags.writeable else np.array(x))
+    checks.check_features(name, x)
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have shape (n, D), got {tuple(x.shape)}")
+    return x.detach().float()
+
+
+def _plain(x: Tensor) -> NDArray[np.float32]:
+    return np.ascontiguousarray(x.cpu().numpy())
+
+
+def _weight(weight: Tensor | None) -> Tensor | None:
+    return weight.detach().float() if isinstance(weight, Tensor) else weight
+
+
+def folded_queries(
+    queries: Features, W_diag: Tensor | None = None, W_blocks: Tensor | None = None, *, normalize: bool = False
+) -> NDArray[np.float32]:
+    """T(queries): their inner product with `gallery_rows` is the similarity. They must not be normalised again.
+
+    Args:
+        queries: (Q, D), a tensor or an array.
+        W_diag: Diagonal weight, (D,), or None.
+        W_blocks: Block weight, (G, B, B), or None.
+        normalize: Put the queries on the unit sphere *before* they are folded; give `gallery_rows` the same.
+
+    Returns:
+        (Q, D) float32, contiguous.
+
+    Raises:
+        TypeError: neither a tensor nor an array.
+        ValueError: shapes or devices that do not agree, or no weight.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266): s(x, y) = xᵀ(W ⊙ U)y = ⟨T(x), y⟩.
+
+    Example:
+        >>> import torch
+        >>> from gssf_triton.integrations.arrays import folded_queries, gallery_rows
+        >>> queries, gallery = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+        >>> folded_queries(queries, torch.tensor([1.0, 10.0])) @ gallery_rows(gallery).T
+        array([[ 83., 125.]], dtype=float32)
+    """
+    x = _matrix("queries", queries)
+    return _plain(functional.transform(x, _weight(W_diag), _weight(W_blocks), normalize=normalize))
+
+
+def gallery_rows(gallery: Features, *, normalize: bool = False) -> NDArray[np.float32]:
+    """The gallery as an index takes it, (N, D) float32 and contiguous: as it is, or on the unit sphere.
+
+    Example:
+        >>> import torch
+        >>> from gssf_triton.integrations.arrays import gallery_rows
+        >>> gallery_rows(torch.tensor([[3.0, 4.0]]), normalize=True)
+        array([[0.6, 0.8]], dtype=float32)
+    """
+    return _plain(torch_backend.prepare(_matrix("gallery", gallery), normalize))
+
+
+def _form(path: str | PathLike[str]) -> str:
+    suffix = Path(path).suffix
+    if suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"path must end in .npz or .safetensors, got {str(path)!r}")
+    return suffix
+
+
+def save_arrays(
+    path: str | PathLike[str],
+    *,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    queries: Features | None = None,
+    gallery: Features | None = None,
+    normalize: bool = False,
+) -> None:
+    """Write what a vector database needs to a `.npz` or `.safetensors` file: folded queries, gallery rows, the weights.
+
+    Args:
+        path: Ends in `.npz` or `.safetensors` (the extra `gssf_triton[safetensors]`).
+        W_diag: Diagonal weight, written as `W_diag`.
+        W_blocks: Block weight, written as `W_blocks`.
+        queries: (Q, D), written as `queries`, folded.
+        gallery: (N, D), written as `gallery`, for inner products.
+        normalize: As in `folded_queries` and `gallery_rows`.
+
+    Raises:
+        ValueError: another ending, no weight, or shapes that do not agree.
+        ModuleNotFoundError: `.safetensors` without the library.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from gssf_triton.integrations.arrays import load_arrays, save_arrays
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "index.npz"
+        ...     save_arrays(path, W_diag=torch.ones(4), gallery=torch.ones(10, 4))
+        ...     {name: array.shape for name, array in load_arrays(path).items()}
+        {'W_diag': (4,), 'gallery': (10, 4)}
+    """
+    form = _form(path)
+    checks.check_metric(W_diag, W_blocks)
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for name, weight in (("W_diag", _weight(W_diag)), ("W_blocks", _weight(W_blocks))):
+        if weight is not None:
+            arrays[name] = _plain(weight)
+    if queries is not None:
+        arrays["queries"] = folded_queries(queries, W_diag, W_blocks, normalize=normalize)
+    if gallery is not None:
+        rows = _matrix("gallery", gallery)
+        checks.check_weights("gallery", rows.cpu(), *(None if w is None else w.cpu() for w in (W_diag, W_blocks)))
+        arrays["gallery"] = gallery_rows(rows, normalize=normalize)
+    if form == ".npz":
+        with Path(path).open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+    else:
+        require("safetensors.numpy", "safetensors").save_file(arrays, path)
+
+
+def load_arrays(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
+    """Read a file that `save_arrays` wrote: name → array."""
+    if _form(path) == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    arrays: dict[str, NDArray[Any]] = require("safetensors.numpy", "safetensors").load_file(path)
+    return arrays

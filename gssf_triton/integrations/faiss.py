@@ -1,0 +1,108 @@
+"""GSSF served by FAISS: the metric rides in the queries, the index holds the gallery as it is.
+
+s(x, y) = ⟨T(x), y⟩, so any inner-product index serves GSSF, and new weights need no re-indexing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gssf_triton.integrations import require
+from gssf_triton.integrations.arrays import Features, folded_queries, gallery_rows
+
+
+def build_index(gallery: Features, factory: str = "Flat", *, normalize: bool = False) -> Any:
+    """An inner-product index of the gallery; no weight takes part in it.
+
+    Args:
+        gallery: (N, D), a tensor or an array (a memory-mapped one too).
+        factory: FAISS's description of the index: "Flat" is exact, "IVF256,Flat" and "HNSW32" are not; see
+            `faiss.index_factory`. The index is trained on the gallery where it needs training.
+        normalize: Put the gallery on the unit sphere, for a metric with `normalize=True`.
+
+    Returns:
+        A `faiss.Index`; its own parameters (`nprobe`, `hnsw.efSearch`) are the caller's to set.
+
+    Raises:
+        ModuleNotFoundError: FAISS is not installed (the extra `gssf_triton[faiss]`).
+        TypeError: neither a tensor nor an array.
+        ValueError: a gallery of another form, or a `factory` that FAISS does not know.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266); Johnson et al., FAISS, 2019.
+
+    Example:
+        >>> import torch
+        >>> from gssf_triton.integrations.faiss import build_index, search
+        >>> gallery = torch.eye(4)
+        >>> index = build_index(gallery)
+        >>> search(index, torch.ones(1, 4), torch.tensor([1.0, 4.0, 2.0, 3.0]), k=2)
+        (tensor([[4., 3.]]), tensor([[1, 3]]))
+        >>> search(index, torch.ones(1, 4), torch.tensor([4.0, 1.0, 2.0, 3.0]), k=1)[1]  # other weights, same index
+        tensor([[0]])
+    """
+    faiss = require("faiss", "faiss")
+    rows = gallery_rows(gallery, normalize=normalize)
+    try:
+        index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(f"factory must be an index that FAISS knows, got {factory!r}: {error}") from None
+    if not index.is_trained:
+        index.train(rows)
+    index.add(rows)
+    return index
+
+
+def search(
+    index: Any,
+    queries: Features,
+    W_diag: Tensor | None = None,
+    W_blocks: Tensor | None = None,
+    *,
+    k: int,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The k best gallery items of each query under the metric, as `gssf_triton.topk` returns them.
+
+    A flat index gives `topk`'s answer, equal scores by the lower index included. FAISS breaks ties as it likes, so
+    results are fetched until the k-th score is seen to end, and sorted.
+
+    Args:
+        index: An inner-product index of the gallery, as `build_index` makes it.
+        queries: (Q, D), folded here in float32 and not normalised again.
+        W_diag: Diagonal weight, (D,), or None.
+        W_blocks: Block weight, (G, B, B), or None.
+        k: Items a query, 1 to the gallery's size.
+        normalize: Put the queries on the unit sphere before they are folded; the index needs the same.
+
+    Returns:
+        (values, indices), (Q, k) float32 and int64, best first, on the CPU. Where an approximate index finds fewer than
+        k items, the rest are −inf and −1.
+
+    Raises:
+        TypeError: neither a tensor nor an array.
+        ValueError: shapes that do not agree, no weight, an index of another metric, or k beyond the gallery.
+    """
+    faiss = require("faiss", "faiss")
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ValueError("index must be one for inner products (faiss.METRIC_INNER_PRODUCT), got another metric")
+    if not 1 <= k <= index.ntotal:
+        raise ValueError(f"k must be from 1 to the gallery's size, {index.ntotal}, got {k}")
+    folded = folded_queries(queries, W_diag, W_blocks, normalize=normalize)
+    if folded.shape[1] != index.d:
+        raise ValueError(f"queries must have the index's D = {index.d}, got shape {folded.shape}")
+    fetched = min(k + 1, index.ntotal)
+    values, indices = index.search(folded, fetched)
+    while fetched < index.ntotal and bool((values[:, k - 1] == values[:, -1]).any()):
+        fetched = min(2 * fetched, index.ntotal)
+        values, indices = index.search(folded, fetched)
+    missing = indices < 0
+    values[missing] = -np.inf
+    # Score first, then index; what was not found comes last.
+    order = np.lexsort((np.where(missing, index.ntotal, indices), -values), axis=-1)[:, :k]
+    best = (np.take_along_axis(found, order, axis=-1) for found in (values, indices))
+    return tuple(torch.from_numpy(found) for found in best)  # type: ignore[return-value]

@@ -1,0 +1,59 @@
+"""GSSF in open_clip: the metric in the logits of any of its losses.
+
+Nothing here imports the library: its losses take image and text features and multiply them, in either order, so the
+metric folded into the image side is in the logits of both: T(x) yᵀ is S, and y T(x)ᵀ is Sᵀ, not the transposed metric's
+similarities.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gssf_triton.constants import NORM_EPS
+from gssf_triton.nn import GSSF
+
+
+class GSSFLoss(nn.Module):
+    """An open_clip loss (`ClipLoss`, `SigLipLoss`, `CoCaLoss`, `DistillClipLoss`) on GSSF similarities.
+
+    Called as the loss itself; gathering across devices stays the loss's own. `parameters()` has the metric: give it to
+    the optimizer beside the model's, open_clip's training script optimises the model alone. With several processes give
+    the loss `gather_with_grad=True` and wrap this module in DistributedDataParallel, as the model is: then the metric's
+    gradient is that of the whole batch.
+
+    Args:
+        loss: The loss.
+        metric: Images are its left side, texts its right side.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
+
+    Example:
+        >>> import torch
+        >>> from open_clip.loss import ClipLoss
+        >>> from gssf_triton.integrations.open_clip import GSSFLoss
+        >>> from gssf_triton.nn import GSSF
+        >>> images, texts = (torch.nn.functional.normalize(torch.randn(4, 64), dim=-1) for _ in range(2))
+        >>> loss = GSSFLoss(ClipLoss(), GSSF(dim=64))
+        >>> torch.allclose(loss(images, texts, torch.tensor(100.0)), ClipLoss()(images, texts, torch.tensor(100.0)))
+        True
+    """
+
+    def __init__(self, loss: nn.Module, metric: GSSF) -> None:
+        super().__init__()
+        if not isinstance(metric, GSSF):
+            raise TypeError(f"metric must be a gssf_triton.nn.GSSF, got {type(metric).__name__}")
+        self.loss = loss
+        self.metric = metric
+
+    def fold(self, image_features: Tensor) -> Tensor:
+        """T(image_features): times text features, or a zero-shot classifier's weights, they give the similarities."""
+        return self.metric.transform(image_features)
+
+    def forward(self, image_features: Tensor, text_features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the loss returns; further arguments, `logit_scale` first, are the loss's."""
+        if self.metric.normalize:
+            text_features = nn.functional.normalize(text_features, dim=-1, eps=NORM_EPS)
+        return self.loss(self.fold(image_features), text_features, *args, **kwargs)

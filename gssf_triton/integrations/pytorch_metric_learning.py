@@ -1,0 +1,147 @@
+"""GSSF as a distance of pytorch-metric-learning (PML): for its losses, miners and accuracy calculator.
+
+PML's testers measure with FAISS's Euclidean neighbours whatever distance was trained; give them `GSSFKNN`:
+`AccuracyCalculator(knn_func=GSSFKNN(distance))`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import BaseDistance
+from torch import Tensor
+
+from gssf_triton import functional
+from gssf_triton.nn import GSSF
+
+
+class GSSFDistance(BaseDistance):
+    """A learned similarity in the place of PML's `CosineSimilarity`, which it is at the start.
+
+    The metric is not symmetric: the query is its left side and the reference its right side, everywhere in PML. Where a
+    loss compares a batch with itself, mat[i, j] and mat[j, i] therefore differ once trained; `symmetric=True` learns a
+    metric for which they do not.
+
+    Its parameters are learned if they are given to an optimizer: `loss_func.parameters()` has them.
+
+    Args:
+        dim: Channels D of the embeddings.
+        block_size: Size B of the blocks; divides `dim`.
+        diag: Learn the diagonal term.
+        blocks: Learn the block term.
+        symmetric: Use the symmetric part of the metric, (s(x, y) + s(y, x)) / 2.
+        kwargs: `BaseDistance`'s: `normalize_embeddings` (True), `p`, `power`, `collect_stats`.
+
+    Attributes:
+        metric: The `gssf_triton.nn.GSSF` that holds W_diag and W_blocks; embeddings reach it normalised.
+
+    Raises:
+        ValueError: sizes that do not divide, or neither term.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266); Musgrave et al., PyTorch Metric Learning, 2020.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_metric_learning.losses import TripletMarginLoss
+        >>> from gssf_triton.integrations.pytorch_metric_learning import GSSFDistance
+        >>> loss_func = TripletMarginLoss(distance=GSSFDistance(dim=64))
+        >>> loss = loss_func(torch.randn(8, 64), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
+        >>> loss.backward()
+        >>> [name for name, _ in loss_func.named_parameters()]
+        ['distance.metric.W_diag', 'distance.metric.W_blocks']
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        block_size: int = 32,
+        diag: bool = True,
+        blocks: bool = True,
+        symmetric: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(is_inverted=True, **kwargs)
+        self.metric = GSSF(dim, block_size, diag, blocks, normalize=False)
+        self.symmetric = symmetric
+
+    def weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """(W_diag, W_blocks) as the distance uses them."""
+        W_blocks = self.metric.W_blocks
+        if self.symmetric and W_blocks is not None:
+            return self.metric.W_diag, (W_blocks + W_blocks.mT) / 2
+        return self.metric.W_diag, W_blocks
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """The similarity of every query with every reference, (Q, R)."""
+        return functional.pairwise_sim(query_emb, ref_emb, *self.weights())
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """The similarity of query i with reference i, (N,)."""
+        return functional.paired_sim(query_emb, ref_emb, *self.weights())
+
+
+class GSSFKNN:
+    """Exact nearest neighbours under a trained `GSSFDistance`, for `AccuracyCalculator` and `InferenceModel`.
+
+    A query that is among the references is left out by its index, not because it comes first: under a learned metric an
+    item is often not its own best match.
+
+    Args:
+        distance: The distance; its weights are read at every call.
+
+    Example:
+        >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+        >>> from gssf_triton.integrations.pytorch_metric_learning import GSSFDistance, GSSFKNN
+        >>> distance = GSSFDistance(dim=64)
+        >>> calculator = AccuracyCalculator(include=("precision_at_1",), knn_func=GSSFKNN(distance))
+    """
+
+    def __init__(self, distance: GSSFDistance) -> None:
+        if not isinstance(distance, GSSFDistance):
+            raise TypeError(f"distance must be a GSSFDistance, got {type(distance).__name__}")
+        self.distance = distance
+        self.reference: Tensor | None = None
+
+    def train(self, embeddings: Tensor) -> None:
+        """Take these references in the place of those before."""
+        self.reference = torch.as_tensor(embeddings)
+
+    def add(self, embeddings: Tensor) -> None:
+        """Take these references too."""
+        added = torch.as_tensor(embeddings)
+        self.reference = added if self.reference is None else torch.cat([self.reference, added])
+
+    @torch.no_grad()
+    def __call__(
+        self, query: Tensor, k: int, reference: Tensor | None = None, ref_includes_query: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The k best references of each query.
+
+        Args:
+            query: (Q, D).
+            k: References a query.
+            reference: (R, D); those of `train` and `add` where None.
+            ref_includes_query: reference[i] is query[i], and no answer to it.
+
+        Returns:
+            (similarities, indices), (Q, k), best first.
+
+        Raises:
+            ValueError: no references, or k beyond them.
+        """
+        from gssf_triton import topk
+
+        reference = self.reference if reference is None else reference
+        if reference is None:
+            raise ValueError("reference must be given where train() or add() was not called before, got None")
+        W_diag, W_blocks = (None if w is None else w.detach().to(query.device) for w in self.distance.weights())
+        query, reference = (self.distance.maybe_normalize(x) for x in (query, reference.to(query)))
+        values, indices = topk(query, reference, W_diag, W_blocks, k=k + 1 if ref_includes_query else k)
+        if not ref_includes_query:
+            return values, indices
+        itself = indices == torch.arange(len(query), device=indices.device)[:, None]
+        # A query that is not among its own k + 1 best gives up the last of them.
+        itself[:, -1] |= ~itself.any(1)
+        return values[~itself].view(-1, k), indices[~itself].view(-1, k)

@@ -1,0 +1,150 @@
+"""GSSF in sentence-transformers: the similarity of its ranking losses and evaluators, and a fused loss.
+
+Nothing here imports the library: it takes any callable of two batches of embeddings as a similarity. Its trainer
+optimises the loss's parameters beside the model's, so the metric is learned with no more ado; save it with
+`torch.save(similarity.state_dict(), …)`, the model does not hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gssf_triton.nn import GSSF
+
+Embeddings = Tensor | NDArray[np.floating] | list[Any]
+
+
+class GSSFSimilarity(GSSF):
+    """A learned `similarity_fct`, called as `sentence_transformers.util.cos_sim` is; the cosine at the start.
+
+    The first batch is the metric's left side: give a loss or an evaluator queries first, as they do by themselves.
+
+    Args:
+        dim: Channels D of the embeddings.
+        block_size: As `gssf_triton.nn.GSSF`, and so are the others.
+        diag: Learn the diagonal term.
+        blocks: Learn the block term.
+        normalize: Put the embeddings on the unit sphere first.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
+
+    Example:
+        >>> import torch
+        >>> from gssf_triton.integrations.sentence_transformers import GSSFSimilarity
+        >>> similarity = GSSFSimilarity(dim=64)
+        >>> # MultipleNegativesRankingLoss(model, similarity_fct=similarity)
+        >>> # InformationRetrievalEvaluator(…, score_functions={"gssf": similarity.score})
+        >>> similarity(torch.randn(3, 64), torch.randn(5, 64)).shape
+        torch.Size([3, 5])
+    """
+
+    #: The library's model cards print a similarity's name.
+    __name__ = "GSSFSimilarity"
+
+    def _batch(self, x: Embeddings) -> Tensor:
+        """Embeddings as the library hands them over: tensors, arrays lists of them; one embedding is a batch of 1."""
+        weight = next(self.parameters())
+        if isinstance(x, list) and x and isinstance(x[0], (Tensor, np.ndarray)):
+            x = torch.stack([torch.as_tensor(row) for row in x])
+        batch = torch.as_tensor(x).to(weight.device)
+        if not batch.is_floating_point():
+            batch = batch.to(weight.dtype)
+        return batch.unsqueeze(0) if batch.dim() == 1 else batch
+
+    def forward(self, a: Embeddings, b: Embeddings) -> Tensor:
+        """(M, N) similarities of a (M, D) and b (N, D): for ranking losses."""
+        return super().forward(self._batch(a), self._batch(b))
+
+    def pairwise(self, a: Embeddings, b: Embeddings) -> Tensor:
+        """(N,) similarities of a[i] and b[i]; a loss learns the metric where it is given `PairwiseSimilarity`."""
+        return self.paired(self._batch(a), self._batch(b))
+
+    @torch.no_grad()
+    def score(self, a: Embeddings, b: Embeddings) -> Tensor:
+        """`forward` without a gradient: for evaluators' `score_functions` and `util.semantic_search`."""
+        return self(a, b)
+
+
+class PairwiseSimilarity(nn.Module):
+    """`GSSFSimilarity.pairwise` as a module, for the losses over pairs (`CoSENTLoss`): they learn its metric.
+
+    Args:
+        similarity: Holds the metric.
+    """
+
+    __name__ = "PairwiseSimilarity"
+
+    def __init__(self, similarity: GSSFSimilarity) -> None:
+        super().__init__()
+        self.similarity = similarity
+
+    def forward(self, a: Embeddings, b: Embeddings) -> Tensor:
+        """(N,) similarities of a[i] and b[i]."""
+        return self.similarity.pairwise(a, b)
+
+
+class FusedRankingLoss(nn.Module):
+    """`MultipleNegativesRankingLoss` on GSSF similarities without the matrix of scores: `gssf_triton.info_nce`.
+
+    For pairs (anchor, positive), every other positive of the batch a negative; hard-negative columns are for
+    `MultipleNegativesRankingLoss(model, similarity_fct=similarity)`.
+
+    Args:
+        model: A `SentenceTransformer`.
+        similarity: The metric, learned with the model.
+        scale: Factor on the similarities, the inverse temperature.
+        symmetric: Average with the loss from positives to anchors, the library's `directions=("query_to_doc",
+            "doc_to_query"), partition_mode="per_direction"`.
+
+    Raises:
+        ValueError: at the call, anything but two columns of sentences.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266); van den Oord et al., 2018 (arXiv 1807.03748).
+    """
+
+    def __init__(
+        self, model: nn.Module, similarity: GSSFSimilarity, scale: float = 20.0, symmetric: bool = False
+    ) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale must be greater than 0, got {scale}")
+        self.model = model
+        self.similarity = similarity
+        self.scale = scale
+        self.symmetric = symmetric
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch: two columns of tokenized sentences; `labels` are not looked at."""
+        embeddings = [self.model(features)["sentence_embedding"] for features in sentence_features]
+        return self.compute_loss_from_embeddings(embeddings, labels)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The loss of (anchors, positives), each (N, D)."""
+        from gssf_triton import info_nce
+
+        if len(embeddings) != 2:
+            raise ValueError(
+                f"sentence_features must have two columns, anchors and positives, got {len(embeddings)}: hard "
+                "negatives are for MultipleNegativesRankingLoss with a GSSFSimilarity as its similarity_fct"
+            )
+        metric = self.similarity
+        return info_nce(
+            *embeddings,
+            metric.W_diag,
+            metric.W_blocks,
+            logit_scale=torch.tensor(self.scale, device=embeddings[0].device),
+            symmetric=self.symmetric,
+            normalize=metric.normalize,
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the library's model card prints."""
+        return {"scale": self.scale, "similarity_fct": self.similarity.__name__, "symmetric": self.symmetric}

@@ -1,0 +1,82 @@
+"""GSSF attention in timm's vision transformers: their `attn_layer`.
+
+`timm.create_model("vit_base_patch16_224", attn_layer=GSSFAttention)`: pretrained weights load and give the same output
+until the metric is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from gssf_triton.heads import HeadMetric
+
+
+class NormThenMetric(HeadMetric):
+    """timm's norm of the queries, then T, in the norm's place; a plain model's state dict loads into it."""
+
+    def __init__(self, norm: nn.Module, **options: Any) -> None:
+        super().__init__(**options)
+        self.norm = norm
+
+    def forward(self, q: Tensor) -> Tensor:
+        """T(norm(q)), (..., H, L, D)."""
+        return super().forward(self.norm(q))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        own = ("W_diag", "W_blocks", "norm.")
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            if not name[len(prefix) :].startswith(own):
+                state_dict[f"{prefix}norm.{name[len(prefix) :]}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class GSSFAttention(Attention):
+    """timm's `Attention` with GSSF similarities as its scores, a metric a head, the identity at the start.
+
+    Everything else, fused attention and masks included, is timm's: T is applied where timm normalises the queries.
+
+    Args:
+        dim: Channels of the tokens; further arguments are timm's.
+        num_heads: Heads.
+        block_size: Size B of the metric's blocks, a divisor of a head's channels; None takes the largest up to 32.
+        diag: Learn the diagonal term.
+        blocks: Learn the block term.
+
+    Source:
+        Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
+
+    Example:
+        >>> import timm, torch
+        >>> from gssf_triton.integrations.timm import GSSFAttention
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1, attn_layer=GSSFAttention)
+        >>> vit(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
+    """
+
+    q_norm: nn.Module
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *args: Any,
+        block_size: int | None = None,
+        diag: bool = True,
+        blocks: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, *args, **kwargs)
+        weight = self.qkv.weight
+        self.q_norm = NormThenMetric(
+            self.q_norm,
+            num_heads=num_heads,
+            head_dim=self.head_dim,
+            block_size=block_size,
+            diag=diag,
+            blocks=blocks,
+            device=weight.device,
+            dtype=weight.dtype,
+        )

@@ -1,0 +1,163 @@
+"""The metric in open_clip's own losses, in one process and in two."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import reference
+import torch
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from reference import features
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from gssf_triton.integrations.open_clip import GSSFLoss
+from gssf_triton.nn import GSSF
+
+DIM, BLOCK, N = 24, 8, 6
+SCALE = torch.tensor(10.0)
+
+
+def unit(n: int = N) -> Tensor:
+    return torch.nn.functional.normalize(features(n, DIM), dim=-1)
+
+
+def trained(**options: Any) -> GSSF:
+    metric = GSSF(DIM, BLOCK, **options)
+    with torch.no_grad():
+        for weight in metric.parameters():
+            weight.normal_()
+    return metric
+
+
+def logits(metric: GSSF, images: Tensor, texts: Tensor) -> Tensor:
+    weights = metric.W_diag.detach().double(), metric.W_blocks.detach().double()
+    return SCALE.double() * reference.pairwise_sim(images.double(), texts.double(), *weights)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_clip_loss_under_an_asymmetric_metric(normalize: bool) -> None:
+    """Images to texts by rows, texts to images by columns of one matrix."""
+    images, texts, metric = unit(), unit(), trained(normalize=normalize)
+    S, pairs = logits(metric, images, texts), torch.arange(N)
+    loss = GSSFLoss(ClipLoss(), metric)
+    close(loss(images, texts, SCALE), (cross_entropy(S, pairs) + cross_entropy(S.T, pairs)) / 2)
+    per_image, per_text = loss.loss.get_logits(loss.fold(images), texts, SCALE)
+    close(per_image, S)
+    close(per_text, S.T)
+    assert not torch.allclose(S, logits(metric, texts, images).T)  # what a fold of the text side would have given
+
+
+def test_every_loss_starts_as_it_was() -> None:
+    images, texts, metric = unit(), unit(), GSSF(DIM, BLOCK)
+    tokens = {"logits": torch.randn(N, 5, 11), "labels": torch.randint(1, 11, (N, 5))}
+    teacher = {"dist_image_features": unit(), "dist_text_features": unit(), "dist_logit_scale": SCALE}
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (ClipLoss(), {}),
+        (ClipLoss(), {"logit_bias": torch.tensor(0.5), "output_dict": True}),
+        (SigLipLoss(), {"logit_bias": torch.tensor(-3.0)}),
+        (CoCaLoss(2.0, 1.0), tokens),
+        (DistillClipLoss(), teacher),
+    ]
+    for loss, options in cases:
+        call = {"image_features": images, "text_features": texts, "logit_scale": SCALE, **options}
+        ours, theirs = GSSFLoss(loss, metric)(**call), loss(**call)
+        for actual, expected in zip(
+            *(x.values() if isinstance(x, dict) else [x] for x in (ours, theirs)), strict=False
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_siglip_loss_under_a_trained_metric() -> None:
+    images, texts, metric, bias = unit(), unit(), trained(), torch.tensor(-2.0)
+    S = logits(metric, images, texts) + bias
+    expected = -logsigmoid((2 * torch.eye(N) - 1) * S).sum() / N
+    close(GSSFLoss(SigLipLoss(), metric)(images, texts, SCALE, bias), expected)
+
+
+def test_distillation_leaves_the_teacher_alone() -> None:
+    images, texts, metric = unit(), unit(), trained()
+    teacher = {"dist_image_features": unit(), "dist_text_features": unit(), "dist_logit_scale": SCALE}
+    _, distilled = GSSFLoss(DistillClipLoss(), metric)(images, texts, SCALE, **teacher)
+    S = logits(metric, images, texts)
+    T = SCALE.double() * teacher["dist_image_features"].double() @ teacher["dist_text_features"].double().T
+    terms = [-(t.softmax(-1) * s.log_softmax(-1)).sum(-1).mean() for t, s in ((T, S), (T.T, S.T))]
+    close(distilled, sum(terms) / 2)
+
+
+def test_a_small_model_trains_with_it() -> None:
+    model = open_clip.CLIP(
+        embed_dim=DIM,
+        vision_cfg={"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+        text_cfg={"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1},
+        output_dict=True,
+    )
+    loss = GSSFLoss(ClipLoss(), GSSF(DIM, BLOCK))
+    optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], lr=1e-2)
+    images, texts = torch.randn(N, 3, 16, 16), torch.randint(1, 20, (N, 6))
+    values = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        value = loss(**model(images, texts), output_dict=True)["contrastive_loss"]
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0]
+    assert loss.metric.W_blocks.any() and not torch.equal(loss.metric.W_diag, torch.ones(DIM))
+
+
+def test_zero_shot_classification() -> None:
+    images, classifier, metric = unit(), unit(4), trained()
+    close(GSSFLoss(ClipLoss(), metric).fold(images) @ classifier.T * SCALE, logits(metric, images, classifier))
+
+
+def test_metric_must_be_one() -> None:
+    with pytest.raises(TypeError, match=r"gssf_triton\.nn\.GSSF, got Linear"):
+        GSSFLoss(ClipLoss(), torch.nn.Linear(2, 2))
+
+
+def _one_process(rank: int, port: int, folder: str) -> None:
+    """Half of a batch of N in each of two processes; rank 0 writes loss and gradients, averaged over the processes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    data = torch.load(Path(folder) / "data.pt")
+    half = slice(rank * N // 2, (rank + 1) * N // 2)
+    found = {}
+    for local_loss in (True, False):
+        metric = GSSF(DIM, BLOCK)
+        metric.load_state_dict(data["metric"])
+        loss = ClipLoss(local_loss=local_loss, gather_with_grad=True, rank=rank, world_size=2)
+        model = torch.nn.parallel.DistributedDataParallel(GSSFLoss(loss, metric))
+        value = model(data["images"][half], data["texts"][half], SCALE)
+        value.backward()
+        value = value.detach()
+        torch.distributed.all_reduce(value)
+        found[local_loss] = {"loss": value / 2, **{name: w.grad for name, w in metric.named_parameters()}}
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_batch(tmp_path: Path) -> None:
+    """Loss and the metric's gradients, whether each process scores its own half or all."""
+    images, texts, metric = unit(), unit(), trained()
+    torch.save({"images": images, "texts": texts, "metric": metric.state_dict()}, tmp_path / "data.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked: a fresh process would spend most of the test importing the libraries again.
+    torch.multiprocessing.start_processes(_one_process, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    expected = GSSFLoss(ClipLoss(), metric)(images, texts, SCALE)
+    expected.backward()
+    for found in torch.load(tmp_path / "found.pt").values():
+        close(found["loss"], expected.detach())
+        for name, weight in metric.named_parameters():
+            torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-6)
