@@ -46,11 +46,14 @@ COMPILED = tuple(name for name, _, _ in NUMERICS)
 
 #: Block sizes that lead to different code: none, padded to a power of two, packed, one a chunk, split over chunks.
 BLOCK_SIZES = (0, 24, 32, 64, 128, 256)
+LARGEST_BLOCK = BLOCK_SIZES[-1]
 #: Past this the tile loops run longer, in the same code; only the gradient kernel, which holds whole blocks, differs.
 LARGEST_DISTINCT_TILE_BLOCK = 128
 
-#: float16 and TF32 take the configurations of bfloat16 and float32: their plain variants stand for the rest.
+#: float16 and TF32 take the code of bfloat16 and float32 but for one instruction: of these the plain variants, one
+#: block size a tile, stand for the rest.
 BRIEF = ("fp16", "tf32")
+BRIEF_BLOCK_SIZES = (32, 128, 256)
 
 #: Rows on each side that lead to the configurations for small and for large S.
 ROWS = (64, 8192)
@@ -116,6 +119,11 @@ def _make(
     )
 
 
+def _block_sizes(numerics: str, largest: int = LARGEST_DISTINCT_TILE_BLOCK) -> list[int]:
+    sizes = BRIEF_BLOCK_SIZES if numerics in BRIEF else BLOCK_SIZES
+    return [B for B in sizes if largest >= B]
+
+
 def _metric(B: int, diag: bool) -> dict[str, Any]:
     return {"B": B, "BLOCK_B": padded_block(B), "HAS_DIAG": diag, "HAS_BLOCKS": B > 0}
 
@@ -123,9 +131,7 @@ def _metric(B: int, diag: bool) -> dict[str, Any]:
 def _pairwise(arch: str, numerics: str) -> Iterator[Launch]:
     dtype, precision = _numerics(numerics)
     small, large = ROWS
-    for B in BLOCK_SIZES:
-        if B > LARGEST_DISTINCT_TILE_BLOCK:
-            continue
+    for B in _block_sizes(numerics):
         for label, rows, terms, normalize in (
             ("large", large, False, False),
             ("small", small, False, False),
@@ -144,9 +150,7 @@ def _pairwise(arch: str, numerics: str) -> Iterator[Launch]:
 
 def _rowwise(kernel: str, arch: str, numerics: str) -> Iterator[Launch]:
     dtype, precision = _numerics(numerics)
-    for B in BLOCK_SIZES:
-        if B > LARGEST_DISTINCT_TILE_BLOCK:
-            continue
+    for B in _block_sizes(numerics):
         config = fold_config(ROWS[1], CHANNELS, B, dtype, arch)
         flags = _metric(B, True) | {
             "NORMALIZE": True, "EVEN_D": padded_block(B) == B, "WIDE": False, "PRECISION": precision, "ACC": "fp32",
@@ -156,7 +160,7 @@ def _rowwise(kernel: str, arch: str, numerics: str) -> Iterator[Launch]:
 
 def _gradient(arch: str, numerics: str) -> Iterator[Launch]:
     dtype, precision = _numerics(numerics)
-    for B in BLOCK_SIZES:
+    for B in _block_sizes(numerics, LARGEST_BLOCK):
         config = gradient_config(B, dtype, arch, tf32=numerics != "fp32")
         variants = [("a and weights", True, True, True), ("b", True, True, False), ("fold", False, True, True)]
         if config.rows_apart:
@@ -187,6 +191,8 @@ def _stream(arch: str, numerics: str) -> Iterator[Launch]:
         return
     dtype, precision = _numerics(numerics)
     for epilogue, slope, teacher in STREAMED:
+        if numerics == "tf32" and epilogue not in ("softmax_slope_both", "distillation_slope"):
+            continue
         config = stream_config(dtype, arch, teacher=teacher)
         flags = {
             "EPILOGUE": epilogue, "COLUMNS": epilogue.endswith("both"), "SUMS": "_sums_" in epilogue, "TEACHER":
