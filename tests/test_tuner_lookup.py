@@ -13,13 +13,13 @@ import torch
 from tuner_kit import CPU, H100, OTHER_GPU, a_chunk, cache, measured, pretend, stream_key  # noqa: F401
 
 import gssf_triton
-from gssf_triton import ops
 from gssf_triton.autotune import lookup, mode, tuner
 from gssf_triton.autotune.chunk import stream_chunk
 from gssf_triton.autotune.configs import ChunkConfig, PairwiseConfig, chunk_config, pairwise_config
 from gssf_triton.autotune.devices import Device, identify_for_torch
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.plans import PLANS, PlanChoice, force_plan
+from gssf_triton.ops import bilinear
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -265,7 +265,7 @@ def test_a_plans_table_decides_for_the_operator(monkeypatch: pytest.MonkeyPatch)
     key = Key("plan", "fp32", 16, 4, 4, 8)
     lookup.learn(lookup.identify(CPU), {key: measured(PlanChoice("fold_own_product", "more"))})
     a, b = torch.randn(1, 5, 16), torch.randn(1, 7, 16)
-    plan = ops._plan(a, b, torch.randn(4, 4, 4), normalize=False)
+    plan = bilinear._plan(a, b, torch.randn(4, 4, 4), normalize=False)
     assert (plan.kind, plan.fold_b) == ("fold_own_product", True)
 
 

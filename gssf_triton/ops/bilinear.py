@@ -1,12 +1,10 @@
-"""The Triton backend's operators: `torch.library` ops `gssf::…` with fake implementations and autograd.
+"""The operators every other is a partial derivative of: fold, pairwise and gradient.
 
-Every op is a partial derivative of one form, F(P, y, x, W) = Σ_ij P_ij y_iᵀ(W ⊙ U)x_j, linear in each of its four
-arguments, so the derivatives of every op, of any order, are ops of this file:
+They are derivatives of one form, F(P, y, x, W) = Σ_ij P_ij y_iᵀ(W ⊙ U)x_j, linear in each of its four arguments, so the
+derivatives of each, of any order, are operators of this file:
 
     ∂F/∂P = pairwise(y, x, W)              ∂F/∂y = gradient(P, x, W).rows = T'(P x)
     ∂F/∂W = gradient(P, x, y).weights      ∂F/∂x = gradient(Pᵀ, y, Wᵀ).rows = T(Pᵀ y)
-
-An op's body runs opaquely under `torch.compile`; kernels, and Triton with them, are imported at its first call.
 """
 
 from __future__ import annotations
@@ -35,11 +33,11 @@ def _transposed(W_blocks: Tensor | None) -> Tensor | None:
     return None if W_blocks is None else W_blocks.mT
 
 
-def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+def add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     return y if x is None else x if y is None else x + y
 
 
-def _to(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+def cast_like(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     """A gradient in its tensor's dtype."""
     return None if x is None or like is None else x.to(like.dtype)
 
@@ -116,7 +114,7 @@ def _fold_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
     if rows is not None:
         rows = unit_rows_vjp(x, rows[0]) if ctx.normalize else rows[0]
-    return rows, _to(d_diag, w_diag), _to(d_blocks, w_blocks), None
+    return rows, cast_like(d_diag, w_diag), cast_like(d_blocks, w_blocks), None
 
 
 _fold.register_autograd(_fold_backward, setup_context=_fold_setup)
@@ -252,7 +250,7 @@ def bilinear_gradients(
         rows, columns = unit_rows_vjp(a, rows), unit_rows_vjp(b, columns)
     if swap:
         rows, columns, d_blocks = columns, rows, _transposed(d_blocks)
-    return rows, columns, _to(d_diag, w_diag), _to(d_blocks, w_blocks)
+    return rows, columns, cast_like(d_diag, w_diag), cast_like(d_blocks, w_blocks)
 
 
 def _pairwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -275,112 +273,6 @@ def _pairwise_backward(ctx: Any, dS: Tensor | None, _: Tensor | None) -> tuple[T
 
 
 _pairwise.register_autograd(_pairwise_backward, setup_context=_pairwise_setup)
-
-
-# --------------------------------------------------------------------------------------------------------------- terms
-
-
-@torch.library.custom_op(
-    "gssf::pairwise_terms",
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor w_diag, Tensor w_blocks, bool normalize, ScalarType out_dtype)"
-    " -> (Tensor, Tensor)",
-)
-def pairwise_terms(
-    a: Tensor, b: Tensor, w_diag: Tensor, w_blocks: Tensor, normalize: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(diagonal, block) terms of S, each (Z, M, N), of a (Z, M, D) and b (Z, N, D)."""
-    from gssf_triton.kernels import fold as fold_kernels
-    from gssf_triton.kernels import pairwise as kernels
-    from gssf_triton.kernels.launch import Metric
-
-    if normalize and a.dtype == torch.float16:  # see _plan
-        identity = Metric(None, None)
-        a, b = (fold_kernels.fold(as_rows(x), identity, True).view(x.shape) for x in (a, b))
-        normalize = False
-    return kernels.pairwise_terms(a, b, Metric(w_diag, w_blocks), normalize, out_dtype)
-
-
-@pairwise_terms.register_fake
-def _(
-    a: Tensor, b: Tensor, w_diag: Tensor, w_blocks: Tensor, normalize: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    diagonal = a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype)
-    return diagonal, torch.empty_like(diagonal)
-
-
-def _terms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, w_diag, w_blocks, normalize, _ = inputs
-    ctx.normalize = normalize
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, w_diag, w_blocks)
-
-
-def _terms_backward(ctx: Any, d_diagonal: Tensor | None, d_block: Tensor | None) -> tuple[Tensor | None, ...]:
-    a, b, w_diag, w_blocks = ctx.saved_tensors
-    needs_a, needs_b, needs_diag, needs_blocks = ctx.needs_input_grad[:4]
-    da = db = grad_diag = grad_blocks = None
-    if d_diagonal is not None:
-        needs = (needs_a, needs_b, needs_diag, False)
-        da, db, grad_diag, _ = bilinear_gradients(d_diagonal, a, b, (w_diag, None), ctx.normalize, needs)
-    if d_block is not None:
-        needs = (needs_a, needs_b, False, needs_blocks)
-        da_block, db_block, _, grad_blocks = bilinear_gradients(d_block, a, b, (None, w_blocks), ctx.normalize, needs)
-        da, db = _add(da, da_block), _add(db, db_block)
-    return da, db, grad_diag, grad_blocks, None, None
-
-
-pairwise_terms.register_autograd(_terms_backward, setup_context=_terms_setup)
-
-
-# -------------------------------------------------------------------------------------------------------------- paired
-
-
-@torch.library.custom_op(
-    "gssf::paired",
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype) -> Tensor",
-)
-def paired(
-    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
-) -> Tensor:
-    """The diagonal of S, (N,), of a and b (N, D)."""
-    from gssf_triton.kernels import paired as kernels
-    from gssf_triton.kernels.launch import Metric
-
-    return kernels.paired(a, b, Metric(w_diag, w_blocks), normalize, out_dtype)
-
-
-@paired.register_fake
-def _(
-    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
-) -> Tensor:
-    return a.new_empty(a.shape[0], dtype=out_dtype)
-
-
-def _paired_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, w_diag, w_blocks, normalize, _ = inputs
-    ctx.normalize = normalize
-    ctx.save_for_backward(a, b, w_diag, w_blocks)
-
-
-def _paired_backward(ctx: Any, ds: Tensor) -> tuple[Tensor | None, ...]:
-    a, b, w_diag, w_blocks = ctx.saved_tensors
-    needs_a, needs_b, needs_diag, needs_blocks = ctx.needs_input_grad[:4]
-    # In float32: ds of a mean over many pairs times b would leave float16's range.
-    wide = torch.promote_types(accumulate_dtype(a.dtype), ds.dtype)
-    wide_a, wide_b, wide_ds = a.to(wide), b.to(wide), ds.to(wide)[:, None]
-    unit_a, unit_b = (unit_rows(wide_a), unit_rows(wide_b)) if ctx.normalize else (wide_a, wide_b)
-    needs = (needs_a, needs_diag, needs_blocks)
-    rows, d_diag, d_blocks = gradient(None, (wide_ds * unit_b)[None], unit_a[None], (w_diag, w_blocks), needs)
-    da = None if rows is None else rows[0]
-    db = wide_ds * fold(unit_a, w_diag, w_blocks) if needs_b else None
-    if ctx.normalize:
-        da, db = unit_rows_vjp(wide_a, da), unit_rows_vjp(wide_b, db)
-    return _to(da, a), _to(db, b), _to(d_diag, w_diag), _to(d_blocks, w_blocks), None, None
-
-
-paired.register_autograd(_paired_backward, setup_context=_paired_setup)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradient
@@ -474,17 +366,23 @@ def _gradient_backward(
     dp = dx = dy = d_diag = d_blocks = None
     for left, weights in forms:
         if needs_p:
-            dp = _add(dp, pairwise(left, x, *weights, False, p.dtype))
+            dp = add(dp, pairwise(left, x, *weights, False, p.dtype))
         if needs_x and p is None:
-            dx = _add(dx, fold(as_rows(left), *weights).view(left.shape))
+            dx = add(dx, fold(as_rows(left), *weights).view(left.shape))
         elif needs_x:
             transposed = (weights[0], _transposed(weights[1]))
-            dx = _add(dx, gradient(p.mT, left, None, transposed, (True, False, False))[0])
+            dx = add(dx, gradient(p.mT, left, None, transposed, (True, False, False))[0])
     if needs_y and (v_diag is not None or v_blocks is not None):
         dy, _, _ = gradient(p, x, None, (v_diag, v_blocks), (True, False, False))
     if u is not None:
         _, d_diag, d_blocks = gradient(p, x, u, (w_diag, w_blocks), (False, needs_diag, needs_blocks))
-    grads = (_to(dp, p), _to(dx, x), _to(dy, y), _to(d_diag, w_diag), _to(d_blocks, w_blocks))
+    grads = (
+        cast_like(dp, p),
+        cast_like(dx, x),
+        cast_like(dy, y),
+        cast_like(d_diag, w_diag),
+        cast_like(d_blocks, w_blocks),
+    )
     return (*grads, None, None, None, None)
 
 
