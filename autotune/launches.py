@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gssf_triton.autotune.configs import (
+    CROSS_ATTENTION_WORDS,
     FoldConfig,
     GradientConfig,
     PairwiseConfig,
@@ -230,9 +231,13 @@ def _late_interaction(arch: str, numerics: str) -> Iterator[Launch]:
         yield _make("late_interaction", arch, numerics, label, config, flags, dots=True)
 
 
+#: (regions, words) of the widest tile and of the common one.
+CROSS_ATTENTIONS = (("64 words", REGIONS, CROSS_ATTENTION_WORDS), ("32 words", REGIONS, WORDS))
+
+
 def _cross_attention(arch: str, numerics: str) -> Iterator[Launch]:
     dtype, precision = _numerics(numerics)
-    for label, R, L in (("36 regions", REGIONS, WORDS), ("largest", 64, 128))[: 1 if numerics in BRIEF else None]:
+    for label, R, L in CROSS_ATTENTIONS[: 1 if numerics in BRIEF else None]:
         flags = {
             "HAS_REGION_MASK": True, "EVEN_D": True, "WIDE": False, "PRECISION": precision, "ACC": "fp32",
             "GRAM_PRECISION": dot_precision(torch.float32, arch, tf32=numerics == "tf32", whole_rows=True),
