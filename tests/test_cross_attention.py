@@ -27,11 +27,21 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_backend, "CHUNK_BYTES", {"cpu": 12288, "cuda": 12288})
 
 
+def _away_from_the_jump(tensors: dict[str, Tensor]) -> None:
+    """No region at a right angle to a word: over one word a score divided by its norm is its sign, which jumps there."""
+    regions, words = (tensors[name].detach() for name in ("regions", "words"))
+    flat, y = regions.flatten(0, 1), torch.nn.functional.normalize(words.flatten(0, 1), dim=-1)
+    while (near := ((torch.nn.functional.normalize(flat, dim=-1) @ y.T).abs() < 0.04).any(1)).any():
+        flat[near] = torch.randn_like(flat[near])
+
+
 @pytest.mark.parametrize("smooth", [4.0, 9.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_loop(shape: str, smooth: float, backend: str, device: str) -> None:
     items, rows, blocks = SHAPES[shape]
     tensors = problem(items, rows, *blocks, device=device)
+    if shape == "one-word":
+        _away_from_the_jump(tensors)
     masks = {"region_mask": mask(items[0], rows[0], device), "word_mask": mask(items[1], rows[1], device)}
     check("cross_attention_sim", tensors, smooth=smooth, backend=backend)
     check("cross_attention_sim", tensors, smooth=smooth, backend=backend, **masks)
