@@ -28,7 +28,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _away_from_the_jump(tensors: dict[str, Tensor]) -> None:
-    """No region at a right angle to a word: over one word a score divided by its norm is its sign, which jumps there."""
+    """No region at a right angle to a word: over one word a score by its norm is its sign, which jumps there."""
     regions, words = (tensors[name].detach() for name in ("regions", "words"))
     flat, y = regions.flatten(0, 1), torch.nn.functional.normalize(words.flatten(0, 1), dim=-1)
     while (near := ((torch.nn.functional.normalize(flat, dim=-1) @ y.T).abs() < 0.04).any(1)).any():
