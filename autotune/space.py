@@ -73,8 +73,8 @@ def _gradient_fits(config: GradientConfig, key: Key) -> bool:
 
 
 def _late_interaction_fits(config: LateInteractionConfig, key: Key) -> bool:
-    """Columns a dot takes, of words that a caption may have."""
-    return config.CAPTIONS * config.WORDS >= MIN_DOT and config.WORDS <= key.N
+    """As many columns as a dot takes and registers hold, of words that a caption may have, few captions excepted."""
+    return MIN_DOT <= config.CAPTIONS * config.WORDS <= 128 and min(8, key.N) <= config.WORDS <= key.N
 
 
 def _cross_attention_fits(config: CrossAttentionConfig, key: Key) -> bool:

@@ -53,7 +53,7 @@ def build(key: Key, where: torch.device) -> Workload:
 
 
 def _streaming_operands(key: Key, where: torch.device, limit: tuple[int, int]) -> tuple[Tensor, ...]:
-    """(t, y, rows, columns, scalars) of InfoNCE's slope: similarities of about 1, and (lse, w, u, match) beside them."""
+    """(t, y, rows, columns, scalars) of InfoNCE's slope: similarities of about 1, beside them (lse, w, u, match)."""
     M, N, D = min(key.M, limit[0]), min(key.N, limit[1]), key.D
     t, y = _features(M, D, key=key, where=where) / D**0.5, _features(N, D, key=key, where=where)
     wide = torch.promote_types(t.dtype, torch.float32)

@@ -126,7 +126,7 @@ def roofline(run: Run, operation: Operation) -> Figure | None:
             ax.plot(xs, [min(peak, bandwidth * x) / scale for x in xs], color="#444444", zorder=1)
             bytes_unit = f"{bandwidth / 1e12:.2f} TB/s" if bandwidth >= 1e12 else f"{bandwidth / 1e9:.1f} GB/s"
             text = f"product {peak / scale:,.0f} {unit}, copy {bytes_unit}"
-            ax.text(0.985, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=15, color="#444444")
+            ax.text(0.985, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=16, color="#444444")
             for name, (flop_per_byte, rates) in points.items():
                 ax.plot(flop_per_byte, [r / scale for r in rates], linestyle="", **_mark(operation, name))
             ax.set(xscale="log", yscale="log", title=f"{dtype}, {TITLES[mode]}", xlim=(low, high))

@@ -233,11 +233,7 @@ def test_the_model_prefers_tiles_that_suit_the_shape() -> None:
         ("chunk", {"rows": 512, "columns": 4096, "x": 1}, "must have the fields"),
         ("chunk", {"rows": 512.0, "columns": 4096}, "rows of chunk must be one of"),
         ("chunk", {"rows": True, "columns": 4096}, "rows of chunk must be one of"),
-        (
-            "cross_attention",
-            dict(BLOCK_M=32, CAPTIONS=1, WORDS=64, BLOCK_K=64, num_warps=8, num_stages=2),
-            "no legal tile",
-        ),
+        ("cross_attention", vars(CrossAttentionConfig(32, 1, 64, 64, 8, 2)), "no legal tile"),
         ("plan", {"kind": "fast", "fold": "fewer"}, "kind of plan must be one of"),
         ("plan", [], "config must be an object"),
     ],
