@@ -70,10 +70,11 @@ def compare(old: Run, new: Run) -> tuple[list[str], int]:
     Slower beyond noise: the quartiles lie apart and the median moved by more than `NOISE`.
 
     Raises:
-        ValueError: the two runs come from different devices.
+        ValueError: the two runs come from different devices, or numbers of threads.
     """
-    if old["device"]["name"] != new["device"]["name"] or old["device"]["type"] != new["device"]["type"]:
-        raise ValueError(f"cannot compare {old['device']['name']} with {new['device']['name']}")
+    one, other = device_name(old), device_name(new)
+    if one != other or old["device"]["type"] != new["device"]["type"]:
+        raise ValueError(f"cannot compare {one} with {other}")
     measure, noise = measure_of(new), NOISE[new["device"]["type"]]
     lines, compared = [], 0
     for key, cell in new["cells"].items():
@@ -100,7 +101,7 @@ def device_name(run: Run) -> str:
     """For people: a CPU's name with the threads it was given."""
     if run["device"]["type"] == "cpu":
         threads = run["cpu"]["threads"]
-        return f"{run['cpu']['name']}, {threads} thread{'s' * (threads > 1)}"
+        return f"{run['device']['name']}, {threads} thread{'s' * (threads > 1)}"
     return str(run["device"]["name"])
 
 

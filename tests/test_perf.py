@@ -355,16 +355,18 @@ def test_a_nan_is_an_infinite_error() -> None:
 def test_rounds_hold_every_contender_once() -> None:
     calls: list[str] = []
     samples = _timing.interleave(
-        {name: lambda name=name: calls.append(name) for name in "ABC"}, _FakeClock(), _timing.Effort(4, 4, 0.0)
+        {name: lambda name=name: calls.append(name) for name in "ABC"}, _timing.CpuClock(), _timing.Effort(4, 4, 0.0)
     )
     assert all(len(found) == 4 for found in samples.values())
     timed = calls[-12:]
     assert all(sorted(timed[i : i + 3]) == ["A", "B", "C"] for i in range(0, 12, 3))
 
 
-class _FakeClock(_timing.CpuClock):
-    def repeats(self, call: _timing.Call) -> int:
-        return 1
+def test_every_sample_starts_with_cold_caches() -> None:
+    clock = _timing.CpuClock()
+    seen: list[int] = []
+    samples = clock.round([lambda: seen.append(int(clock.flush[0]))] * 3)
+    assert seen == [1, 2, 3] and all(seconds > 0 for seconds in samples)
 
 
 def test_peak_memory_counts_what_was_held_at_once() -> None:
@@ -496,10 +498,10 @@ def test_compare_tells_what_stopped_being_right(finished: Path) -> None:
 
 
 def test_compare_refuses_another_device(finished: Path) -> None:
-    old = json.loads(finished.read_text())
-    old["device"]["name"] = "another"
-    with pytest.raises(ValueError, match="another"):
-        _results.compare(old, json.loads(finished.read_text()))
+    new = json.loads(finished.read_text())
+    for change in ({"device": {**new["device"], "name": "another"}}, {"cpu": {**new["cpu"], "threads": 99}}):
+        with pytest.raises(ValueError, match=r"another|99 threads"):
+            _results.compare({**new, **change}, new)
 
 
 @pytest.mark.parametrize(
