@@ -216,11 +216,12 @@ def late_interaction_config(R: int, L: int, D: int, dtype: torch.dtype, arch: st
     if dtype == torch.float64:
         return LateInteractionConfig(32, 32 // words, words, 16, num_warps=4, num_stages=1)
     half = dtype in (torch.float16, torch.bfloat16)
-    if not half:
-        return LateInteractionConfig(64, 64 // words, words, 32, num_warps=4, num_stages=2)
     if is_small_memory(arch):
         return LateInteractionConfig(64, 64 // words, words, 32, num_warps=4, num_stages=2)
-    return LateInteractionConfig(128, 128 // words, words, 64, num_warps=8, num_stages=3)
+    # 16 numbers of S a thread: pooling holds a maximum, a sum and an index beside each, and 32 spill.
+    if not half:
+        return LateInteractionConfig(64, 64 // words, words, 32, num_warps=8, num_stages=2)
+    return LateInteractionConfig(64, 64 // words, words, 64, num_warps=8, num_stages=3)
 
 
 @dataclass(frozen=True)
@@ -239,15 +240,17 @@ class CrossAttentionConfig:
 REGIONS, WORDS = 36, 32
 
 #: Regions × words of a pair, both padded to powers of two, that the cross-attention kernel holds in registers; and the
-#: most of either.
-CROSS_ATTENTION_PAIR = 8192
-CROSS_ATTENTION_ROWS = 128
+#: most of either: beyond, some target spills.
+CROSS_ATTENTION_PAIR = 4096
+CROSS_ATTENTION_REGIONS, CROSS_ATTENTION_WORDS = 128, 64
 
 
 def cross_attention_fits(R: int, L: int) -> bool:
     """True where the cross-attention kernel takes images of R regions and captions of L words."""
     rows, words = max(padded_block(R), MIN_DOT), max(padded_block(L), 1)
-    return max(rows, words) <= CROSS_ATTENTION_ROWS and rows * max(words, MIN_DOT) <= CROSS_ATTENTION_PAIR
+    if rows > CROSS_ATTENTION_REGIONS or words > CROSS_ATTENTION_WORDS:
+        return False
+    return rows * max(words, MIN_DOT) <= CROSS_ATTENTION_PAIR
 
 
 def cross_attention_config(R: int, L: int, dtype: torch.dtype, arch: str) -> CrossAttentionConfig:

@@ -248,7 +248,7 @@ def _pooled(arch: str, numerics: str, config: LateInteractionConfig) -> Iterator
 
 def _cross_attention(arch: str, numerics: str) -> Iterator[Launch]:
     dtype, _ = _numerics(numerics)
-    for label, R, L in (("36 regions", REGIONS, WORDS), ("largest", 64, 128))[: 1 if numerics in BRIEF else None]:
+    for label, R, L in (("36 regions", REGIONS, WORDS), ("long captions", 32, 128))[: 1 if numerics in BRIEF else None]:
         yield _attended(arch, numerics, label, cross_attention_config(R, L, dtype, arch))
 
 

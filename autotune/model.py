@@ -136,9 +136,11 @@ def product_usage(config: PairwiseConfig | RetrievalConfig, numerics: str, arch:
 
 def _epilogue_usage(config: Any, key: Key, arch: str, most: int) -> Usage:
     """Of the kernels that keep something of a tile instead of the tile."""
-    if isinstance(config, RetrievalConfig):  # keys of 64 bits, and lists of them
+    if isinstance(config, RetrievalConfig):  # keys of 64 bits, and as long a list of them as a row may have
         scratch = 8 * config.BLOCK_M * max(config.BLOCK_N, LARGEST_KERNEL_K)
-        return product_usage(config, key.dtype, arch, scratch, most)
+        used = product_usage(config, key.dtype, arch, scratch, most)
+        held = config.BLOCK_M * LARGEST_KERNEL_K // (config.num_warps * ARCHITECTURES[_gate_arch(arch)].warp)
+        return Usage(used.shared, used.accumulators + held, used.most_accumulators)
     if isinstance(config, PairwiseConfig):  # the slope on its way out, in the accumulator's dtype
         scratch = 4 * config.BLOCK_M * config.BLOCK_N
         return product_usage(config, key.dtype, arch, scratch, most)
@@ -147,7 +149,7 @@ def _epilogue_usage(config: Any, key: Key, arch: str, most: int) -> Usage:
     tile = PairwiseConfig(config.BLOCK_M, columns, config.BLOCK_K, config.num_warps, config.num_stages)
     scratch = 4 * config.BLOCK_M * columns
     if isinstance(config, CrossAttentionConfig):  # the weights and the Gram matrix as operands of a third product
-        scratch = 2 * scratch + 4 * config.BLOCK_M**2
+        scratch += 4 * config.BLOCK_M**2
     return product_usage(tile, key.dtype, arch, scratch, most)
 
 

@@ -73,8 +73,8 @@ def _gradient_fits(config: GradientConfig, key: Key) -> bool:
 
 
 def _late_interaction_fits(config: LateInteractionConfig, key: Key) -> bool:
-    """As many columns as a dot takes and registers hold, of words that a caption may have, few captions excepted."""
-    return MIN_DOT <= config.CAPTIONS * config.WORDS <= 128 and min(8, key.N) <= config.WORDS <= key.N
+    """As many columns as a dot takes, of words that a caption may have."""
+    return config.CAPTIONS * config.WORDS >= MIN_DOT and min(8, key.N) <= config.WORDS <= key.N
 
 
 def _cross_attention_fits(config: CrossAttentionConfig, key: Key) -> bool:
@@ -144,8 +144,8 @@ _RANKED = Space(
 _LATE_INTERACTION = Space(
     LateInteractionConfig,
     {
-        "BLOCK_M": (32, 64, 128),
-        "CAPTIONS": (1, 2, 4, 8, 16, 32, 64, 128),
+        "BLOCK_M": (32, 64),
+        "CAPTIONS": (1, 2, 4, 8, 16, 32, 64),
         "WORDS": (1, 2, 4, 8, 16, 32),
         "BLOCK_K": (16, 32, 64),
         "num_warps": (4, 8),
