@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gssf_triton.autotune.configs import (
+    CROSS_ATTENTION_WORDS,
     REGIONS,
     WORDS,
     CrossAttentionConfig,
@@ -246,9 +247,13 @@ def _pooled(arch: str, numerics: str, config: LateInteractionConfig) -> Iterator
         yield _make("late_interaction", arch, numerics, label, config, flags, dots=True)
 
 
+#: (regions, words) of the common tile and of the tallest.
+CROSS_ATTENTIONS = (("36 regions", REGIONS, CROSS_ATTENTION_WORDS), ("100 regions", 100, WORDS))
+
+
 def _cross_attention(arch: str, numerics: str) -> Iterator[Launch]:
     dtype, _ = _numerics(numerics)
-    for label, R, L in (("36 regions", REGIONS, WORDS), ("long captions", 32, 128))[: 1 if numerics in BRIEF else None]:
+    for label, R, L in CROSS_ATTENTIONS[: 1 if numerics in BRIEF else None]:
         yield _attended(arch, numerics, label, cross_attention_config(R, L, dtype, arch))
 
 

@@ -11,7 +11,8 @@ from itertools import product
 from typing import Any
 
 from gssf_triton.autotune.configs import (
-    CROSS_ATTENTION_ROWS,
+    CROSS_ATTENTION_REGIONS,
+    CROSS_ATTENTION_WORDS,
     MIN_DOT,
     ChunkConfig,
     CrossAttentionConfig,
@@ -157,9 +158,9 @@ _LATE_INTERACTION = Space(
 _CROSS_ATTENTION = Space(
     CrossAttentionConfig,
     {
-        "BLOCK_M": tuple(2**n for n in range(4, CROSS_ATTENTION_ROWS.bit_length())),
+        "BLOCK_M": tuple(2**n for n in range(4, CROSS_ATTENTION_REGIONS.bit_length())),
         "CAPTIONS": (1, 2, 4, 8, 16, 32, 64, 128),
-        "WORDS": tuple(2**n for n in range(CROSS_ATTENTION_ROWS.bit_length())),
+        "WORDS": tuple(2**n for n in range(CROSS_ATTENTION_WORDS.bit_length())),
         "BLOCK_K": (16, 32, 64),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),

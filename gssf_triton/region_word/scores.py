@@ -7,7 +7,12 @@ from torch import Tensor
 
 from gssf_triton import checks, torch_backend
 from gssf_triton import ops as metric_ops
-from gssf_triton.autotune.configs import CROSS_ATTENTION_PAIR, CROSS_ATTENTION_ROWS, cross_attention_fits
+from gssf_triton.autotune.configs import (
+    CROSS_ATTENTION_PAIR,
+    CROSS_ATTENTION_REGIONS,
+    CROSS_ATTENTION_WORDS,
+    cross_attention_fits,
+)
 from gssf_triton.backend import resolve_backend
 from gssf_triton.functional import autocast_features
 from gssf_triton.region_word import checks as row_checks
@@ -138,8 +143,8 @@ def _cross_attention_backend(backend: str, regions: Tensor, words: Tensor, W_blo
     if backend == "triton":
         raise ValueError(
             f"regions {checks.shape_of(regions)} and words {checks.shape_of(words)} have too many rows an item for "
-            f'backend="triton": both up to {CROSS_ATTENTION_ROWS}, their product, each as the next power of two, up '
-            f'to {CROSS_ATTENTION_PAIR}; use backend="torch" or "auto"'
+            f'backend="triton": up to {CROSS_ATTENTION_REGIONS} regions, up to {CROSS_ATTENTION_WORDS} words, and their '
+            f'product, each as the next power of two, up to {CROSS_ATTENTION_PAIR}; use backend="torch" or "auto"'
         )
     return "torch"
 
