@@ -36,8 +36,9 @@ MOST_ACCUMULATORS = {
     "sm_100": (128, 160, 144),
     "gfx942": (96, 128, 96),
 }
-#: On FMA units (exact float32) both operands of a step stay in registers, too.
-FMA_ACCUMULATORS, FMA_STEP = 80, 32
+#: On FMA units (exact float32) both operands of a step stay in registers, too; beside an epilogue's own numbers there
+#: is no room for the addresses of more stages.
+FMA_ACCUMULATORS, FMA_STEP, FMA_STAGES = 80, 32, 2
 #: Kernels that multiply rows folded before, and keep something of the tile in its stead.
 EPILOGUE_KERNELS = (*STREAM_KERNELS, *PAIR_KERNELS, "ranked")
 #: Shared bytes for reductions and the like, which the estimate leaves out.
@@ -130,8 +131,9 @@ def product_usage(config: PairwiseConfig | RetrievalConfig, numerics: str, arch:
     """
     tile = PairwiseConfig(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.num_warps, config.num_stages)
     plain = tile_usage(tile, 0, numerics, arch)
-    exact = numerics == "fp32" and arch.startswith("sm_") and config.BLOCK_K > FMA_STEP
-    return Usage(plain.shared + scratch, plain.accumulators, 0 if exact else most)
+    deep = config.BLOCK_K > FMA_STEP or config.num_stages > FMA_STAGES
+    exact = numerics == "fp32" and arch.startswith("sm_")
+    return Usage(plain.shared + scratch, plain.accumulators, 0 if exact and deep else most)
 
 
 def _epilogue_usage(config: Any, key: Key, arch: str, most: int) -> Usage:

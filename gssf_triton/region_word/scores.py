@@ -143,8 +143,8 @@ def _cross_attention_backend(backend: str, regions: Tensor, words: Tensor, W_blo
     if backend == "triton":
         raise ValueError(
             f"regions {checks.shape_of(regions)} and words {checks.shape_of(words)} have too many rows an item for "
-            f'backend="triton": up to {CROSS_ATTENTION_REGIONS} regions, up to {CROSS_ATTENTION_WORDS} words, and their '
-            f'product, each as the next power of two, up to {CROSS_ATTENTION_PAIR}; use backend="torch" or "auto"'
+            f'backend="triton": up to {CROSS_ATTENTION_REGIONS} regions, up to {CROSS_ATTENTION_WORDS} words, and '
+            f'their product, each as the next power of two, up to {CROSS_ATTENTION_PAIR}; use backend="torch" or "auto"'
         )
     return "torch"
 
