@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 KEY = stream_key()
 KEYS = [stream_key(rows) for rows in (4096, 8192, 16384, 32768)]
-BEST = ChunkConfig(1024, 4096)
+BEST = ChunkConfig(1024, 2048)
 
 
 def seconds_of(config: Any) -> float:
