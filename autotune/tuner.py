@@ -155,7 +155,10 @@ def tune_key(
     if deadline is not None and clock.now() >= deadline and not hurried:
         raise OutOfTime(str(key))
     slowest = max(timings[c].seconds for c in finalists)
-    often = _affordable(FINAL_LOOK_SECONDS / len(finalists), slowest, rounds[1])
+    budget = FINAL_LOOK_SECONDS
+    if hurried and deadline is not None:
+        budget = min(budget, max(deadline - clock.now(), 0.0))
+    often = _affordable(budget / len(finalists), slowest, rounds[1])
     final = dict(zip(finalists, measure([calls[c] for c in finalists], clock, often), strict=True))
     chosen = settle(finalists, final)
     return chosen, final[chosen]

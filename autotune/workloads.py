@@ -83,9 +83,10 @@ def _one_chunk(key: Key, where: torch.device) -> Callable[[], Any]:
     chunk = chunk_config("cuda")
     limit = chunk.rows, chunk.columns // 2  # within the budget in float32, too
     t, y, rows, columns, scalars = _streaming_operands(key, where, limit)
-    teacher = (t, y) if key.kernel == "stream_teacher" else (None, None)
-    epilogue, vectors = ("distillation_slope", rows[:3]) if teacher[0] is not None else ("softmax_slope_both", rows)
-    operands = Operands(t, y, *teacher, vectors, columns, None, None, scalars, 0)
+    if key.kernel == "stream_teacher":
+        epilogue, operands = "distillation_slope", Operands(t, y, t, y, rows[:3], columns, None, None, scalars, 0)
+    else:
+        epilogue, operands = "softmax_slope_both", Operands(t, y, None, None, rows, columns, None, None, scalars, 0)
     engine = TritonEngine((t.shape[0], y.shape[0]))
 
     def call() -> Any:
@@ -121,9 +122,9 @@ def _pairs(key: Key, where: torch.device) -> Callable[[], Any]:
     share = torch.full((items, key.N), 1 / key.N, dtype=wide, device=where)
     if key.kernel == "late_interaction":
         return lambda: late_interaction.scores(x, y, share, wide)
-    scales = [torch.ones(side.shape[:2], dtype=wide, device=where) for side in (x, y)]
+    x_scale, y_scale = (torch.ones(side.shape[:2], dtype=wide, device=where) for side in (x, y))
     gram = torch.bmm(x.to(wide), x.to(wide).mT)
-    return lambda: cross_attention.scores(x, x, y, gram, share, *scales, None, None, SCALE)
+    return lambda: cross_attention.scores(x, x, y, gram, share, x_scale, y_scale, None, None, SCALE)
 
 
 def _triton_call(key: Key, where: torch.device) -> Callable[[], Any]:

@@ -153,7 +153,7 @@ def test_a_run_cut_short_goes_on_where_it_stopped() -> None:
     runs = []
     for _ in range(20):
         lookup.forget()  # a process of its own
-        runs.append(tune(KEYS, CPU, clock=FakeClock(), build=build, time_limit=whole / 3))
+        runs.append(tune(KEYS, CPU, clock=FakeClock(), build=build, time_limit=whole / 5))
         if not runs[-1].left:
             break
     assert len(runs) > 2, "the limit cut it short"

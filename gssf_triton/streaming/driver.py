@@ -54,7 +54,7 @@ class Engine(Protocol):
 class TorchEngine:
     """Chunks by torch's own products, epilogues by `epilogues`: the similarities, what becomes of them, the slope."""
 
-    ARRAYS = TORCH_CHUNK_ARRAYS
+    ARRAYS: ClassVar[int] = TORCH_CHUNK_ARRAYS
 
     def __init__(self, chunk: tuple[int, int]) -> None:
         self.chunk = chunk
