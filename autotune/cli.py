@@ -26,6 +26,7 @@ from gssf_triton.autotune.shapes import (
     Shape,
     calls_of,
     keys_for,
+    numerics_in,
     parse_shape,
     read_shapes,
 )
@@ -157,9 +158,9 @@ def show(args: argparse.Namespace) -> int:
         tf32 = shape.dtype == "tf32"
         lines: dict[str, None] = {}  # an ordered set: both gradients of a square S ask for the same
         for kernel, M, N, B in calls_of(shape, args.kernel or default):
-            key = make_key(kernel, shape.dtype, M, N, shape.D, B)
+            key = make_key(kernel, numerics_in(kernel, shape.dtype), M, N, shape.D, B)
             device, entries = _tables_for(key, where, target)
-            fallback = model.choice(kernel, M, N, shape.D, B, dtype_of(shape.dtype), device.arch, tf32=tf32)
+            fallback = model.choice(kernel, M, N, shape.D, B, dtype_of(key.dtype), device.arch, tf32=tf32)
             answer = lookup.find(key, device, entries, fallback)
             seconds = answer.entry.seconds if answer.entry else None
             time = f", {seconds * 1e3:.4g} ms" if seconds else ""

@@ -183,6 +183,13 @@ def chunk_config(device_type: str) -> ChunkConfig:
     return ChunkConfig(512, 1024) if device_type == "cpu" else ChunkConfig(4096, 16384)
 
 
+#: Bytes that everything of a chunk's size may take together, by where it lies: what streaming is there to bound.
+CHUNK_BUDGET = {"cpu": 48 * 2**20, "cuda": 192 * 2**20}
+#: Arrays of a chunk's size, of the operands' dtype, that are alive at once: torch's similarities and what becomes of
+#: them, or the slope that the kernel stores.
+TORCH_CHUNK_ARRAYS, TRITON_CHUNK_ARRAYS = 4, 1
+
+
 @dataclass(frozen=True)
 class LateInteractionConfig:
     """BLOCK_M region rows against WORDS words of each of CAPTIONS captions, BLOCK_K lanes a step."""
@@ -228,6 +235,9 @@ class CrossAttentionConfig:
     num_warps: int
     num_stages: int
 
+
+#: Of an image and of a caption, where nobody says: bottom-up attention's boxes, and words enough for most captions.
+REGIONS, WORDS = 36, 32
 
 #: The most regions and words of a pair that the cross-attention kernel holds in registers: with 128 of either, the next
 #: power of two, it spills.

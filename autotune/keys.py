@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gssf_triton.autotune.configs import padded_block
+from gssf_triton.autotune.configs import MIN_DOT, padded_block
 
 #: Names of the numerics that kernels differ in: float32 multiplies exactly or in TF32.
 NUMERICS = ("bf16", "fp16", "fp32", "tf32", "fp64")
@@ -24,6 +24,13 @@ _ALIKE = ({"bf16", "fp16"},)
 ROW_KERNELS = ("fold", "paired")
 #: Kernels whose keys may have N = 0: the gradient of the fold alone has no product.
 WITHOUT_COLUMNS = (*ROW_KERNELS, "gradient")
+#: The losses' kernel, with one similarity and with a teacher's beside it.
+STREAM_KERNELS = ("stream", "stream_teacher")
+#: Kernels whose M and N are the regions of an image and the words of a caption, padded to what a tile must hold.
+PAIR_KERNELS = ("late_interaction", "cross_attention")
+#: Retrieval's tile is filed under one size, Q queries and N items: a score must have the same bits in `topk` and in
+#: `ranks`, in a batch of queries and in one, in a whole gallery and in a shard of it.
+RANKED_ROWS = 1024, 65_536
 #: How far a neighbour may be, in doublings: beyond, the model knows better.
 FARTHEST = 4.0
 #: What a doubling of D counts, and a dtype or a block padded to the same size.
@@ -74,6 +81,10 @@ class Key:
 
 def make_key(kernel: str, dtype: str, M: int, N: int, D: int, B: int, batch: int = 1) -> Key:
     """The key of a call. A batch of matrices is filed as one of as many entries and of the same proportions."""
+    if kernel in PAIR_KERNELS:
+        return Key(kernel, dtype, D, B, max(padded_block(M), MIN_DOT), padded_block(N))
+    if kernel == "ranked":
+        M, N = RANKED_ROWS
     scale = math.sqrt(batch)
     columns = 0 if kernel in ROW_KERNELS else bucket(N * scale)
     return Key(kernel, dtype, D, B, bucket(M * scale), columns)

@@ -14,8 +14,12 @@ import torch
 
 from gssf_triton.autotune.configs import (
     CROSS_ATTENTION_WORDS,
+    REGIONS,
+    WORDS,
+    CrossAttentionConfig,
     FoldConfig,
     GradientConfig,
+    LateInteractionConfig,
     PairwiseConfig,
     cross_attention_config,
     dot_precision,
@@ -26,8 +30,8 @@ from gssf_triton.autotune.configs import (
     pairwise_config,
     stream_config,
 )
-from gssf_triton.autotune.keys import Key
-from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K, retrieval_config
+from gssf_triton.autotune.keys import STREAM_KERNELS, Key
+from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K, RetrievalConfig, retrieval_config
 from gssf_triton.autotune.tables import Table, shipped
 from gssf_triton.autotune.targets import ARCHITECTURES as ARCHITECTURES
 
@@ -59,8 +63,6 @@ BRIEF_BLOCK_SIZES = (32, 128, 256)
 #: Rows on each side that lead to the configurations for small and for large S.
 ROWS = (64, 8192)
 CHANNELS = 1024
-#: Of an image and of a caption.
-REGIONS, WORDS = 36, 32
 
 
 @dataclass(frozen=True)
@@ -190,11 +192,17 @@ STREAMED = (
 def _stream(arch: str, numerics: str) -> Iterator[Launch]:
     if numerics == "bf16":  # its operands are float16
         return
-    dtype, precision = _numerics(numerics)
+    dtype, _ = _numerics(numerics)
+    for teacher in (False, True):
+        yield from _streamed(arch, numerics, stream_config(dtype, arch, teacher=teacher), teacher)
+
+
+def _streamed(arch: str, numerics: str, config: PairwiseConfig, with_teacher: bool) -> Iterator[Launch]:
+    _, precision = _numerics(numerics)
     for epilogue, slope, teacher in STREAMED:
-        if numerics == "tf32" and epilogue not in ("softmax_slope_both", "distillation_slope"):
+        brief = numerics == "tf32" and epilogue not in ("softmax_slope_both", "distillation_slope")
+        if teacher != with_teacher or brief:
             continue
-        config = stream_config(dtype, arch, teacher=teacher)
         flags = {
             "EPILOGUE": epilogue, "COLUMNS": epilogue.endswith("both"), "SUMS": "_sums_" in epilogue, "TEACHER":
             teacher, "HAS_IDS": not teacher, "SLOPE": slope, "EVEN_D": True, "EVEN_E": True, "WIDE": False,
@@ -204,9 +212,13 @@ def _stream(arch: str, numerics: str) -> Iterator[Launch]:
 
 
 def _retrieval(arch: str, numerics: str) -> Iterator[Launch]:
-    """The retrieval kernels with every exclusion there is; the metric is folded before."""
     dtype, precision = _numerics(numerics)
-    config = retrieval_config(dtype, arch, precision)
+    yield from _ranked(arch, numerics, retrieval_config(dtype, arch, precision))
+
+
+def _ranked(arch: str, numerics: str, config: RetrievalConfig) -> Iterator[Launch]:
+    """The retrieval kernels with every exclusion there is; the metric is folded before."""
+    _, precision = _numerics(numerics)
     common = {
         "HAS_SCALE": True, "HAS_EXCLUDE": True, "HAS_MASK": True, "EVEN_D": True, "WIDE": False,
         "PRECISION": precision, "ACC": "fp32",
@@ -220,8 +232,12 @@ def _retrieval(arch: str, numerics: str) -> Iterator[Launch]:
 
 
 def _late_interaction(arch: str, numerics: str) -> Iterator[Launch]:
+    dtype, _ = _numerics(numerics)
+    yield from _pooled(arch, numerics, late_interaction_config(REGIONS, WORDS, CHANNELS, dtype, arch))
+
+
+def _pooled(arch: str, numerics: str, config: LateInteractionConfig) -> Iterator[Launch]:
     dtype, precision = _numerics(numerics)
-    config = late_interaction_config(REGIONS, WORDS, CHANNELS, dtype, arch)
     for label, mode, smooth in (("scores max", 0, False), ("weights lse", 2, True))[: 1 if numerics in BRIEF else None]:
         flags = {
             "IMAGES": config.images(REGIONS), "MODE": mode, "SMOOTH": smooth,
@@ -236,14 +252,18 @@ CROSS_ATTENTIONS = (("64 words", REGIONS, CROSS_ATTENTION_WORDS), ("32 words", R
 
 
 def _cross_attention(arch: str, numerics: str) -> Iterator[Launch]:
-    dtype, precision = _numerics(numerics)
+    dtype, _ = _numerics(numerics)
     for label, R, L in CROSS_ATTENTIONS[: 1 if numerics in BRIEF else None]:
-        flags = {
-            "HAS_REGION_MASK": True, "EVEN_D": True, "WIDE": False, "PRECISION": precision, "ACC": "fp32",
-            "GRAM_PRECISION": dot_precision(torch.float32, arch, tf32=numerics == "tf32", whole_rows=True),
-        }  # fmt: skip
-        config = cross_attention_config(R, L, dtype, arch)
-        yield _make("cross_attention", arch, numerics, label, config, flags, dots=True)
+        yield _attended(arch, numerics, label, cross_attention_config(R, L, dtype, arch))
+
+
+def _attended(arch: str, numerics: str, label: str, config: CrossAttentionConfig) -> Launch:
+    _, precision = _numerics(numerics)
+    flags = {
+        "HAS_REGION_MASK": True, "EVEN_D": True, "WIDE": False, "PRECISION": precision, "ACC": "fp32",
+        "GRAM_PRECISION": dot_precision(torch.float32, arch, tf32=numerics == "tf32", whole_rows=True),
+    }  # fmt: skip
+    return _make("cross_attention", arch, numerics, label, config, flags, dots=True)
 
 
 def _from_entry(key: Key, config: Any, arch: str) -> Iterator[Launch]:
@@ -254,7 +274,15 @@ def _from_entry(key: Key, config: Any, arch: str) -> Iterator[Launch]:
     variant = f"B={key.B} table"
     common = {"WIDE": False, "PRECISION": precision, "ACC": "fp32"}
     even = {"EVEN_D": padded_block(key.B) == key.B and key.D % getattr(config, "BLOCK_K", 1) == 0}
-    if isinstance(config, PairwiseConfig):
+    if key.kernel in STREAM_KERNELS:
+        yield from _streamed(arch, key.dtype, config, key.kernel == "stream_teacher")
+    elif isinstance(config, RetrievalConfig):
+        yield from _ranked(arch, key.dtype, config)
+    elif isinstance(config, LateInteractionConfig):
+        yield from _pooled(arch, key.dtype, config)
+    elif isinstance(config, CrossAttentionConfig):
+        yield _attended(arch, key.dtype, "table", config)
+    elif isinstance(config, PairwiseConfig):
         diag = key.kernel != "product" and (key.B > 0 or key.kernel == "pairwise")
         flags = _metric(key.B, diag) | common | even | {"TERMS": key.kernel == "terms", "NORMALIZE": False}
         yield _make("pairwise", arch, key.dtype, variant, config, flags, dots=True)

@@ -17,10 +17,17 @@ from typing import Any, cast
 import torch
 
 from gssf_triton.autotune import mode, model
-from gssf_triton.autotune.configs import FoldConfig, GradientConfig, PairwiseConfig
+from gssf_triton.autotune.configs import (
+    CrossAttentionConfig,
+    FoldConfig,
+    GradientConfig,
+    LateInteractionConfig,
+    PairwiseConfig,
+)
 from gssf_triton.autotune.devices import Device, identify, identify_for_torch
-from gssf_triton.autotune.keys import WITHOUT_COLUMNS, Key, distance, make_key, numerics
+from gssf_triton.autotune.keys import RANKED_ROWS, WITHOUT_COLUMNS, Key, distance, make_key, numerics
 from gssf_triton.autotune.plans import Plan, PlanChoice, forced_plan
+from gssf_triton.autotune.retrieval_configs import RetrievalConfig
 from gssf_triton.autotune.space import SPACES, TORCH_KERNELS, Config
 from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry, TableError, shipped_for
@@ -233,6 +240,26 @@ def gradient(
 ) -> GradientConfig:
     """The gradient kernel's tile for R = P x, P (M, N), or for the fold's gradients alone, N = 0."""
     return cast(GradientConfig, choose("gradient", where, dtype, M, N, D, B, batch, tf32))
+
+
+def stream(M: int, N: int, D: int, dtype: torch.dtype, where: torch.device, *, teacher: bool) -> PairwiseConfig:
+    """The streaming kernel's tile for all of S (M, N), whatever its chunks."""
+    return cast(PairwiseConfig, choose("stream_teacher" if teacher else "stream", where, dtype, M, N, D, 0))
+
+
+def ranked(D: int, dtype: torch.dtype, where: torch.device) -> RetrievalConfig:
+    """The tile of the top-k and the rank kernel, the same for every number of queries and items."""
+    return cast(RetrievalConfig, choose("ranked", where, dtype, *RANKED_ROWS, D, 0))
+
+
+def late_interaction(R: int, L: int, D: int, dtype: torch.dtype, where: torch.device) -> LateInteractionConfig:
+    """The late-interaction kernel's tile for images of R regions and captions of L words."""
+    return cast(LateInteractionConfig, choose("late_interaction", where, dtype, R, L, D, 0))
+
+
+def cross_attention(R: int, L: int, D: int, dtype: torch.dtype, where: torch.device) -> CrossAttentionConfig:
+    """The cross-attention kernel's tile for images of R regions and captions of L words."""
+    return cast(CrossAttentionConfig, choose("cross_attention", where, dtype, R, L, D, 0))
 
 
 def plan(batch: int, M: int, N: int, D: int, B: int, dtype: torch.dtype, where: torch.device) -> Plan:

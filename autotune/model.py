@@ -13,10 +13,19 @@ from typing import Any
 import torch
 
 from gssf_triton.autotune import configs, plans
-from gssf_triton.autotune.configs import FoldConfig, GradientConfig, PairwiseConfig, padded_block
-from gssf_triton.autotune.keys import Key, dtype_of
+from gssf_triton.autotune.configs import (
+    ChunkConfig,
+    CrossAttentionConfig,
+    FoldConfig,
+    GradientConfig,
+    LateInteractionConfig,
+    PairwiseConfig,
+    padded_block,
+)
+from gssf_triton.autotune.keys import PAIR_KERNELS, STREAM_KERNELS, Key, dtype_of
 from gssf_triton.autotune.plans import PlanChoice
-from gssf_triton.autotune.space import SPACES, TORCH_KERNELS, Config
+from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K, RetrievalConfig, retrieval_config
+from gssf_triton.autotune.space import SPACES, Config
 from gssf_triton.autotune.targets import ARCHITECTURES, kin, shared_bytes
 
 #: Numbers a thread may hold in accumulators beside the operands in flight, found by compiling the tiles around them:
@@ -27,8 +36,11 @@ MOST_ACCUMULATORS = {
     "sm_100": (128, 160, 144),
     "gfx942": (96, 128, 96),
 }
-#: On FMA units (exact float32) both operands of a step stay in registers, too.
-FMA_ACCUMULATORS, FMA_STEP = 80, 32
+#: On FMA units (exact float32) both operands of a step stay in registers, too; beside an epilogue's own numbers there
+#: is no room for the addresses of more stages.
+FMA_ACCUMULATORS, FMA_STEP, FMA_STAGES = 80, 32, 2
+#: Kernels that multiply rows folded before, and keep something of the tile in its stead.
+EPILOGUE_KERNELS = (*STREAM_KERNELS, *PAIR_KERNELS, "ranked")
 #: Shared bytes for reductions and the like, which the estimate leaves out.
 SLACK = 1024
 
@@ -111,6 +123,38 @@ def gradient_usage(config: GradientConfig, numerics: str, arch: str, most: int) 
     return Usage(max(step * config.num_stages, epilogue), numbers // threads, most)
 
 
+def product_usage(config: PairwiseConfig | RetrievalConfig, numerics: str, arch: str, scratch: int, most: int) -> Usage:
+    """A kernel's that multiplies folded rows and makes something else of the tile in its epilogue.
+
+    `scratch`: bytes at most that the epilogue exchanges between threads. The operands may be gone by then; to be on the
+    safe side both are counted.
+    """
+    tile = PairwiseConfig(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.num_warps, config.num_stages)
+    plain = tile_usage(tile, 0, numerics, arch)
+    deep = config.BLOCK_K > FMA_STEP or config.num_stages > FMA_STAGES
+    exact = numerics == "fp32" and arch.startswith("sm_")
+    return Usage(plain.shared + scratch, plain.accumulators, 0 if exact and deep else most)
+
+
+def _epilogue_usage(config: Any, key: Key, arch: str, most: int) -> Usage:
+    """Of the kernels that keep something of a tile instead of the tile."""
+    if isinstance(config, RetrievalConfig):  # keys of 64 bits, and as long a list of them as a row may have
+        scratch = 8 * config.BLOCK_M * max(config.BLOCK_N, LARGEST_KERNEL_K)
+        used = product_usage(config, key.dtype, arch, scratch, most)
+        held = config.BLOCK_M * LARGEST_KERNEL_K // (config.num_warps * ARCHITECTURES[_gate_arch(arch)].warp)
+        return Usage(used.shared, used.accumulators + held, used.most_accumulators)
+    if isinstance(config, PairwiseConfig):  # the slope on its way out, in the accumulator's dtype
+        scratch = 4 * config.BLOCK_M * config.BLOCK_N
+        return product_usage(config, key.dtype, arch, scratch, most)
+    assert isinstance(config, (LateInteractionConfig, CrossAttentionConfig)), config
+    columns = config.CAPTIONS * config.WORDS
+    tile = PairwiseConfig(config.BLOCK_M, columns, config.BLOCK_K, config.num_warps, config.num_stages)
+    scratch = 4 * config.BLOCK_M * columns
+    if isinstance(config, CrossAttentionConfig):  # the weights and the Gram matrix as operands of a third product
+        scratch += 4 * config.BLOCK_M**2
+    return product_usage(tile, key.dtype, arch, scratch, most)
+
+
 def default(key: Key, arch: str) -> Config:
     """The model's choice for a key's own shape: what runs where no table has anything to say."""
     return choice(key.kernel, key.M, key.N, key.D, key.B, dtype_of(key.dtype), arch, tf32=key.dtype == "tf32")
@@ -135,6 +179,14 @@ def choice(
         return configs.gradient_config(B, dtype, arch, tf32=tf32 or dtype in (torch.float16, torch.bfloat16))
     if kernel == "chunk":
         return configs.chunk_config("cpu" if arch == "cpu" else "cuda")
+    if kernel in STREAM_KERNELS:
+        return configs.stream_config(dtype, arch, teacher=kernel == "stream_teacher")
+    if kernel == "ranked":
+        return retrieval_config(dtype, arch, configs.dot_precision(dtype, arch, tf32=tf32))
+    if kernel == "late_interaction":
+        return configs.late_interaction_config(M, N, D, dtype, arch)
+    if kernel == "cross_attention":
+        return configs.cross_attention_config(M, N, dtype, arch)
     assert kernel in ("plan", "gradient_plan"), kernel
     return PlanChoice(plans.modelled_plan(batch, M, N, D, B, dtype.itemsize, tf32=tf32).kind, "fewer")
 
@@ -144,6 +196,8 @@ def usage(config: Any, key: Key, arch: str) -> Usage | None:
 
     For kernels whose registers nobody counted tile by tile the model's choice, which the gate compiles, is the bound.
     """
+    if key.kernel in EPILOGUE_KERNELS:
+        return _epilogue_usage(config, key, arch, _epilogue_usage(default(key, arch), key, arch, 0).accumulators)
     if isinstance(config, PairwiseConfig):
         return tile_usage(config, key.B, key.dtype, arch, terms=key.kernel == "terms")
     if isinstance(config, FoldConfig):
@@ -158,12 +212,18 @@ def usage(config: Any, key: Key, arch: str) -> Usage | None:
     return None
 
 
+def chunk_bytes(config: ChunkConfig, numerics: str, arch: str) -> int:
+    """What everything of a chunk's size takes: in torch on a CPU, with our kernel on a GPU."""
+    arrays = configs.TORCH_CHUNK_ARRAYS if arch == "cpu" else configs.TRITON_CHUNK_ARRAYS
+    return config.rows * config.columns * arrays * dtype_of(numerics).itemsize
+
+
 def fits(config: Any, key: Key, arch: str) -> bool:
     """True where `config` may be launched for `key`: by the model for targets it knows, and for the model's choice."""
-    if key.kernel in TORCH_KERNELS or isinstance(config, PlanChoice):
+    if isinstance(config, PlanChoice) or config == default(key, arch):
         return True
-    if config == default(key, arch):
-        return True
+    if isinstance(config, ChunkConfig):
+        return chunk_bytes(config, key.dtype, arch) <= configs.CHUNK_BUDGET["cpu" if arch == "cpu" else "cuda"]
     if kin(arch) is None:
         return arch == "interpreter"
     if isinstance(config, GradientConfig):

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gssf_triton.autotune.keys import NUMERICS, Key, make_key
+from gssf_triton.autotune.configs import REGIONS, WORDS, cross_attention_fits
+from gssf_triton.autotune.keys import NUMERICS, PAIR_KERNELS, RANKED_ROWS, STREAM_KERNELS, Key, make_key
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,27 @@ SETS: dict[str, tuple[Shape, ...]] = {
 }
 
 #: What each shape is tuned for on a GPU, unless kernels are named.
-GPU_KERNELS = ("pairwise", "product", "fold", "gradient", "plan", "gradient_plan")
+GPU_KERNELS = (
+    "pairwise", "product", "fold", "gradient", "plan", "gradient_plan", *STREAM_KERNELS, "ranked", *PAIR_KERNELS,
+)  # fmt: skip
 CPU_KERNELS = ("chunk",)
 
 
 def calls_of(shape: Shape, kernels: Iterable[str]) -> Iterator[tuple[str, int, int, int]]:
-    """(kernel, M, N, B) of what a call of this shape, and its backward pass, launch."""
+    """(kernel, M, N, B) of what a call of this shape, and its backward pass, launch.
+
+    To the kernels of region–word scores a shape as small as a pair is an image's regions × a caption's words, and any
+    other stands for pairs of the usual size.
+    """
     M, N, B = shape.M, shape.N, shape.B
     fewer, more = sorted((M, N))
     for kernel in kernels:
-        if kernel in ("product", "chunk"):
+        if kernel in ("product", "chunk", *STREAM_KERNELS):
             yield kernel, M, N, 0
+        elif kernel == "ranked":
+            yield kernel, *RANKED_ROWS, 0
+        elif kernel in PAIR_KERNELS:
+            yield kernel, *((M, N) if cross_attention_fits(M, N) else (REGIONS, WORDS)), 0
         elif kernel in ("fold", "paired"):
             yield kernel, fewer, 0, B
         elif kernel in ("gradient", "gradient_plan"):
@@ -62,12 +73,17 @@ def calls_of(shape: Shape, kernels: Iterable[str]) -> Iterator[tuple[str, int, i
             yield kernel, M, N, B
 
 
+def numerics_in(kernel: str, numerics: str) -> str:
+    """What a kernel multiplies features of these numerics in: the losses' slopes need more bits than bfloat16 has."""
+    return "fp16" if kernel in STREAM_KERNELS and numerics == "bf16" else numerics
+
+
 def keys_for(shapes: Iterable[Shape], kernels: Iterable[str]) -> list[Key]:
     """The keys of several shapes, each once, in order."""
     kernels = tuple(kernels)
     return sorted(
         {
-            make_key(kernel, shape.dtype, M, N, shape.D, B)
+            make_key(kernel, numerics_in(kernel, shape.dtype), M, N, shape.D, B)
             for shape in shapes
             for kernel, M, N, B in calls_of(shape, kernels)
         }

@@ -10,11 +10,33 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
-from gssf_triton.autotune.configs import ChunkConfig, FoldConfig, GradientConfig, PairwiseConfig, padded_block
+from gssf_triton.autotune.configs import (
+    CROSS_ATTENTION_REGIONS,
+    CROSS_ATTENTION_WORDS,
+    MIN_DOT,
+    ChunkConfig,
+    CrossAttentionConfig,
+    FoldConfig,
+    GradientConfig,
+    LateInteractionConfig,
+    PairwiseConfig,
+    cross_attention_fits,
+    padded_block,
+)
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.plans import FOLDS, PLANS, PlanChoice
+from gssf_triton.autotune.retrieval_configs import RetrievalConfig
 
-Config = PairwiseConfig | FoldConfig | GradientConfig | ChunkConfig | PlanChoice
+Config = (
+    PairwiseConfig
+    | FoldConfig
+    | GradientConfig
+    | ChunkConfig
+    | PlanChoice
+    | RetrievalConfig
+    | LateInteractionConfig
+    | CrossAttentionConfig
+)
 
 
 def _anything(config: Any, key: Key) -> bool:
@@ -46,18 +68,21 @@ class Space:
                 yield config
 
 
-#: Entries of S that a streaming loop holds at most: 256 MB in float32.
-MOST_STREAMED = 2**26
-
-
-def _stream_fits(config: ChunkConfig, key: Key) -> bool:
-    """A chunk must not be what streaming is there to avoid."""
-    return config.rows * config.columns <= MOST_STREAMED
-
-
 def _gradient_fits(config: GradientConfig, key: Key) -> bool:
     """A program owns whole blocks, and its epilogue walks them in whole steps."""
     return padded_block(key.B) <= config.BLOCK_C and config.BLOCK_C % config.BLOCK_P == 0
+
+
+def _late_interaction_fits(config: LateInteractionConfig, key: Key) -> bool:
+    """As many columns as a dot takes, of words that a caption may have."""
+    return config.CAPTIONS * config.WORDS >= MIN_DOT and min(8, key.N) <= config.WORDS <= key.N
+
+
+def _cross_attention_fits(config: CrossAttentionConfig, key: Key) -> bool:
+    """All of a pair in a tile, whose rows and words are therefore the key's own."""
+    if not cross_attention_fits(key.M, key.N):
+        return False
+    return (config.BLOCK_M, config.WORDS) == (key.M, key.N) and config.CAPTIONS * config.WORDS >= MIN_DOT
 
 
 _TILE = Space(
@@ -100,13 +125,51 @@ _GRADIENT = Space(
 _PLAN = Space(PlanChoice, {"kind": PLANS, "fold": FOLDS})
 #: The gradient's product is in its kernel or the library's; what is folded is settled by which gradient it is.
 _GRADIENT_PLAN = Space(PlanChoice, {"kind": ("one_pass", "fold_product"), "fold": ("fewer",)})
-_STREAM = Space(
+#: How large a chunk may be is the budget's word (`model.fits`).
+_CHUNK = Space(
     ChunkConfig,
     {"rows": (256, 512, 1024, 2048, 4096, 8192), "columns": (1024, 2048, 4096, 8192, 16384, 32768)},
-    _stream_fits,
+)
+_RANKED = Space(
+    RetrievalConfig,
+    {
+        "BLOCK_M": (32, 64, 128),
+        "BLOCK_N": (32, 64, 128),
+        "BLOCK_K": (32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3, 4),
+        "max_spans": (3, 32, 64, 128),
+        "programs": (4, 512, 1024, 2048),
+    },
+)
+_LATE_INTERACTION = Space(
+    LateInteractionConfig,
+    {
+        "BLOCK_M": (32, 64),
+        "CAPTIONS": (1, 2, 4, 8, 16, 32, 64),
+        "WORDS": (1, 2, 4, 8, 16, 32),
+        "BLOCK_K": (16, 32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+        "GROUP_M": (2, 8),
+    },
+    _late_interaction_fits,
+)
+_CROSS_ATTENTION = Space(
+    CrossAttentionConfig,
+    {
+        "BLOCK_M": tuple(2**n for n in range(4, CROSS_ATTENTION_REGIONS.bit_length())),
+        "CAPTIONS": (1, 2, 4, 8, 16, 32, 64, 128),
+        "WORDS": tuple(2**n for n in range(CROSS_ATTENTION_WORDS.bit_length())),
+        "BLOCK_K": (16, 32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+    _cross_attention_fits,
 )
 
-#: Kernel → space. "product" is the one-pass kernel with nothing to fold, "terms" with an accumulator for each term.
+#: Kernel → space. "product" is the one-pass kernel with nothing to fold, "terms" with an accumulator for each term;
+#: "stream_teacher" the streaming kernel with a second similarity; "ranked" what `topk` and `ranks` have in common.
 SPACES: dict[str, Space] = {
     "pairwise": _TILE,
     "product": _TILE,
@@ -116,7 +179,12 @@ SPACES: dict[str, Space] = {
     "gradient": _GRADIENT,
     "plan": _PLAN,
     "gradient_plan": _GRADIENT_PLAN,
-    "chunk": _STREAM,
+    "chunk": _CHUNK,
+    "stream": _TILE,
+    "stream_teacher": _TILE,
+    "ranked": _RANKED,
+    "late_interaction": _LATE_INTERACTION,
+    "cross_attention": _CROSS_ATTENTION,
 }
 
 #: Kernels that torch runs, on whatever device: the others are Triton's.

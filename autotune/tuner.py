@@ -42,7 +42,7 @@ FIRST_USE_CANDIDATES, FIRST_USE_SECONDS = 8, 20.0
 #: something else. The difference of two orders of summation stays well below.
 RESULT_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 5e-3, torch.float64: 1e-9}
 #: Tiles come before the plans that are measured with them.
-LATER_KERNELS = ("plan", "gradient_plan")
+LATER_KERNELS = ("plan", "gradient_plan", "chunk")
 
 
 class OutOfTime(Exception):
@@ -71,12 +71,12 @@ def settle(order: Sequence[Config], timings: dict[Config, Timing]) -> Config:
 
 def _tensors(result: Any) -> list[Tensor]:
     parts = result if isinstance(result, (tuple, list)) else (result,)
-    return [part.detach() for part in parts if isinstance(part, Tensor)]
+    return [part.detach() for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
 
 
 def _agrees(result: Any, reference: list[Tensor], dtype: torch.dtype) -> bool:
-    wide = torch.promote_types(dtype, torch.float32)  # inside the reduction: S may fill half the memory
     for ours, expected in zip(_tensors(result), reference, strict=True):
+        wide = torch.promote_types(expected.dtype, torch.float32)  # inside the reduction: S may fill half the memory
         error = torch.linalg.vector_norm(ours - expected, dtype=wide)
         if not error <= RESULT_TOLERANCE[dtype] * torch.linalg.vector_norm(expected, dtype=wide):
             return False
@@ -155,7 +155,10 @@ def tune_key(
     if deadline is not None and clock.now() >= deadline and not hurried:
         raise OutOfTime(str(key))
     slowest = max(timings[c].seconds for c in finalists)
-    often = _affordable(FINAL_LOOK_SECONDS / len(finalists), slowest, rounds[1])
+    budget = FINAL_LOOK_SECONDS
+    if hurried and deadline is not None:
+        budget = min(budget, max(deadline - clock.now(), 0.0))
+    often = _affordable(budget / len(finalists), slowest, rounds[1])
     final = dict(zip(finalists, measure([calls[c] for c in finalists], clock, often), strict=True))
     chosen = settle(finalists, final)
     return chosen, final[chosen]

@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.configs import cross_attention_config
+from gssf_triton.autotune import lookup
 from gssf_triton.constants import ATTENTION_EPS, LEAKY_SLOPE
 from gssf_triton.kernels.launch import (
     Metric,
     accumulator,
-    describe,
     needs_wide_channels,
     numerics,
     options,
@@ -141,7 +140,7 @@ def scores(
     """Scores (I, T) of regions x, their fold z (I, R, D) and words y (T, L, D), of one dtype; gram (I, R, R)."""
     (images, R, D), (captions, L, _) = x.shape, y.shape
     out = torch.empty((images, captions), dtype=accumulator(x.dtype), device=x.device)
-    config = cross_attention_config(R, L, x.dtype, describe(x.device))
+    config = lookup.cross_attention(R, L, D, x.dtype, x.device)
     if order is None:
         order = torch.arange(captions, device=x.device)
     cross_attention_kernel[(images * triton.cdiv(captions, config.CAPTIONS),)](

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.configs import late_interaction_config
-from gssf_triton.kernels.launch import Metric, describe, needs_wide_channels, numerics, options, pointer
+from gssf_triton.autotune import lookup
+from gssf_triton.kernels.launch import Metric, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, grouped_tile, similarity_tile
 
 #: Epilogues.
@@ -258,7 +258,7 @@ def _launch(
     (images, R, D), (captions, L, _) = x.shape, y.shape
     assert x2 is None or x2.stride() == x.stride()
     assert y2 is None or y2.stride() == y.stride()
-    config = late_interaction_config(R, L, D, x.dtype, describe(x.device))
+    config = lookup.late_interaction(R, L, D, x.dtype, x.device)
     together = config.images(R)
     identity = Metric(None, None)
     grid = (triton.cdiv(images, together) * triton.cdiv(captions, config.CAPTIONS),)

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.retrieval_configs import retrieval_config
-from gssf_triton.kernels.launch import describe, precision
+from gssf_triton.autotune import lookup
 from gssf_triton.kernels.ranked_tile import ABSENT, join_keys, ranked_tile, spans_of, split_keys, tile_arguments
 from gssf_triton.kernels.tile import clamped_rows
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores
@@ -85,7 +84,7 @@ def _parts(
 ) -> Tensor:
     """(Q, spans) int64 of one block of the gallery; with a bar, keys (Q,), the counts."""
     queries = scores.queries
-    config = retrieval_config(queries.dtype, describe(queries.device), precision(queries.dtype, queries.device))
+    config = lookup.ranked(queries.shape[1], queries.dtype, queries.device)
     row_tiles, spans, tiles = spans_of(queries.shape[0], block.shape[0], config)
     parts = torch.empty((queries.shape[0], spans), dtype=torch.int64, device=queries.device)
     if parts.numel() == 0:

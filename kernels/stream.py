@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.configs import stream_config
+from gssf_triton.autotune import lookup
+from gssf_triton.autotune.configs import TRITON_CHUNK_ARRAYS
 from gssf_triton.kernels.epilogues import EPILOGUES
-from gssf_triton.kernels.launch import Metric, acc_type, accumulator, describe, needs_wide_channels, options, pointer
+from gssf_triton.kernels.launch import Metric, acc_type, accumulator, needs_wide_channels, options, pointer
 from gssf_triton.kernels.launch import precision as product_precision
 from gssf_triton.kernels.pairwise import pairwise
 from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, similarity_tile
@@ -120,7 +123,7 @@ def stream_kernel(
 class TritonEngine:
     """Chunks by `stream_kernel`, which stores slopes alone; half-precision operands have half-precision slopes."""
 
-    ARRAYS = 1
+    ARRAYS: ClassVar[int] = TRITON_CHUNK_ARRAYS
 
     def __init__(self, chunk: tuple[int, int]) -> None:
         self.chunk = chunk
@@ -130,8 +133,10 @@ class TritonEngine:
         shape = epilogues.EPILOGUES[epilogue]
         function, both, sums = EPILOGUES[epilogue]
         has_teacher = shape.uses_teacher
-        config = stream_config(t.dtype, describe(t.device), teacher=has_teacher)
         M, N, D = t.shape[0], y.shape[0], t.shape[1]
+        # By all of S, not by the chunk: equal rows must have equal similarities in the last chunk, too.
+        whole = operands.t.shape[0], operands.y.shape[0]
+        config = lookup.stream(*whole, D, t.dtype, t.device, teacher=has_teacher)
         tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
         acc = accumulator(t.dtype)
         row_out = t.new_empty((len(shape.row_empty), tiles_n, M), dtype=acc)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.retrieval_configs import padded_k, retrieval_config
-from gssf_triton.kernels.launch import describe, precision
+from gssf_triton.autotune import lookup
+from gssf_triton.autotune.retrieval_configs import padded_k
 from gssf_triton.kernels.ranked_tile import ABSENT, ranked_tile, spans_of, split_keys, tile_arguments
 from gssf_triton.kernels.tile import clamped_rows
 from gssf_triton.retrieval.scan import Lists
@@ -89,7 +89,7 @@ def _block_lists(
 ) -> tuple[Tensor, Tensor]:
     """(keys, indices), best first, of the items of one block of the gallery, at most k."""
     queries = scores.queries
-    config = retrieval_config(queries.dtype, describe(queries.device), precision(queries.dtype, queries.device))
+    config = lookup.ranked(queries.shape[1], queries.dtype, queries.device)
     row_tiles, spans, tiles = spans_of(queries.shape[0], block.shape[0], config)
     K = padded_k(k)
     parts = torch.empty((queries.shape[0], spans, K), dtype=torch.int64, device=queries.device)

@@ -6,7 +6,6 @@ are compared within a round. A sample is one stretch of a monotonic clock on the
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import statistics
@@ -19,9 +18,9 @@ import torch
 
 Call = Callable[[], object]
 
-#: The shortest stretch of the CPU's clock that counts as a sample: shorter calls are repeated within it.
-CPU_SAMPLE_SECONDS = 4e-3
-#: Written before each sample on a GPU, so that no input is found in its L2 cache (50 MB on the largest).
+#: Read and written before each sample on a CPU, and …
+CPU_FLUSH_BYTES = 64 * 2**20
+#: … written before each on a GPU, so that no input is found in a cache (of 50 MB on the largest).
 GPU_FLUSH_BYTES = 256 * 2**20
 #: Calls of each contender whose time is not reported, before the first sample.
 WARM_UP = 2
@@ -58,21 +57,19 @@ class Spread:
 
 
 class CpuClock:
-    """Seconds of `repeats` calls by the monotonic clock."""
+    """Seconds of one call by the monotonic clock, the caches flushed before it."""
 
-    def repeats(self, call: Call) -> int:
-        """Calls to a sample."""
-        once = min(self.round([(call, 1)] * WARM_UP))
-        return math.ceil(CPU_SAMPLE_SECONDS / max(once, 1e-7))
+    def __init__(self) -> None:
+        self.flush = torch.zeros(CPU_FLUSH_BYTES // 4, dtype=torch.int32)
 
-    def round(self, calls: list[tuple[Call, int]]) -> list[float]:
-        """Seconds a call, of each in turn."""
+    def round(self, calls: list[Call]) -> list[float]:
+        """Seconds of each call, in turn."""
         samples = []
-        for call, repeats in calls:
+        for call in calls:
+            self.flush.add_(1)
             start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            samples.append((time.perf_counter() - start) / repeats)
+            call()
+            samples.append(time.perf_counter() - start)
         return samples
 
 
@@ -82,12 +79,10 @@ class GpuClock:
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(GPU_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
-    def repeats(self, call: Call) -> int:
-        return 1
-
-    def round(self, calls: list[tuple[Call, int]]) -> list[float]:
+    def round(self, calls: list[Call]) -> list[float]:
+        """Seconds of each call, in turn."""
         pairs = []
-        for call, _ in calls:
+        for call in calls:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self.flush.zero_()
             start.record()
@@ -105,8 +100,7 @@ def clock_for(device: torch.device) -> CpuClock | GpuClock:
 def interleave(calls: Mapping[str, Call], clock: CpuClock | GpuClock, effort: Effort) -> dict[str, list[float]]:
     """Samples of each call in seconds, the i-th of each from the same round, the order new in every round."""
     for call in calls.values():
-        clock.round([(call, 1)] * WARM_UP)
-    work = {name: (call, clock.repeats(call)) for name, call in calls.items()}
+        clock.round([call] * WARM_UP)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0).shuffle
@@ -115,7 +109,7 @@ def interleave(calls: Mapping[str, Call], clock: CpuClock | GpuClock, effort: Ef
         if done >= effort.least and time.perf_counter() - start > effort.seconds:
             break
         shuffle(order)
-        for name, seconds in zip(order, clock.round([work[name] for name in order]), strict=True):
+        for name, seconds in zip(order, clock.round([calls[name] for name in order]), strict=True):
             samples[name].append(seconds)
     return samples
 

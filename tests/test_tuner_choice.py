@@ -12,13 +12,26 @@ from hypothesis import strategies as st
 from tuner_kit import H100, OTHER_GPU, measured
 
 from gssf_triton.autotune import configs, lookup, model, plans, ranking, space
-from gssf_triton.autotune.configs import ChunkConfig, FoldConfig, GradientConfig, PairwiseConfig
-from gssf_triton.autotune.keys import NUMERICS, Key, bucket, distance, dtype_of, make_key, numerics
+from gssf_triton.autotune.configs import ChunkConfig, CrossAttentionConfig, FoldConfig, GradientConfig, PairwiseConfig
+from gssf_triton.autotune.keys import (
+    NUMERICS,
+    PAIR_KERNELS,
+    RANKED_ROWS,
+    Key,
+    bucket,
+    distance,
+    dtype_of,
+    make_key,
+    numerics,
+)
 from gssf_triton.autotune.measure import Timing
 from gssf_triton.autotune.plans import PlanChoice
 from gssf_triton.autotune.space import SPACES
 from gssf_triton.autotune.targets import ARCHITECTURES
 from gssf_triton.autotune.tuner import settle
+from gssf_triton.kernels.stream import TritonEngine
+from gssf_triton.streaming.chunks import chunk_shape
+from gssf_triton.streaming.driver import TorchEngine
 
 TILE = Key("pairwise", "bf16", 1024, 32, 8192, 8192)
 FALLBACK = configs.pairwise_config(8192, 8192, 1024, 32, torch.bfloat16, "sm_90")
@@ -124,6 +137,14 @@ KEYS = [
     Key("plan", "bf16", 1024, 64, 512, 512),
     Key("gradient_plan", "fp32", 1024, 64, 512, 512),
     Key("chunk", "fp32", 1024, 0, 8192, 8192),
+    Key("stream", "fp16", 1024, 0, 8192, 8192),
+    Key("stream_teacher", "fp32", 512, 0, 2048, 2048),
+    Key("ranked", "bf16", 1024, 0, *RANKED_ROWS),
+    Key("ranked", "fp32", 256, 0, *RANKED_ROWS),
+    Key("late_interaction", "bf16", 1024, 0, 64, 32),
+    Key("late_interaction", "fp32", 256, 0, 16, 1),
+    Key("cross_attention", "fp16", 1024, 0, 64, 32),
+    Key("cross_attention", "tf32", 256, 0, 64, 64),
 ]
 
 
@@ -136,6 +157,42 @@ def test_candidates_start_with_the_models_choice_and_are_all_legal(key: Key, arc
     assert all(model.is_legal(config, key, arch) for config in found)
     assert found[:3] == ranking.candidates(key, arch, limit=3)
     assert len(found) > 1, "there is something to tune on GPUs the gate does not compile for, too"
+
+
+@pytest.mark.parametrize("arch", ["cpu", "sm_90"])
+def test_a_chunk_keeps_to_the_losses_budget(arch: str) -> None:
+    key = Key("chunk", "fp32", 1024, 0, 2**20, 2**20)
+    device = torch.device("cpu" if arch == "cpu" else "cuda")
+    entry_bytes = (TorchEngine if arch == "cpu" else TritonEngine).ARRAYS * 4
+    found = ranking.candidates(key, arch)
+    assert ChunkConfig(8192, 32768) not in found and len(found) >= 10
+    for config in found[1:]:
+        with lookup.use("chunk", config):
+            shape = chunk_shape(2**20, 2**20, 1024, torch.float32, device, entry_bytes=entry_bytes)
+        assert shape == (config.rows, config.columns), "what is measured is what runs"
+
+
+def test_retrievals_tile_is_the_same_for_every_batch_gallery_and_shard() -> None:
+    keys = {make_key("ranked", "fp32", Q, N, 512, 0) for Q in (1, 100, 5000) for N in (7, 10**3, 10**7)}
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(("R", "L"), [(1, 1), (10, 5), (36, 32), (49, 60), (64, 64)])
+@pytest.mark.parametrize("kernel", PAIR_KERNELS)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "interpreter"])
+def test_a_pairs_key_has_a_tile_that_holds_the_pair(kernel: str, R: int, L: int, arch: str) -> None:
+    key = make_key(kernel, "fp16", R, L, 512, 0)
+    assert key.M >= R and key.N >= L
+    exact = model.choice(kernel, R, L, 512, 0, torch.float16, arch, tf32=False)
+    assert model.is_legal(exact, key, arch)
+    if kernel == "cross_attention":
+        assert exact == model.default(key, arch), "a table's tile is one for the pair itself"
+
+
+def test_a_pair_larger_than_the_kernel_takes_has_no_tile_of_cross_attentions() -> None:
+    key = Key("cross_attention", "fp16", 512, 0, 256, 32)
+    tile = CrossAttentionConfig(128, 1, 32, 64, num_warps=8, num_stages=2)
+    assert not SPACES["cross_attention"].fits_key(tile, key)
 
 
 def test_chunks_beyond_the_matrix_are_not_measured() -> None:
@@ -176,7 +233,7 @@ def test_the_model_prefers_tiles_that_suit_the_shape() -> None:
         ("chunk", {"rows": 512, "columns": 4096, "x": 1}, "must have the fields"),
         ("chunk", {"rows": 512.0, "columns": 4096}, "rows of chunk must be one of"),
         ("chunk", {"rows": True, "columns": 4096}, "rows of chunk must be one of"),
-        ("chunk", {"rows": 8192, "columns": 32768}, "no legal tile"),
+        ("cross_attention", vars(CrossAttentionConfig(32, 1, 64, 64, 8, 2)), "no legal tile"),
         ("plan", {"kind": "fast", "fold": "fewer"}, "kind of plan must be one of"),
         ("plan", [], "config must be an object"),
     ],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from tuner_kit import CPU, H100, OTHER_GPU, a_chunk, cache, measured, pretend, stream_key  # noqa: F401
 
 import gssf_triton
@@ -17,8 +18,10 @@ from gssf_triton.autotune import lookup, mode, tuner
 from gssf_triton.autotune.chunk import stream_chunk
 from gssf_triton.autotune.configs import ChunkConfig, PairwiseConfig, chunk_config, pairwise_config
 from gssf_triton.autotune.devices import Device, identify_for_torch
-from gssf_triton.autotune.keys import Key
+from gssf_triton.autotune.keys import Key, make_key
+from gssf_triton.autotune.model import EPILOGUE_KERNELS
 from gssf_triton.autotune.plans import PLANS, PlanChoice, force_plan
+from gssf_triton.autotune.ranking import candidates
 from gssf_triton.ops import bilinear
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -368,3 +371,70 @@ def test_stream_chunks_can_be_asked_for_inside_a_compiled_function() -> None:
     assert compiled(a) == a.sum() * chunk_config("cpu").rows
     assert sums(a) == a.sum() * 512
     torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------------- launchers
+
+
+def _calls(where: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """Kernel → a call that launches it, of 40 channels."""
+    x, y = (torch.randn(rows, 40, device=where) for rows in (20, 30))
+    regions, words = torch.randn(3, 7, 40, device=where), torch.randn(2, 5, 40, device=where)
+    W, ids = torch.rand(40, device=where), torch.arange(30, device=where) % 7
+    stream = {"logit_scale": 2.0, "backend": "triton"}
+    return {
+        "stream": lambda: gssf_triton.info_nce(x, y[:20], W, **stream),
+        "stream_teacher": lambda: gssf_triton.distillation_loss(
+            x, y[:20], W, teacher_a=x, teacher_b=y[:20], teacher_W_diag=W, **stream
+        ),
+        "ranked": lambda: torch.cat(
+            (
+                gssf_triton.topk(x, y, W, k=3, backend="triton")[0].flatten(),
+                gssf_triton.ranks(x, y, W, query_ids=ids[:20], gallery_ids=ids, backend="triton").float(),
+            )
+        ),
+        "late_interaction": lambda: gssf_triton.late_interaction(regions, words, W, backend="triton"),
+        "cross_attention": lambda: gssf_triton.cross_attention_sim(regions, words, W, backend="triton"),
+    }
+
+
+@pytest.mark.parametrize("kernel", EPILOGUE_KERNELS)
+def test_launchers_take_what_a_table_says(kernel: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = torch.device(device, 0) if device == "cuda" else CPU
+    M, N = {"late_interaction": (7, 5), "cross_attention": (7, 5)}.get(kernel, (20, 20))
+    key = make_key(kernel, "fp32", M, N, 40, 0)
+    target = lookup.identify(where)
+    answers: list[Any] = []
+    choose = lookup.choose
+
+    def recorded(asked: str, *arguments: Any, **further: Any) -> Any:
+        answer = choose(asked, *arguments, **further)
+        if asked == kernel:
+            answers.append(answer)
+        return answer
+
+    monkeypatch.setattr(lookup, "choose", recorded)
+    call = _calls(where)[kernel]
+    expected = call()
+    first, other = candidates(key, target.arch)[:2]
+    assert answers and set(answers) == {first}
+    lookup.learn(target, {key: measured(other)})
+    answers.clear()
+    torch.testing.assert_close(call(), expected)
+    assert answers and set(answers) == {other}
+
+
+def test_a_losses_tile_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal rows must have equal similarities in every chunk, the last and smaller one included."""
+    asked: list[tuple[int, int]] = []
+    stream = lookup.stream
+
+    def recorded(M: int, N: int, *arguments: Any, **further: Any) -> Any:
+        asked.append((M, N))
+        return stream(M, N, *arguments, **further)
+
+    monkeypatch.setattr(lookup, "stream", recorded)
+    x = torch.randn(70, 16)
+    with lookup.use("chunk", ChunkConfig(32, 32)):
+        gssf_triton.info_nce(x, x, torch.ones(16), logit_scale=1.0, backend="triton")
+    assert len(asked) == 9 and set(asked) == {(70, 70)}

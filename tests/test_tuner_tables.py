@@ -152,6 +152,45 @@ def test_the_models_verdicts_are_the_compilers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+# What the model passes compiles, fits and spills nothing, in the heaviest variant of each kernel that keeps something
+# of a tile in the tile's stead; its count of shared memory is never below the compiler's.
+EPILOGUES = """
+from gssf_triton.autotune import model, ranking
+from gssf_triton.autotune.compile_gate import faults
+from gssf_triton.autotune.keys import RANKED_ROWS, Key
+from gssf_triton.autotune.launches import table_launches
+from gssf_triton.autotune.resources import compile_launch
+from gssf_triton.autotune.tables import Entry, Table
+
+HEAVIEST = {"stream": "softmax_slope_both", "stream_teacher": "distillation_slope", "ranked": "k=64",
+            "late_interaction": "weights lse", "cross_attention": "table"}
+CASES = [
+    ("sm_90", Key("stream", "fp16", 1024, 0, 8192, 8192)),
+    ("sm_80", Key("stream_teacher", "fp16", 1024, 0, 8192, 8192)),
+    ("sm_80", Key("ranked", "bf16", 1024, 0, *RANKED_ROWS)),
+    ("sm_100", Key("late_interaction", "bf16", 1024, 0, 64, 32)),
+    ("gfx942", Key("cross_attention", "bf16", 1024, 0, 64, 32)),
+]
+for arch, key in CASES:
+    # Not the model's own choice, which the gate compiles, but the one of the rest that takes most.
+    rest = ranking.candidates(key, arch)[1:]
+    config = max(rest, key=lambda c: (model.usage(c, key, arch).accumulators, model.usage(c, key, arch).shared))
+    table = Table("x", arch, ("x",), {}, {key: Entry(config, "model")})
+    launch = next(x for x in table_launches(table) if x.variant == HEAVIEST[key.kernel])
+    real = compile_launch(launch)
+    assert not faults(launch, real), (launch, real)
+    assert real.shared <= model.usage(config, key, arch).shared + model.SLACK, (launch, real)
+"""
+
+
+def test_the_model_errs_on_the_safe_side_of_the_compiler() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", EPILOGUES], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_sample_of_the_tables_compiles() -> None:
     """`make aot` and `autotune check` compile them all."""
     program = """
@@ -164,7 +203,7 @@ from gssf_triton.autotune.targets import ARCHITECTURES
 for table in shipped():
     if table.arch in ARCHITECTURES:
         launches = table_launches(table)
-        for launch in launches[:: max(1, len(launches) // 2)]:
+        for launch in launches[:: (len(launches) + 1) // 2]:
             found = faults(launch, compile_launch(launch))
             assert not found, (launch, found)
 """

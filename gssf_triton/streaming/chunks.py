@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from gssf_triton.autotune.chunk import stream_chunk
-
-#: Bytes that everything of a chunk's size may take together, on a CPU and on a GPU.
-CPU_BUDGET = 48 * 2**20
-GPU_BUDGET = 192 * 2**20
+from gssf_triton.autotune.configs import CHUNK_BUDGET
 
 
 def chunk_shape(
@@ -17,7 +14,7 @@ def chunk_shape(
     """Rows and columns of S (M, N) that are held at a time, by a loop that holds `entry_bytes` an entry of a chunk."""
     chosen = stream_chunk(M, N, D, dtype, device)
     rows, columns = min(chosen.rows, max(M, 1)), min(chosen.columns, max(N, 1))
-    budget = CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+    budget = CHUNK_BUDGET["cpu" if device.type == "cpu" else "cuda"]
     while rows * columns * entry_bytes > budget:
         rows, columns = (rows, -(-columns // 2)) if columns >= rows else (-(-rows // 2), columns)
     return rows, columns

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from gssf_triton.autotune.configs import TORCH_CHUNK_ARRAYS
 from gssf_triton.streaming.epilogues import EPILOGUES, STATE_DTYPE, Chunk, Epilogue, Kept
 
 
@@ -53,7 +54,7 @@ class Engine(Protocol):
 class TorchEngine:
     """Chunks by torch's own products, epilogues by `epilogues`: the similarities, what becomes of them, the slope."""
 
-    ARRAYS = 4
+    ARRAYS: ClassVar[int] = TORCH_CHUNK_ARRAYS
 
     def __init__(self, chunk: tuple[int, int]) -> None:
         self.chunk = chunk
