@@ -43,13 +43,12 @@ class ImageTower(nn.Module):
         for out in (width, 2 * width, 4 * width):
             layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
-        # The identity for images of 32×32.
-        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4))
+        self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(channels * 16, dim)
 
     def _grid(self, images: Tensor) -> Tensor:
         grid: Tensor = self.trunk(images[:, None] if images.dim() == 3 else images)
-        return grid
+        return grid if grid.shape[-2:] == (4, 4) else nn.functional.adaptive_avg_pool2d(grid, 4)
 
     def cells(self, images: Tensor) -> Tensor:
         """(n, 16, 4 · width), the grid's cells as regions."""

@@ -158,6 +158,37 @@ def image_text_pairs(source: Source, seed: int) -> tuple[Pairs, Pairs]:
     return train_part, test_part
 
 
+#: The frozen-feature study's other world: these scripts, in these typefaces. The towers learn from the rest.
+NEW_SCRIPTS = ("GREEK", "CYRILLIC", "MATHEMATICAL", "ARMENIAN", "BOX")
+NEW_TYPEFACES = ("DejaVuSerif", "STIX")
+
+
+def transfer_pairs(source: Source, seed: int) -> tuple[Pairs, Pairs, Pairs]:
+    """(the towers', the metric's, test). Of Flickr30K and COCO: train, dev, test.
+
+    Of the glyphs: most scripts in sans-serif faces for the towers; other scripts in serif faces for the metric and,
+    other names of them for each seed, the test.
+    """
+    if source.data != "glyphs":
+        assert source.root is not None
+        first, second, third = (
+            Pairs(part.images, np.arange(len(part)), part.captions, part.image_ids, CAPTION_WORDS)
+            for part in (load_precomputed(source.root, source.data, split) for split in ("train", "dev", "test"))
+        )
+        return first, second, third
+    glyphs = source.glyphs()
+    is_new_face = np.array([face.startswith(NEW_TYPEFACES) for face in glyphs.typefaces])[glyphs.typeface_ids]
+    is_new_name = np.array([name.startswith(NEW_SCRIPTS) for name in glyphs.names])[glyphs.name_ids]
+    worlds = []
+    for kept in (~is_new_face & ~is_new_name, is_new_face & is_new_name):
+        part = Glyphs(
+            glyphs.images[kept], glyphs.name_ids[kept], glyphs.typeface_ids[kept], glyphs.names, glyphs.typefaces
+        )
+        worlds.append(part.only(np.unique(part.name_ids)))
+    train, test = worlds[1].split(min(source.held_out, len(worlds[1].names) // 2), seed)
+    return glyph_pairs(worlds[0]), glyph_pairs(train), glyph_pairs(one_image_a_name(test, seed))
+
+
 def photographs(paths: tuple[Path, ...], cache: Path) -> NDArray[np.uint8]:
     """(n, 64, 64, 3) bytes, decoded once into `cache` and memory-mapped from there."""
     from PIL import Image

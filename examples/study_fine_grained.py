@@ -49,7 +49,7 @@ STUDY = Study(
     data=("glyphs", "cub", "sop"),
     settings=Settings(loss="info_nce", evaluations=1),
     held_out=400,
-    columns=("cosine", "diag", "bdiag-32", "both-32", "both-8", "both-128"),
+    columns=("cosine", "diag", "bdiag-32", "both-8", "both-32"),
     make=make,
 )
 

@@ -29,7 +29,7 @@ STUDY = Study(
     shown=("i2t_r1", "t2i_r1", "rsum"),
     data=("glyphs", "f30k", "coco"),
     settings=Settings(evaluations=3),
-    columns=("cosine", "diag", "bdiag-32", "both-32", "both-8", "both-128"),
+    columns=("cosine", "diag", "bdiag-32", "both-8", "both-32"),
     make=make,
 )
 

@@ -54,7 +54,7 @@ STUDY = Study(
     shown=("cmc1", "cmc5", "map"),
     data=("glyphs", "market1501"),
     settings=Settings(evaluations=1),
-    columns=("cosine", "diag", "bdiag-32", "both-32", "both-8", "both-128"),
+    columns=("cosine", "diag", "bdiag-32", "both-8", "both-32"),
     make=make,
 )
 

@@ -47,18 +47,19 @@ class PairTask(Task):
     """Image–text retrieval with one vector each."""
 
     def __init__(
-        self, settings: Settings, column: Column, seed: int, train: Pairs, test: Pairs, texts: nn.Module | None = None
-    ) -> None:
+        self, settings: Settings, column: Column, seed: int, train: Pairs, test: Pairs,
+        texts: Callable[[], nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(settings, seed)
         self.training_set, self.test_set = train, test
         self.image_groups, self.text_groups = Groups(train.image_ids), Groups(train.text_ids)
         self.images = image_tower(train, settings)
-        self.texts = TextTower(settings.dim, 4 * settings.width) if texts is None else texts
+        self.texts = TextTower(settings.dim, 8 * settings.width) if texts is None else texts()
         self.metric = column.metric(settings)
         self.criterion = Criterion(settings, self.metric)
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """A batch of images and of tokens, each pair of another id, and the rows they come from."""
+        """A batch of images and of tokens, each pair of another id; the rows they come from are kept in `drawn`."""
         groups = torch.randperm(len(self.image_groups), generator=self.generator)[: self.settings.batch_size]
         (image_rows,) = self.image_groups.draw(groups, self.generator)
         (text_rows,) = self.text_groups.draw(groups, self.generator)

@@ -30,7 +30,7 @@ class Settings:
         steps: Training steps.
         batch_size: Pairs a step.
         dim: Channels D of the similarity.
-        width: Of the towers.
+        width: Of the towers: channels of the CNN's first layer; words have eight times as many.
         learning_rate: The towers' (AdamW, a short warm-up, half a cosine down to 0).
         loss: "triplet" (hinge) or "info_nce".
         margin: The hinge's.
@@ -42,10 +42,10 @@ class Settings:
         evaluations: How often the test set is looked at; the last one counts.
     """
 
-    steps: int = 300
+    steps: int = 250
     batch_size: int = 128
     dim: int = 128
-    width: int = 16
+    width: int = 8
     learning_rate: float = 2e-3
     loss: str = "triplet"
     margin: float = 0.2
@@ -237,6 +237,8 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
         task.generator.set_state(state["generator"])
         torch.set_rng_state(state["chance"])
         step, history = state["step"], state["history"]
+    if step >= settings.steps:
+        yield history
     every = max(1, settings.steps // max(1, settings.evaluations))
     while step < settings.steps:
         # Warm up over a twentieth, then half a cosine down to zero.
@@ -273,3 +275,12 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
                     },
                 )
         yield history
+
+
+def finish(task: Task, identity: dict[str, Any], checkpoint: Path) -> list[dict[str, float]]:
+    """Train a tower that columns share, or take it from its checkpoint; leaves it in evaluation mode, frozen."""
+    history: list[dict[str, float]] = []
+    for history in train(task, identity, checkpoint):
+        pass
+    task.eval().requires_grad_(False)
+    return history
