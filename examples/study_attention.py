@@ -9,11 +9,12 @@ each head, which starts as the identity: `nn.GSSFAttention` beside `nn.Multihead
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 from glyph_model import WordEmbedding
 from study_data import Source, image_text_pairs
-from study_runner import Study, main
+from study_runner import VSE_RECIPE, Study, main
 from study_tasks import PairTask
 from study_trainer import TERMS, Column, Settings
 from torch import Tensor, nn
@@ -84,6 +85,7 @@ STUDY = Study(
     data=("glyphs", "f30k", "coco"),
     settings=Settings(loss="info_nce", evaluations=3),
     columns=("cosine", "diag", "bdiag-16", "both-4", "both-16"),
+    recipe=replace(VSE_RECIPE, loss="info_nce"),
     make=make,
 )
 
