@@ -150,3 +150,44 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+KINDS = {"cosine": "cosine", "diag": "Diag", "bdiag": "B-Diag", "both": "both"}
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """One row a study: its headline number in every column, bold where the paired test shows a difference."""
+    lines = [
+        "| study | number | " + " | ".join(KINDS.values()) + " | seeds |",
+        "|---" * (len(KINDS) + 3) + "|",
+    ]
+    for study in results:
+        cells: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        comparisons = compare(study)
+        for c in comparisons:
+            column = Column.parse(c.column)
+            if column.changes:
+                continue
+            size = f"B = {column.block_size}: " if column.block_size else ""
+            value = _spread(c)
+            cells[column.kind].append(size + (f"**{value}**" if c.verdict != "no difference shown" else value))
+        seeds = min(len(c.values) for c in comparisons)
+        row = [study["title"], study["headline_title"], *("<br>".join(cells[kind]) or "–" for kind in KINDS), str(seeds)]
+        lines.append("| " + " | ".join(row) + " |")
+    note = (
+        "Mean ± standard deviation over the seeds. **Bold**: differs from cosine by a paired t test over the seeds, "
+        f"p < {LEVEL} after Holm's correction for the study's columns; of the others no difference is shown."
+    )
+    return "\n".join(lines) + "\n\n" + note
+
+
+def replace_between(path: Path, name: str, text: str) -> bool:
+    """Put `text` between <!-- name:begin --> and <!-- name:end --> of a file; False where it has no such markers."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before = path.read_text(encoding="utf-8")
+    if begin not in before or end not in before:
+        return False
+    head, _, rest = before.partition(begin)
+    _, _, tail = rest.partition(end)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
+    return True
