@@ -29,9 +29,7 @@ def attention(column: Column, width: int) -> nn.MultiheadAttention:
     if column.kind == "cosine":
         return nn.MultiheadAttention(width, HEADS, batch_first=True)
     diag, blocks = TERMS[column.kind]
-    return GSSFAttention(
-        width, HEADS, batch_first=True, block_size=column.block_size or None, diag=diag, blocks=blocks
-    )
+    return GSSFAttention(width, HEADS, batch_first=True, block_size=column.block_size or None, diag=diag, blocks=blocks)
 
 
 class Layer(nn.Module):

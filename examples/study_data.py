@@ -136,9 +136,7 @@ def one_image_a_name(glyphs: Glyphs, seed: int) -> Glyphs:
     groups = Groups(glyphs.name_ids)
     starts, counts = groups.starts.numpy(), groups.counts.numpy()
     rows = groups.order.numpy()[starts + (generator.random(len(counts)) * counts).astype(np.int64)]
-    return Glyphs(
-        glyphs.images[rows], glyphs.name_ids[rows], glyphs.typeface_ids[rows], glyphs.names, glyphs.typefaces
-    )
+    return Glyphs(glyphs.images[rows], glyphs.name_ids[rows], glyphs.typeface_ids[rows], glyphs.names, glyphs.typefaces)
 
 
 def glyph_pairs(glyphs: Glyphs) -> Pairs:
@@ -159,7 +157,7 @@ def image_text_pairs(source: Source, seed: int) -> tuple[Pairs, Pairs]:
 
 
 #: The frozen-feature study's other world: these scripts, in these typefaces. The towers learn from the rest.
-NEW_SCRIPTS = ("GREEK", "CYRILLIC", "MATHEMATICAL", "ARMENIAN", "BOX")
+NEW_SCRIPTS = ("GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "BOX", "CIRCLED", "LEFTWARDS", "RIGHTWARDS", "MODIFIER")
 NEW_TYPEFACES = ("DejaVuSerif", "STIX")
 
 

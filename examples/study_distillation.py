@@ -2,8 +2,8 @@
 
     python examples/study_distillation.py
 
-The teacher (twice the channels, four times the width) is trained once a seed with InfoNCE and cosine. The student sees no labels: its
-loss is the Kullback–Leibler divergence between its similarities of a batch and the teacher's, both ways.
+The teacher (twice the channels, four times the width) is trained once a seed with InfoNCE and cosine. The student sees
+no labels: its loss is the Kullback–Leibler divergence between its similarities of a batch and the teacher's, both ways.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python examples/study_frozen.py
 
 Two towers learn with cosine from most scripts in sans-serif typefaces. Then they are frozen, and W_diag and W_blocks
-alone are learned for other scripts in serif typefaces, and tested on names of those never seen. B = D is the metric with
-no structure at all. With --data f30k or coco: towers from train, metric from dev, test on test.
+alone are learned for other scripts in serif typefaces, and tested on names of those never seen. B = D is the metric
+with no structure at all. With --data f30k or coco: towers from train, metric from dev, test on test.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 import gssf_triton
 
 #: What the towers are trained with, before any column's turn.
-TOWERS = Settings(steps=400, loss="info_nce", evaluations=1)
+TOWERS = Settings(steps=500, learning_rate=4e-3, loss="info_nce", evaluations=1)
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ STUDY = Study(
     headline_title="rsum (of 600)",
     shown=("i2t_r1", "t2i_r1", "rsum"),
     data=("glyphs", "f30k", "coco"),
-    settings=Settings(steps=400, batch_size=256, loss="info_nce", learning_rate=1e-2, evaluations=4),
+    settings=Settings(steps=300, batch_size=256, width=16, loss="info_nce", learning_rate=1e-2, evaluations=4),
     columns=("cosine", "diag", "bdiag-8", "bdiag-32", "bdiag-128", "both-8", "both-32", "both-128"),
     make=make,
     seeds=10,
-    held_out=600,
+    held_out=500,
 )
 
 if __name__ == "__main__":

@@ -124,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if seed == 0:
             draw(task, args.out / "look.png")
     summary = {name: spread([run[name] for run in found]) for name in found[0]}
-    (args.out / "look.json").write_text(json.dumps({"column": str(column), "summary": summary, "runs": found}, indent=1))
+    (args.out / "look.json").write_text(
+        json.dumps({"column": str(column), "summary": summary, "runs": found}, indent=1)
+    )
     for name, numbers in summary.items():
         print(f"{name}: {numbers['mean']:.3g} ± {numbers['std']:.2g}, differs from 0: p = {numbers['p_not_zero']:.2g}")
     return 0

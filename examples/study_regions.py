@@ -13,6 +13,7 @@ import sys
 
 import torch
 from glyph_model import ImageTower
+from glyph_training import info_nce
 from study_data import Pairs, Source, image_text_pairs, take
 from study_runner import VSE_RECIPE, Study, main
 from study_tasks import PairTask, in_chunks
@@ -20,7 +21,6 @@ from study_trainer import Column, Settings, folded, hinge
 from torch import Tensor, nn
 
 import gssf_triton
-from glyph_training import info_nce
 
 
 def score_numbers(S: Tensor, image_ids: Tensor, text_ids: Tensor) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """"better", "worse" or "no difference shown"."""
+        """Whether the corrected test shows the column better or worse than the first, or no difference."""
         if self.difference is None or not self.p_holm < LEVEL:
             return "no difference shown"
         return "better" if self.difference > 0 else "worse"
@@ -121,7 +121,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Left: every seed's headline number by column, seeds joined. Right: the paired differences with their intervals."""
+    """Left: every seed's headline number by column, seeds joined. Right: paired differences, with intervals."""
     comparisons = compare(results)
     titles = [Column.parse(c.column).title for c in comparisons]
     place = np.arange(len(comparisons))
@@ -172,7 +172,12 @@ def summary(results: list[dict[str, Any]]) -> str:
             value = _spread(c)
             cells[column.kind].append(size + (f"**{value}**" if c.verdict != "no difference shown" else value))
         seeds = min(len(c.values) for c in comparisons)
-        row = [study["title"], study["headline_title"], *("<br>".join(cells[kind]) or "–" for kind in KINDS), str(seeds)]
+        row = [
+            study["title"],
+            study["headline_title"],
+            *("<br>".join(cells[kind]) or "–" for kind in KINDS),
+            str(seeds),
+        ]
         lines.append("| " + " | ".join(row) + " |")
     note = (
         "Mean ± standard deviation over the seeds. **Bold**: differs from cosine by a paired t test over the seeds, "

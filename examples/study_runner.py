@@ -23,7 +23,6 @@ from tqdm import tqdm
 import gssf_triton
 from gssf_triton.data import DataError
 
-
 #: VSE++ and SCAN on Flickr30K: 30 epochs of 145,000 captions in batches of 128, margin 0.2, one epoch of all negatives.
 VSE_RECIPE = Settings(
     steps=34_000, dim=1024, width=32, learning_rate=2e-4, all_negatives=1 / 30, evaluations=30, loss="triplet"
@@ -148,7 +147,8 @@ def run_one(
     identity = {"study": study.name, "data": source.data, "column": str(column), "seed": seed} | asdict(settings)
     checkpoint = source.cache / "checkpoints" / f"{study.name}-{source.data}-{column}-{seed}.pt".replace(":", "+")
     history: list[dict[str, float]] = []
-    for history in train(task, identity, checkpoint):
+    for reached in train(task, identity, checkpoint):
+        history = reached
         if bar is not None:
             bar.update()
     checkpoint.unlink(missing_ok=True)

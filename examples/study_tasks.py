@@ -1,4 +1,4 @@
-"""The two shapes that most studies have: two towers that meet in matched pairs, and one tower that sees a class twice."""
+"""The two shapes that most studies have: two towers that meet in pairs, and one tower that sees a class twice."""
 
 from __future__ import annotations
 

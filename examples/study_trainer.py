@@ -280,7 +280,7 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
 def finish(task: Task, identity: dict[str, Any], checkpoint: Path) -> list[dict[str, float]]:
     """Train a tower that columns share, or take it from its checkpoint; leaves it in evaluation mode, frozen."""
     history: list[dict[str, float]] = []
-    for history in train(task, identity, checkpoint):
-        pass
+    for reached in train(task, identity, checkpoint):
+        history = reached
     task.eval().requires_grad_(False)
     return history
