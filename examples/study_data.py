@@ -110,6 +110,7 @@ class Source:
         cache: Folder for what is made once: decoded photographs, pretrained towers.
         held_out: Test names of the glyph set.
         limit: Use only so many of the glyph set's names, spread over all of them (0: all).
+        tower_steps: Steps of the towers that some studies train before any column's turn (0: the study's own).
     """
 
     data: str = "glyphs"
@@ -117,6 +118,7 @@ class Source:
     cache: Path = Path("runs/studies")
     held_out: int = 1000
     limit: int = 0
+    tower_steps: int = 0
 
     def glyphs(self) -> Glyphs:
         return _glyphs(self.limit)

@@ -14,25 +14,22 @@ from dataclasses import asdict
 
 import torch
 from study_data import Pairs, Source, image_text_pairs
-from study_runner import Study, main
+from study_runner import Study, main, shared_towers
 from study_tasks import PairTask
 from study_trainer import Column, Settings, finish, folded
 from torch import Tensor
 
 import gssf_triton
 
-#: How much wider than the student, and of how many more channels, the teacher is.
-WIDER, MORE_CHANNELS = 4, 2
+#: The teacher: twice the channels of the default student, four times its width.
+TEACHER = Settings(dim=128, width=16, learning_rate=4e-3, loss="info_nce", evaluations=1)
 
 
 @functools.lru_cache(maxsize=1)
-def teacher_features(source: Source, seed: int, student: Settings) -> tuple[Pairs, Pairs, Tensor, Tensor, float]:
+def teacher_features(source: Source, seed: int) -> tuple[Pairs, Pairs, Tensor, Tensor, float]:
     """(train, test, the teacher's images, its texts, its logit scale), the teacher trained once a seed."""
     train, test = image_text_pairs(source, seed)
-    settings = Settings(
-        steps=student.steps, batch_size=student.batch_size, dim=MORE_CHANNELS * student.dim,
-        width=WIDER * student.width, loss="info_nce", evaluations=1,
-    )  # fmt: skip
+    settings = shared_towers(source, TEACHER)
     task = PairTask(settings, Column("cosine"), seed, train, test)
     identity = {"towers": "teacher", "data": source.data, "held_out": source.held_out, "limit": source.limit}
     identity |= {"seed": seed} | asdict(settings)
@@ -48,8 +45,7 @@ class DistillationTask(PairTask):
     """PairTask whose loss is the teacher's similarities."""
 
     def __init__(self, settings: Settings, column: Column, seed: int, source: Source) -> None:
-        # Columns that change settings have the same teacher.
-        train, test, self.teacher_images, self.teacher_texts, self.scale = teacher_features(source, seed, STUDENT)
+        train, test, self.teacher_images, self.teacher_texts, self.scale = teacher_features(source, seed)
         super().__init__(settings, column, seed, train, test)
 
     def loss(self, step: int) -> Tensor:
@@ -68,10 +64,6 @@ class DistillationTask(PairTask):
         return (there + back) / 2
 
 
-#: The default student.
-STUDENT = Settings(dim=64, width=4, evaluations=3)
-
-
 def make(settings: Settings, column: Column, seed: int, source: Source) -> DistillationTask:
     return DistillationTask(settings, column, seed, source)
 
@@ -83,7 +75,7 @@ STUDY = Study(
     headline_title="rsum (of 600)",
     shown=("i2t_r1", "t2i_r1", "rsum"),
     data=("glyphs", "f30k", "coco"),
-    settings=STUDENT,
+    settings=Settings(dim=64, width=4, learning_rate=4e-3, evaluations=3),
     columns=("cosine", "diag", "bdiag-16", "both-4", "both-16"),
     make=make,
 )

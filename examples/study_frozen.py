@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from study_data import Groups, Pairs, Source, transfer_pairs
-from study_runner import Study, main
+from study_runner import Study, main, shared_towers
 from study_tasks import PairTask
 from study_trainer import Column, Criterion, Settings, Task, finish, folded
 from torch import Tensor
@@ -40,7 +40,7 @@ class Frozen:
 def frozen_features(source: Source, seed: int, dim: int, width: int) -> tuple[Frozen, Frozen]:
     """(the metric's training part, test) as the frozen towers see them; trained once a seed and kept in the cache."""
     base, train, test = transfer_pairs(source, seed)
-    settings = Settings(**{**asdict(TOWERS), "dim": dim, "width": width})
+    settings = shared_towers(source, replace(TOWERS, dim=dim, width=width))
     task = PairTask(settings, Column("cosine"), seed, base, test)
     identity = {"towers": "frozen", "data": source.data, "limit": source.limit, "seed": seed} | asdict(settings)
     finish(task, identity, source.cache / "towers" / f"frozen-{source.data}-{dim}-{width}-{seed}.pt")

@@ -29,7 +29,7 @@ STUDY = Study(
     headline_title="rsum (of 600)",
     shown=("i2t_r1", "t2i_r1", "rsum"),
     data=("glyphs", "f30k", "coco"),
-    settings=Settings(loss="info_nce", evaluations=3),
+    settings=Settings(loss="info_nce", learning_rate=8e-3, evaluations=3),
     recipe=VSE_RECIPE,
     columns=("cosine", "diag", "bdiag-32", "both-8", "both-32"),
     make=make,

@@ -108,13 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STUDY.settings.steps, help="default: %(default)s")
     parser.add_argument("--limit", type=int, default=0, help="use only so many names (0: all)")
+    parser.add_argument("--tower-steps", type=int, default=0, help="steps of the towers (0: the study's own)")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     column = Column.parse(args.column)
     if column.kind != "both":
         parser.error(f"--column must have both terms, got {args.column}")
     settings = column.settings(replace(STUDY.settings, steps=args.steps, evaluations=1))
-    source = Source(cache=args.out, held_out=STUDY.held_out, limit=args.limit)
+    source = Source(cache=args.out, held_out=STUDY.held_out, limit=args.limit, tower_steps=args.tower_steps)
     found: list[dict[str, float]] = []
     for seed in tqdm(range(args.seeds), unit="seed"):
         task = make(settings, column, seed, source)

@@ -29,6 +29,14 @@ VSE_RECIPE = Settings(
 )
 
 
+def shared_towers(source: Source, settings: Settings) -> Settings:
+    """The settings of towers that are trained before any column's turn: `settings`, or the real data sets' recipe."""
+    if source.data != "glyphs":
+        recipe = VSE_RECIPE
+        settings = replace(recipe, dim=settings.dim, width=settings.width, loss=settings.loss, evaluations=1)
+    return replace(settings, steps=source.tower_steps or settings.steps)
+
+
 @dataclass(frozen=True)
 class Study:
     """What one file of the studies defines.
@@ -84,7 +92,7 @@ class Results:
         if not path.exists():
             return cls(path, header)
         found = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("settings", "data", "held_out", "limit"):
+        for key in ("settings", "data", "held_out", "limit", "tower_steps"):
             if found[key] != header[key]:
                 raise ValueError(
                     f"{path} holds runs with other {key} ({found[key]}): choose another --out, or start over with "
@@ -115,6 +123,7 @@ def arguments(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=study.held_out, help="glyphs: test names (%(default)s)")
     parser.add_argument("--limit", type=int, default=0, help="glyphs: use only so many names (0: all)")
+    parser.add_argument("--tower-steps", type=int, default=0, help="steps of shared towers (0: the study's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="start over: forget this study's runs in --out")
@@ -167,6 +176,7 @@ def header(study: Study, settings: Settings, source: Source, device: torch.devic
     return {
         "study": study.name, "title": study.title, "headline": study.headline, "headline_title": study.headline_title,
         "shown": list(study.shown), "data": source.data, "held_out": source.held_out, "limit": source.limit,
+        "tower_steps": source.tower_steps,
         "settings": asdict(settings), "device": str(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "gssf": gssf_triton.__version__},
     }  # fmt: skip
@@ -176,12 +186,13 @@ def run_study(study: Study, args: argparse.Namespace) -> Results:
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     device = torch.device(chosen)
     settings = replace(study.settings, **{s.name: getattr(args, s.name) for s in fields(Settings)})
-    source = Source(args.data, args.root, args.out, args.held_out, args.limit)
+    source = Source(args.data, args.root, args.out, args.held_out, args.limit, args.tower_steps)
     name = study.name if args.data == "glyphs" else f"{study.name}-{args.data}"
     path = args.out / f"{name}.json"
     if args.fresh:
         path.unlink(missing_ok=True)
-        shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
+        for folder in ("checkpoints", "towers"):
+            shutil.rmtree(args.out / folder, ignore_errors=True)
     columns = [Column.parse(text) for text in args.columns]
     results = Results.open(path, header(study, settings, source, device))
     wanted = [(c, seed) for seed in range(args.seed, args.seed + args.seeds) for c in columns]

@@ -46,7 +46,7 @@ class Settings:
     batch_size: int = 128
     dim: int = 128
     width: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     loss: str = "triplet"
     margin: float = 0.2
     all_negatives: float = 0.25
@@ -220,8 +220,7 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
     """
     settings = task.settings
     opt = optimizer(task)
-    trained = [group for group in opt.param_groups if group["is_metric"]]
-    starts = [[p.detach().clone() for p in group["params"]] for group in trained]
+    starts = [[p.detach().clone() for p in group["params"]] for group in opt.param_groups]
     history: list[dict[str, float]] = []
     step = 0
     if checkpoint is not None and checkpoint.exists():
@@ -253,9 +252,9 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
         opt.step()
         if settings.metric_pull:
             with torch.no_grad():
-                for group, start in zip(trained, starts, strict=True):
+                for group, start in zip(opt.param_groups, starts, strict=True):
                     for weight, origin in zip(group["params"], start, strict=True):
-                        weight.lerp_(origin, min(1.0, group["lr"] * settings.metric_pull))
+                        weight.lerp_(origin, group["is_metric"] * min(1.0, group["lr"] * settings.metric_pull))
         step += 1
         if step % every == 0 or step == settings.steps:
             task.eval()
