@@ -2,6 +2,7 @@
 
     python examples/studies.py                     # run them all into runs/studies, going on where it was cut short
     python examples/studies.py --only frozen reid --seeds 3
+    python examples/studies.py --remedies          # each study's last column with other starts, rates and pulls
     python examples/studies.py --publish           # take runs/studies over into examples/results, redraw the tables
     python examples/studies.py --tables            # redraw the tables from examples/results
 
@@ -24,7 +25,6 @@ from study_report import markdown, plot, replace_between, summary
 STUDIES = ("image_text", "regions", "reid", "fine_grained", "distillation", "frozen", "attention")
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-#: Files with tables between markers: (file, marker, what stands there).
 README, COOKBOOK = HERE.parent / "README.md", HERE / "README.md"
 
 
@@ -45,6 +45,9 @@ def details(results: list[dict[str, Any]]) -> str:
         )
         parts.append(f"#### {study['title']}\n\n{markdown(study)}\n\n{budget}.")
         parts.append(f"![{study['title']}: every seed, and the paired differences](results/{study['study']}.png)")
+        remedies = RESULTS / "remedies" / f"{study['study']}.json"
+        if remedies.exists():
+            parts.append(f"Remedies tried:\n\n{markdown(json.loads(remedies.read_text(encoding='utf-8')))}")
     return "\n\n".join(parts)
 
 
@@ -58,10 +61,14 @@ def tables() -> None:
 
 
 def publish(out: Path) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    for name in STUDIES:
-        if (out / f"{name}.json").exists():
-            shutil.copyfile(out / f"{name}.json", RESULTS / f"{name}.json")
+    for folder in (Path(), Path("remedies")):
+        (RESULTS / folder).mkdir(parents=True, exist_ok=True)
+        for name in STUDIES:
+            if (out / folder / f"{name}.json").exists():
+                shutil.copyfile(out / folder / f"{name}.json", RESULTS / folder / f"{name}.json")
+    for name in ("look.json", "look.png"):
+        if (out / name).exists():
+            shutil.copyfile(out / name, RESULTS / name)
     tables()
 
 
@@ -69,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=STUDIES, help="which studies (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder (default: %(default)s)")
+    parser.add_argument("--remedies", action="store_true", help="try the studies' remedies, into OUT/remedies")
     parser.add_argument("--publish", action="store_true", help="take the results in --out over into examples/results")
     parser.add_argument("--tables", action="store_true", help="redraw the tables from examples/results")
     args, others = parser.parse_known_args(argv)
@@ -76,8 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         publish(args.out) if args.publish else tables()
         return 0
     for name in args.only:
-        module = importlib.import_module(f"study_{name}")
-        code: int = importlib.import_module("study_runner").main(module.STUDY, ["--out", str(args.out), *others])
+        study = importlib.import_module(f"study_{name}").STUDY
+        given = ["--out", str(args.out / "remedies" if args.remedies else args.out), *others]
+        if args.remedies:
+            last = study.columns[-1]
+            given += ["--columns", study.columns[0], last, *(f"{last}:{change}" for change in study.remedies)]
+        code: int = importlib.import_module("study_runner").main(study, given)
         if code:
             return code
     print(f"\n{summary(stored(args.out))}")

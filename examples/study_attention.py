@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from glyph_model import WordEmbedding
 from study_data import Source, image_text_pairs
-from study_runner import VSE_RECIPE, Study, main
+from study_runner import REMEDIES, VSE_RECIPE, Study, main
 from study_tasks import PairTask
 from study_trainer import TERMS, Column, Settings
 from torch import Tensor, nn
@@ -85,6 +85,7 @@ STUDY = Study(
     columns=("cosine", "diag", "bdiag-16", "both-4", "both-16"),
     recipe=replace(VSE_RECIPE, loss="info_nce"),
     make=make,
+    remedies=REMEDIES[:3],
 )
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 
 import torch
 from study_data import Labelled, Source, fine_grained_parts
-from study_runner import Study, main
+from study_runner import REMEDIES, Study, main
 from study_tasks import LabelTask
 from study_trainer import Column, Settings, folded
 
@@ -51,6 +51,7 @@ STUDY = Study(
     held_out=400,
     columns=("cosine", "diag", "bdiag-32", "both-8", "both-32"),
     make=make,
+    remedies=REMEDIES[:4],
 )
 
 if __name__ == "__main__":

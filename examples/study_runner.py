@@ -29,6 +29,11 @@ VSE_RECIPE = Settings(
 )
 
 
+#: A slower and a faster metric, a metric pulled back to the cosine (it stays within about 1/10 of it, for Adam's steps are
+#: of the learning rate's size), a start off the cosine, and lengths taken away after the fold.
+REMEDIES = ("metric_rate=0.1", "metric_rate=3", "metric_pull=10", "metric_start=0.05", "normalize_after=True")
+
+
 def shared_towers(source: Source, settings: Settings) -> Settings:
     """The settings of towers that are trained before any column's turn: `settings`, or the real data sets' recipe."""
     if source.data != "glyphs":
@@ -54,6 +59,7 @@ class Study:
         make: (settings, column, seed, source) to a task.
         seeds: How many seeds by default.
         held_out: Of the glyphs, how many names are for the test.
+        remedies: Changes of its last column to try where that one does not help.
     """
 
     name: str
@@ -68,6 +74,7 @@ class Study:
     seeds: int = 5
     held_out: int = 1000
     recipe: Settings | None = None
+    remedies: tuple[str, ...] = REMEDIES
 
     def defaults(self, data: str) -> Settings:
         """The settings that the command line starts from."""
