@@ -29,8 +29,8 @@ VSE_RECIPE = Settings(
 )
 
 
-#: A slower and a faster metric, a metric pulled back to the cosine (it stays within about 1/10 of it, for Adam's steps are
-#: of the learning rate's size), a start off the cosine, and lengths taken away after the fold.
+#: A slower and a faster metric; one pulled back to the cosine (Adam's steps are of the learning rate's size, so a pull
+#: of 10 keeps a weight within about 1/10 of its start); a start off the cosine; lengths taken away after the fold.
 REMEDIES = ("metric_rate=0.1", "metric_rate=3", "metric_pull=10", "metric_start=0.05", "normalize_after=True")
 
 
