@@ -81,7 +81,7 @@ STUDY = Study(
     headline_title="rsum (of 600)",
     shown=("i2t_r1", "t2i_r1", "rsum"),
     data=("glyphs", "f30k", "coco"),
-    settings=Settings(loss="info_nce", evaluations=3),
+    settings=Settings(steps=150, loss="info_nce", evaluations=3),
     columns=("cosine", "diag", "bdiag-16", "both-4", "both-16"),
     recipe=replace(VSE_RECIPE, loss="info_nce"),
     make=make,

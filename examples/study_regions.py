@@ -88,7 +88,7 @@ STUDY = Study(
     headline_title="rsum (of 600)",
     shown=("i2t_r1", "t2i_r1", "rsum"),
     data=("glyphs", "f30k", "coco"),
-    settings=Settings(loss="info_nce", dim=64, evaluations=1),
+    settings=Settings(steps=150, loss="info_nce", dim=64, evaluations=1),
     recipe=VSE_RECIPE,
     columns=("cosine", "diag", "bdiag-16", "both-4", "both-16"),
     make=make,
