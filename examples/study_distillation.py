@@ -20,6 +20,7 @@ from study_trainer import Column, Settings, finish, folded
 from torch import Tensor
 
 import gssf_triton
+from gssf_triton.nn import InfoNCELoss
 
 #: The teacher: twice the channels of the default student, four times its width.
 TEACHER = Settings(dim=128, width=16, learning_rate=4e-3, loss="info_nce", evaluations=1)
@@ -38,6 +39,7 @@ def teacher_features(source: Source, seed: int) -> tuple[Pairs, Pairs, Tensor, T
     print(f"teacher, seed {seed}: rsum {history[-1]['rsum']:.1f}", file=sys.stderr)
     with torch.no_grad():
         images, texts = task.encode(train)
+    assert isinstance(task.criterion.loss, InfoNCELoss)
     return train, test, images, texts, float(task.criterion.loss.logit_scale.detach())
 
 

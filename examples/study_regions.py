@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from glyph_model import ImageTower
+from glyph_model import ImageTower, TextTower
 from glyph_training import info_nce
 from study_data import Pairs, Source, image_text_pairs, take
 from study_runner import VSE_RECIPE, Study, main
@@ -45,13 +45,14 @@ class RegionTask(PairTask):
         self.word_head = nn.Linear(16 * settings.width, settings.dim)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         # What PairTask's single vectors would have needed.
-        self.images.head, self.texts.head = nn.Identity(), nn.Identity()
+        del self.images.head, self.texts.head
 
     def regions(self, images: Tensor) -> Tensor:
         out: Tensor = self.region_head(self.images.cells(images))
         return out
 
     def words(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.texts, TextTower)
         states, mask = self.texts.states(tokens)
         return self.word_head(states), mask
 

@@ -99,7 +99,8 @@ class Column:
     def settings(self, common: Settings) -> Settings:
         """The common settings with this column's changes."""
         kinds = {key: type(value) for key, value in asdict(common).items()}
-        return replace(common, **{k: v == "True" if kinds[k] is bool else kinds[k](v) for k, v in self.changes})
+        changes: dict[str, Any] = {k: v == "True" if kinds[k] is bool else kinds[k](v) for k, v in self.changes}
+        return replace(common, **changes)
 
     def metric(self, settings: Settings) -> GSSF:
         """The column's metric over `settings.dim` channels. Cosine is GSSF held where it starts: the same code runs."""
@@ -109,8 +110,8 @@ class Column:
         # A generator of its own: the towers start the same in every column.
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for weight in metric.parameters():
-                weight += settings.metric_start * torch.randn(weight.shape, generator=generator)
+            for weight in metric.parameters() if self.kind != "cosine" else ():
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=settings.metric_start)
         return metric.requires_grad_(self.kind != "cosine")
 
 
