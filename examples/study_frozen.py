@@ -94,7 +94,6 @@ STUDY = Study(
     settings=Settings(steps=300, batch_size=256, width=16, loss="info_nce", learning_rate=3e-2, evaluations=4),
     columns=("cosine", "diag", "bdiag-32", "both-8", "both-32", "both-128"),
     make=make,
-    seeds=10,
     held_out=500,
 )
 

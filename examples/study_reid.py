@@ -53,7 +53,7 @@ STUDY = Study(
     headline_title="mAP (%)",
     shown=("cmc1", "cmc5", "map"),
     data=("glyphs", "market1501"),
-    settings=Settings(steps=150, evaluations=1),
+    settings=Settings(steps=100, evaluations=1),
     columns=("cosine", "diag", "bdiag-32", "both-8", "both-32"),
     make=make,
 )
