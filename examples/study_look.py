@@ -33,6 +33,7 @@ import torch
 from scipy import stats
 from study_data import Source
 from study_frozen import STUDY, FrozenTask, make
+from study_report import holm
 from study_trainer import Column, train
 from torch import Tensor
 from tqdm import tqdm
@@ -74,10 +75,26 @@ def measure(task: FrozenTask, seed: int) -> dict[str, float]:
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    mean = float(np.mean(values))
-    p = float(stats.ttest_1samp(values, 0.0).pvalue) if len(values) > 1 else math.nan
-    return {"mean": mean, "std": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, "p_not_zero": p}
+#: What is tested over the seeds, each against 0: a number, or one less another.
+QUESTIONS = {
+    "W_diag is larger where channels tell matches apart (rank correlation)": ("spearman", None),
+    "channels that carry it, cosine less learned": ("channels_cosine", "channels_learned"),
+    "share of pairs of different channels (%), learned less shuffled": ("cross_share", "cross_share_shuffled"),
+}
+
+
+def answers(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Mean, standard deviation and p of each question, corrected for there being three."""
+    found = []
+    for question, (number, other) in QUESTIONS.items():
+        values = [run[number] - (run[other] if other else 0.0) for run in runs]
+        few = len(values) < 2
+        std = math.nan if few else float(np.std(values, ddof=1))
+        p = math.nan if few else float(stats.ttest_1samp(values, 0.0).pvalue)
+        found.append({"question": question, "mean": float(np.mean(values)), "std": std, "p": p})
+    for answer, p in zip(found, holm([answer["p"] for answer in found]), strict=True):
+        answer["p_holm"] = p
+    return found
 
 
 def draw(task: FrozenTask, path: Path) -> None:
@@ -91,13 +108,15 @@ def draw(task: FrozenTask, path: Path) -> None:
     for ax, title, weights in ((axes[0, 1], "cosine", {"W_diag": ones}), (axes[0, 2], "learned", metric)):
         found = viz.relevance(a, b, **weights, normalize=True)
         viz.plot_parts(found, ax=ax)
-        ax.set_title(f"{title}: what tells matches apart, {float(found.effective_channels):.0f} channels carry it")
+        ax.set_title(f"{title}: what tells matches apart ({float(found.effective_channels):.0f} channels)")
     parts = viz.score_parts(a[:1], b[:1], **metric, normalize=True)
     viz.plot_parts(viz.ScoreParts(parts.diagonal[0], parts.crossing[0], parts.block_size), ax=axes[1, 0])
     axes[1, 0].set_title(f"one matching pair's score, {float(parts.score[0]):.2f}, taken apart")
     for ax, title, weights in ((axes[1, 1], "cosine", {"W_diag": ones}), (axes[1, 2], "learned", metric)):
         viz.plot_similarities(viz.similarity_histogram(a, b, **weights, normalize=True), ax=ax)
         ax.set_title(f"similarities, {title}")
+    for ax in axes.flat:
+        ax.title.set_fontsize(10)
     figure.savefig(path, dpi=75)
     plt.close(figure)
 
@@ -124,12 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         found.append(measure(task, seed))
         if seed == 0:
             draw(task, args.out / "look.png")
-    summary = {name: spread([run[name] for run in found]) for name in found[0]}
+    summary = answers(found)
     (args.out / "look.json").write_text(
-        json.dumps({"column": str(column), "summary": summary, "runs": found}, indent=1)
+        json.dumps({"column": str(column), "answers": summary, "runs": found}, indent=1)
     )
-    for name, numbers in summary.items():
-        print(f"{name}: {numbers['mean']:.3g} ± {numbers['std']:.2g}, differs from 0: p = {numbers['p_not_zero']:.2g}")
+    for name in found[0]:
+        print(f"{name}: {np.mean([run[name] for run in found]):.3g}")
+    for answer in summary:
+        print(f"{answer['question']}: {answer['mean']:.3g} ± {answer['std']:.2g}, p (Holm) {answer['p_holm']:.2g}")
     return 0
 
 
