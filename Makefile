@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # Worker processes of `make test`.
 TEST_JOBS ?= 2
-# More arguments for pytest, the demo and the benchmark, e.g. make demo DEMO_FLAGS="--metric diag --steps 500".
+# More arguments for pytest, the demo, the studies and the benchmark, e.g. make demo DEMO_FLAGS="--metric diag --steps 500".
 TEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
+STUDY_FLAGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +21,7 @@ STAMP := $(VENV)/.setup-done
 # The package as a wheel lays it out, for mypy.
 TYPING := build/typing
 
-.PHONY: help setup test lint format aot demo bench check clean
+.PHONY: help setup test lint format aot demo studies bench check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +56,9 @@ aot: $(STAMP) ## compile every tile configuration for GPUs that need not be ther
 
 demo: $(STAMP) ## train and compare the metrics on glyph-name retrieval, into runs/demo
 	$(BIN)/python examples/glyph_retrieval.py --out runs/demo $(DEMO_FLAGS)
+
+studies: $(STAMP) ## redo all studies of the metric, some hours on two cores, into runs/studies; called again, it goes on
+	$(BIN)/python examples/studies.py --out runs/studies $(STUDY_FLAGS)
 
 bench: $(STAMP) ## measure speed and memory on this machine's GPU
 	$(BIN)/python perf/sweep.py $(BENCH_FLAGS)

@@ -160,6 +160,32 @@ def test_half_precision_adds_no_error_of_its_own(dtype: torch.dtype, backend: st
     assert_close(ours, expected, allowed)
 
 
+@pytest.mark.parametrize("call", ["function", "module"])
+def test_the_attention_is_pytorchs_own_on_the_folded_queries(
+    call: str, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    seen: list[tuple[Tensor, ...]] = []
+    real = nn.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append((q, k, v))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    if call == "function":
+        q, k, v = (features(2, 3, 5, 8, device=device) for _ in range(3))
+        weights = head_weights("diag-heads+blocks-heads", 3, 2, 4, torch.float32, device)
+        out = gssf_triton.attention(q, k, v, **weights)
+        dense = [reference.dense_metric(*(w[h].double() for w in weights.values())) for h in range(3)]
+        assert_close(seen[0][0], q.double() @ torch.stack(dense), tolerance(torch.float32))
+        assert torch.equal(seen[0][1], k) and torch.equal(out, real(*seen[0]))
+    else:
+        module = GSSFAttention(24, 3, batch_first=True, device=device)
+        x = features(2, 5, 24, device=device)
+        module(x, x, x, need_weights=False)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("lengths", [(0, 3), (3, 0)], ids=["no-queries", "no-keys"])
 def test_empty(lengths: tuple[int, int], device: str) -> None:
     q, k, v = (features(2, 3, n, 16, device=device).requires_grad_() for n in (lengths[0], lengths[1], lengths[1]))

@@ -1,0 +1,100 @@
+"""All studies, one after another, and the tables and plots made from what they stored.
+
+    python examples/studies.py                     # run them all into runs/studies, going on where it was cut short
+    python examples/studies.py --only frozen reid --seeds 3
+    python examples/studies.py --remedies          # each study's last column with other starts, rates and pulls
+    python examples/studies.py --publish           # take runs/studies over into examples/results, redraw the tables
+    python examples/studies.py --tables            # redraw the tables from examples/results
+
+Other arguments go to every study: see `python examples/study_frozen.py --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from study_report import markdown, plot, replace_between, summary
+
+STUDIES = ("image_text", "regions", "reid", "fine_grained", "distillation", "frozen", "attention")
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+README, COOKBOOK = HERE.parent / "README.md", HERE / "README.md"
+
+
+def stored(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The result files of the studies that have one, in the studies' order."""
+    paths = [folder / f"{name}.json" for name in STUDIES]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def details(results: list[dict[str, Any]]) -> str:
+    """Every study's own table under its title, with its plot."""
+    parts = []
+    for study in results:
+        settings = study["settings"]
+        budget = (
+            f"{settings['steps']} steps of {settings['batch_size']}, D = {settings['dim']}, {settings['loss']}; "
+            f"`study_{study['study']}.py`, `results/{study['study']}.json`"
+        )
+        parts.append(f"#### {study['title']}\n\n{markdown(study)}\n\n{budget}.")
+        parts.append(f"![{study['title']}: every seed, and the paired differences](results/{study['study']}.png)")
+        remedies = RESULTS / "remedies" / f"{study['study']}.json"
+        if remedies.exists():
+            parts.append(f"Remedies tried:\n\n{markdown(json.loads(remedies.read_text(encoding='utf-8')))}")
+    return "\n\n".join(parts)
+
+
+def tables() -> None:
+    """Redraw the tables of both READMEs, where their markers are, and the plots."""
+    results = stored()
+    for study in results:
+        plot(study, RESULTS / f"{study['study']}.png")
+    replace_between(README, "studies", summary(results))
+    replace_between(COOKBOOK, "studies", details(results))
+
+
+def publish(out: Path) -> None:
+    for folder in (Path(), Path("remedies")):
+        (RESULTS / folder).mkdir(parents=True, exist_ok=True)
+        for name in STUDIES:
+            if (out / folder / f"{name}.json").exists():
+                shutil.copyfile(out / folder / f"{name}.json", RESULTS / folder / f"{name}.json")
+    for name in ("look.json", "look.png"):
+        if (out / name).exists():
+            shutil.copyfile(out / name, RESULTS / name)
+    tables()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=STUDIES, default=STUDIES, help="which studies (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder (default: %(default)s)")
+    parser.add_argument("--remedies", action="store_true", help="try the studies' remedies, into OUT/remedies")
+    parser.add_argument("--publish", action="store_true", help="take the results in --out over into examples/results")
+    parser.add_argument("--tables", action="store_true", help="redraw the tables from examples/results")
+    args, others = parser.parse_known_args(argv)
+    if args.publish or args.tables:
+        publish(args.out) if args.publish else tables()
+        return 0
+    for name in args.only:
+        study = importlib.import_module(f"study_{name}").STUDY
+        given = ["--out", str(args.out / "remedies" if args.remedies else args.out), *others]
+        if args.remedies:
+            last = study.columns[-1]
+            given += ["--columns", study.columns[0], last, *(f"{last}:{change}" for change in study.remedies)]
+        code: int = importlib.import_module("study_runner").main(study, given)
+        if code:
+            return code
+    print(f"\n{summary(stored(args.out))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
