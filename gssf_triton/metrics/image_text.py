@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gssf_triton import checks
 from gssf_triton.autotune.retrieval_configs import stream_chunks
-from gssf_triton.metrics.common import progress_bar, recalls
+from gssf_triton.metrics.common import recalls
+from gssf_triton.progress import progress_bar
 from gssf_triton.retrieval import ranks
 from gssf_triton.retrieval.scoring import slices
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
-from gssf_triton.metrics.common import percent, precisions, progress_bar, recalls, valid_places
+from gssf_triton.metrics.common import percent, precisions, recalls, valid_places
+from gssf_triton.progress import progress_bar
 from gssf_triton.retrieval.match_ranks import match_ranks
 from gssf_triton.retrieval.scoring import Scores
 from gssf_triton.retrieval.search import check_call, make_exclusions

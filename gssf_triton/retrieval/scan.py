@@ -123,6 +123,7 @@ def best_match(scores: Scores, gallery: Gallery, exclusions: Exclusions) -> tupl
             for part in slices(0, block.shape[0], scores.chunks.columns):
                 local = slice(first + part.start, first + part.stop)
                 if not exclusions.may_match(rows, local):
+                    scores.tick((rows.stop - rows.start) * (part.stop - part.start))
                     continue
                 S = chunk(scores, rows, block, part, scale)
                 match = exclusions.same_id(rows, local)

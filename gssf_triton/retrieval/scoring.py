@@ -17,6 +17,7 @@ from gssf_triton import ops, torch_backend
 from gssf_triton.autotune import retrieval_configs
 from gssf_triton.autotune.retrieval_configs import StreamChunks
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.progress import Tick, no_tick
 from gssf_triton.torch_backend import accumulate_dtype
 
 #: torch's names for the array dtypes a gallery on disk may have.
@@ -154,6 +155,8 @@ class Scores:
     ) -> None:
         self.dtype = accumulate_dtype(queries.dtype)
         self.backend, self.normalize = backend, normalize
+        #: Told of every query–item pair that was scored.
+        self.tick: Tick = no_tick
         weights = tuple(None if w is None else w.detach() for w in (W_diag, W_blocks))
         if backend == "triton":
             self.queries = ops.fold(queries.detach(), *weights, normalize)
@@ -176,6 +179,7 @@ class Scores:
     def fill(self, out: Tensor, rows: slice, block: Tensor, columns: slice, scale: Tensor | None) -> Tensor:
         """`out` (r, c) with the scores of these rows and these columns of the block, at most a chunk of them."""
         queries, items = self.queries[rows], block[columns]
+        self.tick(queries.shape[0] * items.shape[0])
         if self.backend == "triton":
             from gssf_triton.kernels.launch import Metric
             from gssf_triton.kernels.pairwise import pairwise

@@ -14,6 +14,7 @@ from torch import Tensor
 from gssf_triton import checks
 from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K
 from gssf_triton.backend import resolve_backend
+from gssf_triton.progress import counting
 from gssf_triton.retrieval import scan, sharding
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores
 
@@ -77,6 +78,7 @@ def topk(
     exclude: Tensor | None = None,
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    progress: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k gallery items most similar to each query: exact, equal scores by the lower index.
@@ -96,6 +98,7 @@ def topk(
         mask: (Q, N) bool, True where an item may be found.
         group: The `torch.distributed` processes that each hold a shard of the gallery. All call with the same queries
             and k; indices (of `exclude` too) count through the shards in order of rank; `mask` covers the shard.
+        progress: Show a bar (needs tqdm).
         backend: As in `pairwise_sim`.
 
     Returns:
@@ -105,6 +108,7 @@ def topk(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: shapes, dtypes or devices that do not agree, no weight, or k beyond the gallery.
+        ImportError: `progress=True` without tqdm.
         RuntimeError: `backend="triton"` where Triton cannot run.
 
     Source:
@@ -118,34 +122,24 @@ def topk(
         >>> gssf_triton.topk(queries, gallery, torch.tensor([2.0, 1.0]), k=2, exclude=torch.tensor([1]))
         (tensor([[2., 2.]]), tensor([[0, 2]]))
     """
-    _, items = check_call(queries, gallery, W_diag, W_blocks)
+    Q, items = check_call(queries, gallery, W_diag, W_blocks)
     exclusions = make_exclusions(queries, items, exclude, mask)
     if group is None:
         checks.check_k(k, items)
     backend = resolve_backend(backend, queries, W_blocks)
     offset, total = sharding.place(queries, items, k, group)
     checks.check_k(k, total)
-    lists = _topk(
-        queries, Gallery(gallery, queries.device, offset), W_diag, W_blocks, k, normalize, exclusions, backend
-    )
+    scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)
+    with counting(progress, "topk", Q * items, "pair") as scores.tick:
+        lists = _topk(scores, Gallery(gallery, queries.device, offset), exclusions, min(k, items))
     return sharding.merge_lists(lists, k, group).result()
 
 
-def _topk(
-    queries: Tensor,
-    gallery: Gallery,
-    W_diag: Tensor | None,
-    W_blocks: Tensor | None,
-    k: int,
-    normalize: bool,
-    exclusions: Exclusions,
-    backend: str,
-) -> scan.Lists:
-    k = min(k, len(gallery))
-    scores = Scores(queries, len(gallery), W_diag, W_blocks, normalize, backend)
-    if k == 0 or queries.shape[0] == 0:
-        return scan.Lists.empty(queries.shape[0], k, scores.dtype, queries.device)
-    if backend == "triton" and k <= LARGEST_KERNEL_K and scores.dtype == torch.float32:
+def _topk(scores: Scores, gallery: Gallery, exclusions: Exclusions, k: int) -> scan.Lists:
+    Q = scores.queries.shape[0]
+    if k == 0 or Q == 0:
+        return scan.Lists.empty(Q, k, scores.dtype, scores.queries.device)
+    if scores.backend == "triton" and k <= LARGEST_KERNEL_K and scores.dtype == torch.float32:
         from gssf_triton.kernels import topk as kernels
 
         return kernels.topk(scores, gallery, exclusions, k)
@@ -167,6 +161,7 @@ def ranks(
     gallery_cams: Tensor | None = None,
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    progress: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """How many gallery items come before each query's first match, in `topk`'s order: no sort, no score matrix.
@@ -188,6 +183,7 @@ def ranks(
         mask: (Q, N) bool, True where an item is ranked at all.
         group: Processes that each hold a shard of the gallery, as in `topk`; `gallery_ids`, `gallery_cams` and `mask`
             are the shard's.
+        progress: Show a bar (needs tqdm).
         backend: As in `pairwise_sim`.
 
     Returns:
@@ -196,6 +192,7 @@ def ranks(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: shapes, dtypes or devices that do not agree, or no weight.
+        ImportError: `progress=True` without tqdm.
         RuntimeError: `backend="triton"` where Triton cannot run.
 
     Source:
@@ -208,7 +205,7 @@ def ranks(
         >>> gssf_triton.ranks(queries, gallery, torch.ones(2), **ids)
         tensor([1])
     """
-    _, items = check_call(queries, gallery, W_diag, W_blocks)
+    Q, items = check_call(queries, gallery, W_diag, W_blocks)
     exclusions = make_exclusions(queries, items, exclude, mask, (query_ids, gallery_ids), (query_cams, gallery_cams))
     backend = resolve_backend(backend, queries, W_blocks)
     offset, _ = sharding.place(queries, items, 0, group)
@@ -219,6 +216,8 @@ def ranks(
         from gssf_triton.kernels import rank as rank_kernels
 
         source = rank_kernels
-    keys, indices = sharding.merge_best(*source.best_match(scores, shard, exclusions), group)
-    counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
+    # Two passes.
+    with counting(progress, "ranks", 2 * Q * items, "pair") as scores.tick:
+        keys, indices = sharding.merge_best(*source.best_match(scores, shard, exclusions), group)
+        counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
     return counts.masked_fill_(indices < 0, -1)
