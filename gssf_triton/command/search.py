@@ -23,14 +23,21 @@ from gssf_triton.command.results import (
     write_results,
 )
 from gssf_triton.command.sheet import FORMS, Cell, Row, check_requirements, draw_sheet
-from gssf_triton.command.usage import UsageError, positive, refusals
+from gssf_triton.command.usage import Help, UsageError, positive, refusals
 from gssf_triton.retrieval import topk
 
+DEFAULT_K = 10
+
+DESCRIPTION = """\
+The k gallery rows most similar to each query: exact, equal scores by the lower index. The gallery may be larger than
+memory. The results hold indices and scores, and whatever ids, images and texts are given.
+"""
 EXAMPLES = """\
 examples:
   gssf-triton search queries.npy gallery.npy --weights metric.npz -k 10 --out found.csv
   gssf-triton search images.npy images.npy --weights metric.npz --exclude-self --images images/ --sheet best.html
-  gssf-triton search texts.npy images.npy --cosine --query-texts captions.txt --images files.txt --sheet best.png
+  gssf-triton search texts.npy images.npy --weights metric.npz --transpose \\
+      --query-texts captions.txt --images files.txt --sheet best.png
 """
 
 
@@ -61,9 +68,9 @@ class Shown:
         return self.images is not None or self.texts is not None
 
     def columns(self) -> list[str]:
-        return [
-            name for name in ("id", "image", "text") if getattr(self, "ids" if name == "id" else f"{name}s") is not None
-        ]
+        """The names that `of` gives, in its order."""
+        given = {"id": self.ids, "image": self.images, "text": self.texts}
+        return [name for name, values in given.items() if values is not None]
 
     def of(self, row: int) -> dict[str, Any]:
         """What is known of a row, by name."""
@@ -105,16 +112,16 @@ def run(args: argparse.Namespace) -> int:
         args.query_images, args.query_texts = args.images, args.texts
     if args.exclude_self and len(queries) != len(gallery):
         raise UsageError(
-            f"--exclude-self: row i of QUERIES is row i of GALLERY, but they have {len(queries)} and {len(gallery)} rows"
+            f"--exclude-self: expected QUERIES and GALLERY of one length, got {len(queries)} and {len(gallery)} rows"
         )
-    found_queries, found_gallery = Shown(args, "query", len(queries)), Shown(args, "gallery", len(gallery))
+    found_gallery, found_queries = Shown(args, "gallery", len(gallery)), Shown(args, "query", len(queries))
     _check_sheet(args, found_gallery)
-    metric = load_metric(args, queries)
+    metric = load_metric(args, queries, transpose=args.transpose)
     with refusals():
         values, indices = topk(
             as_tensor(queries, metric.device),
             gallery,
-            k=args.k,
+            k=min(DEFAULT_K, len(gallery)) if args.k is None else args.k,
             exclude=torch.arange(len(queries), device=metric.device) if args.exclude_self else None,
             progress=bar_wanted(args),
             **metric.options,
@@ -172,38 +179,29 @@ def add_search(commands: Any) -> None:
     command = commands.add_parser(
         "search",
         help="the best matches of every query, and a sheet of them",
-        description="The k gallery rows most similar to each query: exact, equal scores by the lower index. The gallery "
-        "may be larger than memory.",
+        description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     command.set_defaults(run=run, prog=command.prog)
+    command.add_argument("queries", type=Path, metavar="QUERIES", help="query features, .npy (Q, D)")
+    command.add_argument("gallery", type=Path, metavar="GALLERY", help="gallery features, .npy (N, D)")
+    command.add_argument("-k", type=positive(int), metavar="K", help="matches a query (default: 10, or all there are)")
+    command.add_argument("--exclude-self", action="store_true", help="QUERIES is GALLERY: no row finds itself")
     command.add_argument(
-        "queries", type=Path, metavar="QUERIES", help="query features, .npy (Q, D): the metric's left side"
-    )
-    command.add_argument(
-        "gallery", type=Path, metavar="GALLERY", help="gallery features, .npy (N, D), read block by block"
-    )
-    command.add_argument("-k", type=positive(int), default=10, metavar="K", help="matches a query (default: 10)")
-    command.add_argument(
-        "--exclude-self", action="store_true", help="row i of the queries is row i of the gallery: skip it"
+        "--transpose",
+        action="store_true",
+        help="the queries are the metric's right side (texts, if images are its left)",
     )
     for side, rows in (("query", "(Q,)"), ("gallery", "(N,)")):
-        command.add_argument(
-            f"--{side}-ids", type=Path, metavar="NPY", help=f"integers {rows}, for the results and the sheet's frames"
-        )
+        command.add_argument(f"--{side}-ids", type=Path, metavar="NPY", help=f"integers {rows}; equal ones match")
     add_metric(command)
     add_output(command)
     group = command.add_argument_group("sheet of the best matches")
     group.add_argument("--sheet", type=Path, metavar="FILE", help="a page (.html) or a picture (.png) to look at")
-    for option, what in (("--images", "gallery"), ("--query-images", "queries")):
-        group.add_argument(
-            option,
-            type=Path,
-            metavar="LIST|FOLDER",
-            help=f"the {what}' image files, one a line, or a folder sorted by name",
-        )
-    for option, what in (("--texts", "gallery"), ("--query-texts", "queries")):
-        group.add_argument(option, type=Path, metavar="LIST", help=f"the {what}' texts, one a line")
+    for prefix, of in (("--", "gallery"), ("--query-", "queries")):
+        text = f"image files of the {of}, one a line, or sorted by name"
+        group.add_argument(f"{prefix}images", type=Path, metavar="LIST|FOLDER", help=text)
+        group.add_argument(f"{prefix}texts", type=Path, metavar="LIST", help=f"texts of the {of}, one a line")
     group.add_argument("--sheet-queries", type=positive(int), default=20, metavar="N", help="the first N queries (20)")
     group.add_argument("--sheet-matches", type=positive(int), default=10, metavar="N", help="the first N matches (10)")

@@ -66,7 +66,7 @@ def check_requirements(form: str) -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as fault:
             raise UsageError(
-                f'--sheet: a {form} sheet needs {fault.name}, which is not installed: pip install "gssf_triton[command]"'
+                f'--sheet: a {form} sheet needs {fault.name}: pip install "gssf_triton[command]"'
             ) from None
 
 
@@ -120,13 +120,14 @@ def _draw(axes: Any, cell: Cell, query: bool) -> None:
     if cell.image is not None:
         axes.imshow(_thumbnail(cell.image))
     if cell.text is not None:
-        # $ is TeX to Matplotlib.
-        lines = textwrap.wrap(cell.text.replace("$", r"\$"), LINE_LETTERS, max_lines=LINES, placeholder=" …")
+        text = "\n".join(textwrap.wrap(cell.text, LINE_LETTERS, max_lines=LINES, placeholder=" …"))
         if cell.image is None:
-            axes.text(0.5, 0.5, "\n".join(lines), transform=axes.transAxes, ha="center", va="center", fontsize=8)
+            middle = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+            axes.text(0.5, 0.5, text, fontsize=8, parse_math=False, **middle)
         else:
-            axes.set_xlabel("\n".join(lines), fontsize=7)
-    axes.set_title(cell.caption + (" ✓" if cell.right else ""), fontsize=8, fontweight="bold" if query else "normal")
+            axes.set_xlabel(text, fontsize=7, parse_math=False)
+    weight = "bold" if query else "normal"
+    axes.set_title(cell.caption + (" ✓" if cell.right else ""), fontsize=8, fontweight=weight, parse_math=False)
     for spine in axes.spines.values():
         spine.set_visible(not query)
         spine.set_edgecolor(RIGHT if cell.right else WRONG)
@@ -139,7 +140,7 @@ def _picture(title: str, rows: list[Row]) -> bytes:
     columns = 1 + max((len(row.matches) for row in rows), default=0)
     size = (CELL_INCHES * columns + 0.3, (CELL_INCHES + 0.25) * max(len(rows), 1) + 0.5)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     grid = figure.subplots(max(len(rows), 1), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
