@@ -1,4 +1,4 @@
-"""`gssf-triton`: the package's own answers, as JSON and CSV; sheets one can look at; one clear line for every misuse."""
+"""`gssf-triton`: the package's own answers as JSON and CSV, sheets to look at, one clear line for every misuse."""
 
 from __future__ import annotations
 
@@ -258,7 +258,11 @@ MISUSE: dict[str, tuple[str, Callable[[], object], str]] = {
     "three-d": (f"{RETRIEVAL} --cosine", put("x.npy", lambda: np.ones((2, 3, 4))), r"got float64 of shape \(2, 3, 4\)"),
     "integers": (f"{RETRIEVAL} --cosine", put("x.npy", lambda: np.ones((N, D), int)), "float64, got int64 of shape"),
     "foreign-bytes": (f"{RETRIEVAL} --cosine", put("x.npy", lambda: np.ones((N, D), ">f4")), "got >f4 of shape"),
-    "labels-short": (f"{RETRIEVAL} --cosine", put("ids.npy", lambda: np.arange(3)), "--labels: .* 12 integers.* (3,)"),
+    "labels-short": (
+        f"{RETRIEVAL} --cosine",
+        put("ids.npy", lambda: np.arange(3)),
+        r"--labels: .* 12 integers.* \(3,\)",
+    ),
     "labels-float": (f"{RETRIEVAL} --cosine", put("ids.npy", lambda: np.ones(N)), "--labels: .* got float64"),
     "no-weights": (f"{RETRIEVAL} --weights no.npz", nothing, "--weights: no.npz: no such file"),
     "weights-named-oddly": (f"{RETRIEVAL} --weights list.txt", nothing, "--weights: list.txt: .* must end in .npz"),
