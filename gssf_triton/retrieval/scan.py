@@ -15,6 +15,10 @@ from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores, slices
 
 #: Columns whose maximum is looked at before any of them is: one vectorised pass finds the few that matter.
 GROUP = 64
+#: Of the groups, so many may hold something that matters and looking at them one by one is still cheap, …
+SMALL_SHARE = 1 / 8
+#: … or cheaper than sorting whole chunks.
+LARGE_SHARE = 1 / 2
 
 
 @dataclass
@@ -52,25 +56,48 @@ def _add_all(lists: Lists, rows: slice, S: Tensor, first: int, dropped: Tensor |
     lists.add(rows, best, columns + first)
 
 
-def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int, dropped: Tensor | None) -> bool:
-    """Merge what beats the last entry of full lists; False, with nothing done, where that is not a small share.
-
-    Later items lose ties, so only scores strictly above a list's last one matter (and NaN). `padded` is the chunk, its
-    columns filled up with −inf to a multiple of GROUP.
-    """
+def _bars(lists: Lists, rows: slice) -> tuple[Tensor, Tensor]:
+    """(scores (r, 1) that later items must beat, NaN where a list is not full; whether any is not)."""
     last = lists.keys[rows, -1]
-    if bool((last == absent(last.dtype)).any()):
-        return False
+    missing = last == absent(last.dtype)
     # Against a NaN at the end of a list nothing wins.
-    bar = scores_of(last).nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))[:, None]
+    bars = scores_of(last).nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+    return bars.masked_fill_(missing, float("nan"))[:, None], missing
+
+
+def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int, dropped: Tensor | None) -> bool:
+    """Merge what can be among the best; False, with nothing done, where that is not a small share.
+
+    Later items lose ties, so only scores strictly above a full list's last one matter (and NaN). And k groups of the
+    chunk have maxima of their own, so nothing below the k-th of those matters. `padded` is the chunk, its columns
+    filled up with −inf to a multiple of GROUP.
+    """
+    k = lists.keys.shape[1]
     if dropped is not None:
         padded[:, : dropped.shape[1]].masked_fill_(dropped, float("-inf"))
     groups = padded.unflatten(1, (-1, GROUP))
-    row, group = (groups.amax(-1) <= bar).logical_not_().nonzero(as_tuple=True)
-    if row.numel() * 8 > groups.shape[0] * groups.shape[1]:
+    best = groups.amax(-1)
+    bar, missing = _bars(lists, rows)
+    row, group = (best <= bar).logical_not_().nonzero(as_tuple=True)
+    floor = None
+    if row.numel() > SMALL_SHARE * best.numel():
+        if k > best.shape[1]:
+            return False
+        floor = best.topk(k, dim=1).values[:, -1:]
+        # A dropped item is not told from a score of −inf here.
+        if bool((missing & (floor[:, 0] == float("-inf"))).any()):
+            return False
+        floor.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+        row, group = ((best <= bar) | (best < floor)).logical_not_().nonzero(as_tuple=True)
+        if row.numel() > LARGE_SHARE * best.numel():
+            return False
+    elif bool(missing.any()):
         return False
     scores = groups[row, group]  # [hits, GROUP]
-    hit, lane = (scores <= bar[row]).logical_not_().nonzero(as_tuple=True)
+    beaten = scores <= bar[row]
+    if floor is not None:
+        beaten |= scores < floor[row]
+    hit, lane = beaten.logical_not_().nonzero(as_tuple=True)
     if hit.numel() == 0:
         return True
     keys, column, row = order_keys(scores[hit, lane]), group[hit] * GROUP + lane, row[hit]
