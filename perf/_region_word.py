@@ -7,6 +7,7 @@ credited with cosine's arithmetic.
 from __future__ import annotations
 
 import importlib.util
+from _random import metric_for, normal_for
 from collections.abc import Callable, Iterator
 
 import torch

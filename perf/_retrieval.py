@@ -1,4 +1,4 @@
-"""`gssf_triton.topk` and `ranks`, and their peers: all of S stored, chunks of it, and search libraries on folded queries.
+"""`gssf_triton.topk` and `ranks`, and their peers: all of S, chunks of it, search libraries on folded queries.
 
 A library's index holds the gallery and is built before the clock starts; the queries are folded in every call. Its
 memory is not torch's, and is not seen.
@@ -7,6 +7,7 @@ memory is not torch's, and is not seen.
 from __future__ import annotations
 
 import importlib.util
+from _random import metric_for, normal_for
 from collections.abc import Callable, Iterator
 
 import torch
@@ -68,12 +69,10 @@ def _chunks(queries: Tensor, gallery: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _program(forward: Callable[[], tuple[Tensor, Tensor]]) -> Program:
-    return Program(
-        forward,
-        {},
-        torch.ones(()),
-        read=lambda out: dict(zip(("values", "indices"), (x.cpu() for x in out), strict=True)),
-    )
+    def read(out: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"values": out[0].cpu(), "indices": out[1].cpu()}
+
+    return Program(forward, {}, torch.ones(()), read=read)
 
 
 def _search(search: Search) -> Callable[[Inputs], Program]:
