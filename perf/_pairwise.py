@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from _random import metric_for, normal_for
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from _cells import Cell, Shape, grid, unique
 from _operation import Contender, Inputs, Operation, Probe, Program
+from _tensors import metric_for, normal_for
 from torch import Tensor
 
 import gssf_triton

@@ -7,13 +7,13 @@ credited with cosine's arithmetic.
 from __future__ import annotations
 
 import importlib.util
-from _random import metric_for, normal_for
 from collections.abc import Callable, Iterator
 
 import torch
 from _cells import PASSES, Cell, Shape, grid, unique
 from _operation import Contender, Inputs, Operation, Probe, Program
 from _pairwise import WEIGHTED, fold_in_torch
+from _tensors import metric_for, normal_for
 from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
