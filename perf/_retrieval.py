@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from _cells import Cell, Shape, grid, unique
@@ -46,7 +47,7 @@ def _features(inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(inputs.tensors[name] for name in ("queries", "gallery", "W_diag", "W_blocks"))
 
 
-def _ids(inputs: Inputs) -> dict[str, Tensor]:
+def _ids(inputs: Inputs) -> dict[str, Any]:
     return {name: inputs.tensors[name] for name in ("query_ids", "gallery_ids")}
 
 
@@ -105,7 +106,7 @@ def _faiss(inputs: Inputs) -> Program:
     import faiss
 
     queries, gallery, W_diag, W_blocks = _features(inputs)
-    index = faiss.IndexFlatIP(gallery.shape[1])
+    index: Any = faiss.IndexFlatIP(gallery.shape[1])
     if gallery.device.type == "cuda":
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gallery.device.index or 0, index)
     else:

@@ -68,7 +68,7 @@ def _image_text(args: argparse.Namespace) -> dict[str, float]:
 
 def _reid(args: argparse.Namespace) -> dict[str, float]:
     queries, gallery = load_features("QUERIES", args.queries), load_features("GALLERY", args.gallery)
-    labels = {
+    labels: dict[str, Any] = {
         f"{side}_{kind}": load_labels(f"--{side}-{kind}", getattr(args, f"{side}_{kind}"), len(rows), of)
         for kind in ("ids", "cams")
         for side, rows, of in (("query", queries, "QUERIES"), ("gallery", gallery, "GALLERY"))

@@ -93,7 +93,7 @@ def image_text(
     results = []
     for number, (image_part, text_part) in enumerate(parts):
         sides = [(images[image_part], image_ids[image_part]), (texts[text_part], text_ids[text_part])]
-        result = {}
+        result: dict[str, float] = {}
         for name, blocks, order in (("i2t", W_blocks, 1), ("t2i", transposed, -1)):
             (queries, query_ids), (gallery, gallery_ids) = sides[::order]
             bar = progress_bar(progress, name if folds == 1 else f"{name} fold {number + 1}/{folds}")
@@ -121,7 +121,7 @@ def _folds(image_ids: Tensor, text_ids: Tensor, folds: int) -> list[tuple[Tensor
     unmatched = ~torch.isin(text_ids, image_ids)
     shares = torch.zeros_like(text_ids)
     shares[unmatched] = torch.arange(int(unmatched.sum()), device=text_ids.device) % folds
-    parts = []
+    parts: list[tuple[Tensor | slice, Tensor | slice]] = []
     for fold, image_part in enumerate(torch.arange(image_ids.shape[0], device=image_ids.device).tensor_split(folds)):
         belongs = torch.isin(text_ids, image_ids[image_part]) | (unmatched & (shares == fold))
         parts.append((image_part, belongs.nonzero()[:, 0]))

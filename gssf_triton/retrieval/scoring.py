@@ -60,7 +60,7 @@ class Gallery:
                 yield part.start, self._read(part, buffer).to(self.device)
 
     def _buffer(self, rows: int) -> Tensor:
-        dtype = ARRAY_DTYPES[np.dtype(self.source.dtype)]  # type: ignore[arg-type]
+        dtype = ARRAY_DTYPES[np.dtype(self.source.dtype)]
         shape = (min(rows, len(self)), self.source.shape[1])
         return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
@@ -157,11 +157,11 @@ class Scores:
         self.backend, self.normalize = backend, normalize
         #: Told of every query–item pair that was scored.
         self.tick: Tick = no_tick
-        weights = tuple(None if w is None else w.detach() for w in (W_diag, W_blocks))
+        W_diag, W_blocks = (None if w is None else w.detach() for w in (W_diag, W_blocks))
         if backend == "triton":
-            self.queries = ops.fold(queries.detach(), *weights, normalize)
+            self.queries = ops.fold(queries.detach(), W_diag, W_blocks, normalize)
         else:
-            self.queries = torch_backend.fold(queries.detach().to(self.dtype), *weights, normalize)
+            self.queries = torch_backend.fold(queries.detach().to(self.dtype), W_diag, W_blocks, normalize)
         Q, D = queries.shape
         self.chunks: StreamChunks = retrieval_configs.stream_chunks(
             Q, N, D, queries.dtype.itemsize, queries.device.type

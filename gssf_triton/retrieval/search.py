@@ -6,6 +6,8 @@ One call's way: checks → the metric folded into the queries (`scoring`) → ch
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -35,6 +37,7 @@ def check_call(
         checks.check_gallery_array(queries, gallery)
     else:
         checks.check_pair(queries, gallery, _NAMES)
+        assert isinstance(gallery, Tensor)
         checks.check_matrix("queries", queries, "(Q, D)")
         checks.check_matrix("gallery", gallery, "(N, D)")
         checks.check_same_dtype(queries, gallery, _NAMES)
@@ -63,7 +66,8 @@ def make_exclusions(
             if values is not None or (kind == "ids" and labels is not None):
                 side = "query" if name == "queries" else name
                 checks.check_labels(f"{side}_{kind}", values, count, name, queries)
-    return Exclusions(exclude, mask, *(labels or (None, None)), *cameras)
+    query_ids, gallery_ids = labels or (None, None)
+    return Exclusions(exclude, mask, query_ids, gallery_ids, *cameras)
 
 
 @torch.no_grad()
@@ -211,13 +215,14 @@ def ranks(
     offset, _ = sharding.place(queries, items, 0, group)
     scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)
     shard = Gallery(gallery, queries.device, offset)
-    source = scan
+    source: ModuleType = scan
     if backend == "triton" and scores.dtype == torch.float32:
         from gssf_triton.kernels import rank as rank_kernels
 
         source = rank_kernels
     # Two passes.
     with counting(progress, "ranks", 2 * Q * items, "pair") as scores.tick:
-        keys, indices = sharding.merge_best(*source.best_match(scores, shard, exclusions), group)
+        keys, indices = source.best_match(scores, shard, exclusions)
+        keys, indices = sharding.merge_best(keys, indices, group)
         counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
     return counts.masked_fill_(indices < 0, -1)
