@@ -60,13 +60,15 @@ class Gallery:
                 yield part.start, self._read(part, buffer).to(self.device)
 
     def _buffer(self, rows: int) -> Tensor:
-        dtype = ARRAY_DTYPES[np.dtype(self.source.dtype)]
+        assert isinstance(self.source, np.ndarray)
+        dtype = ARRAY_DTYPES[self.source.dtype]
         shape = (min(rows, len(self)), self.source.shape[1])
         return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def _read(self, part: slice, buffer: Tensor) -> Tensor:
+        assert isinstance(self.source, np.ndarray)
         filled = buffer[: part.stop - part.start]
-        np.copyto(filled.numpy(), self.source[part])  # type: ignore[arg-type]
+        np.copyto(filled.numpy(), self.source[part])
         return filled
 
     def _blocks_ahead(self, rows: int) -> Iterator[tuple[int, Tensor]]:
