@@ -12,6 +12,7 @@ from gssf_triton import checks
 from gssf_triton.autotune.retrieval_configs import stream_chunks
 from gssf_triton.metrics.common import recalls
 from gssf_triton.progress import progress_bar
+from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval import ranks
 from gssf_triton.retrieval.scoring import slices
 
@@ -80,14 +81,14 @@ def image_text(
     """
     names = ("images", "texts")
     checks.check_pair(images, texts, names)
-    checks.check_matrix("images", images, "(I, D)")
-    checks.check_matrix("texts", texts, "(T, D)")
+    row_checks.check_matrix("images", images, "(I, D)")
+    row_checks.check_matrix("texts", texts, "(T, D)")
     checks.check_same_dtype(images, texts, names)
     checks.check_weights("images", images, W_diag, W_blocks)
-    checks.check_labels("image_ids", image_ids, images.shape[0], "images", images)
-    checks.check_labels("text_ids", text_ids, texts.shape[0], "texts", texts)
-    checks.check_ks(ks)
-    checks.check_count("folds", folds, 1, max(images.shape[0], 1))
+    row_checks.check_labels("image_ids", image_ids, images.shape[0], "images", images)
+    row_checks.check_labels("text_ids", text_ids, texts.shape[0], "texts", texts)
+    row_checks.check_ks(ks)
+    row_checks.check_count("folds", folds, 1, max(images.shape[0], 1))
     transposed = None if W_blocks is None else W_blocks.mT
     parts = _folds(image_ids, text_ids, folds)
     results = []

@@ -17,6 +17,7 @@ from gssf_triton import checks
 from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K
 from gssf_triton.backend import resolve_backend
 from gssf_triton.progress import counting
+from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval import scan, sharding
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores
 
@@ -33,13 +34,13 @@ def check_call(
     """(Q, N) of features that fit; a gallery in an array, where `arrays` are taken, may lie elsewhere."""
     if arrays and isinstance(gallery, np.ndarray):
         checks.check_features("queries", queries)
-        checks.check_matrix("queries", queries, "(Q, D)")
-        checks.check_gallery_array(queries, gallery)
+        row_checks.check_matrix("queries", queries, "(Q, D)")
+        row_checks.check_gallery_array(queries, gallery)
     else:
         checks.check_pair(queries, gallery, _NAMES)
         assert isinstance(gallery, Tensor)
-        checks.check_matrix("queries", queries, "(Q, D)")
-        checks.check_matrix("gallery", gallery, "(N, D)")
+        row_checks.check_matrix("queries", queries, "(Q, D)")
+        row_checks.check_matrix("gallery", gallery, "(N, D)")
         checks.check_same_dtype(queries, gallery, _NAMES)
     checks.check_weights("queries", queries, W_diag, W_blocks)
     return queries.shape[0], gallery.shape[0]
@@ -55,9 +56,9 @@ def make_exclusions(
 ) -> Exclusions:
     """What is left out, checked; `labels` and `cameras` are (queries', gallery's)."""
     if exclude is not None:
-        checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
+        row_checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
     if mask is not None:
-        checks.check_pair_mask("mask", mask, (queries.shape[0], items), queries)
+        row_checks.check_pair_mask("mask", mask, (queries.shape[0], items), queries)
     if (cameras[0] is None) != (cameras[1] is None):
         missing = "query_cams" if cameras[0] is None else "gallery_cams"
         raise ValueError(f"query_cams and gallery_cams must be given together, got None for {missing}")
@@ -65,7 +66,7 @@ def make_exclusions(
         for name, count, values in zip(_NAMES, (queries.shape[0], items), pair or (None, None), strict=True):
             if values is not None or (kind == "ids" and labels is not None):
                 side = "query" if name == "queries" else name
-                checks.check_labels(f"{side}_{kind}", values, count, name, queries)
+                row_checks.check_labels(f"{side}_{kind}", values, count, name, queries)
     query_ids, gallery_ids = labels or (None, None)
     return Exclusions(exclude, mask, query_ids, gallery_ids, *cameras)
 
@@ -129,10 +130,10 @@ def topk(
     Q, items = check_call(queries, gallery, W_diag, W_blocks)
     exclusions = make_exclusions(queries, items, exclude, mask)
     if group is None:
-        checks.check_k(k, items)
+        row_checks.check_k(k, items)
     backend = resolve_backend(backend, queries, W_blocks)
     offset, total = sharding.place(queries, items, k, group)
-    checks.check_k(k, total)
+    row_checks.check_k(k, total)
     scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)
     with counting(progress, "topk", Q * items, "pair") as scores.tick:
         lists = _topk(scores, Gallery(gallery, queries.device, offset), exclusions, min(k, items))
