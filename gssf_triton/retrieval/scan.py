@@ -48,11 +48,17 @@ class Lists:
 
 
 def _add_all(lists: Lists, rows: slice, S: Tensor, first: int, dropped: Tensor | None) -> None:
-    """Merge the chunk S (r, c), whose columns are the items from `first` on, whatever it holds."""
-    keys = order_keys(S)
-    if dropped is not None:
-        keys.masked_fill_(dropped, absent(keys.dtype))
-    best, columns = leading(keys, min(lists.keys.shape[1], keys.shape[1]))
+    """Merge the chunk S (r, c), whose columns are the items from `first` on, whatever it holds; −inf where dropped."""
+    k = min(lists.keys.shape[1], S.shape[1])
+    best, columns = leading(S, k)
+    if bool(best[:, 0].isnan().any()) or bool((best[:, -1] == float("-inf")).any()):
+        # NaN has no order, and a dropped item is not told from a score of −inf: integers are.
+        keys = order_keys(S)
+        if dropped is not None:
+            keys.masked_fill_(dropped, absent(keys.dtype))
+        best, columns = leading(keys, k)
+    else:
+        best = order_keys(best)
     lists.add(rows, best, columns + first)
 
 
