@@ -334,17 +334,23 @@ def test_nothing_is_differentiated_and_nothing_changed(backend: str, device: str
         assert torch.equal(x.detach(), kept[name]), name
 
 
-def test_the_filter_and_the_full_merge_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf"), 0.0], ids=str)
+@pytest.mark.parametrize("k", [10, scan.LONG + 8])
+def test_the_filter_and_the_full_merge_agree(k: int, special: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast way through a chunk is taken where it should be, and finds what the slow one does."""
     monkeypatch.setattr(
         retrieval_configs, "stream_chunks", lambda *shape: retrieval_configs.StreamChunks(16, 1024, 1024)
     )
     call = {"queries": features(40, 8), "gallery": features(20_000, 8), "W_diag": torch.ones(8)}
+    if special is not None:
+        call["gallery"][torch.rand(20_000) < 1e-3] = special
+    call["mask"] = torch.rand(40, 20_000) < 0.9
     taken = []
     better = scan._add_better
     monkeypatch.setattr(scan, "_add_better", lambda *args: taken.append(better(*args)) or taken[-1])
-    fast = gssf_triton.topk(**call, k=10)
+    fast = gssf_triton.topk(**call, k=k)
     assert sum(taken) > len(taken) / 2
     monkeypatch.setattr(scan, "_add_better", lambda *args: False)
-    slow = gssf_triton.topk(**call, k=10)
-    assert fast[0].equal(slow[0]) and fast[1].equal(slow[1])
+    slow = gssf_triton.topk(**call, k=k)
+    assert fast[1].equal(slow[1])
+    torch.testing.assert_close(fast[0], slow[0], rtol=0, atol=0, equal_nan=True)

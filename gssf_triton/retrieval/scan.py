@@ -13,8 +13,13 @@ from torch import Tensor
 from gssf_triton.retrieval.order import absent, key_dtype, leading, merge, order_keys, scores_of
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores, slices
 
-#: Columns whose maximum is looked at before any of them is: one vectorised pass finds the few that matter.
-GROUP = 64
+#: Columns whose maximum is looked at before any of them is: one vectorised pass finds the few that matter. Long lists
+#: take more from every chunk, and smaller groups leave more of it out.
+GROUP, SMALL_GROUP = 64, 16
+#: Lists that are long.
+LONG = 32
+#: A merge is worth its while every so many items a place of the list; but no more chunks than this wait for it.
+ITEMS_PER_PLACE, MOST_CHUNKS = 16, 4
 #: Of the groups, so many may hold something that matters and looking at them one by one is still cheap, …
 SMALL_SHARE = 1 / 8
 #: … or cheaper than sorting whole chunks.
@@ -81,7 +86,8 @@ def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int, dropped: 
     k = lists.keys.shape[1]
     if dropped is not None:
         padded[:, : dropped.shape[1]].masked_fill_(dropped, float("-inf"))
-    groups = padded.unflatten(1, (-1, GROUP))
+    size = SMALL_GROUP if k > LONG else GROUP
+    groups = padded.unflatten(1, (-1, size))
     best = groups.amax(-1)
     bar, missing = _bars(lists, rows)
     row, group = (best <= bar).logical_not_().nonzero(as_tuple=True)
@@ -99,14 +105,14 @@ def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int, dropped: 
             return False
     elif bool(missing.any()):
         return False
-    scores = groups[row, group]  # [hits, GROUP]
+    scores = groups[row, group]  # [hits, size]
     beaten = scores <= bar[row]
     if floor is not None:
         beaten |= scores < floor[row]
     hit, lane = beaten.logical_not_().nonzero(as_tuple=True)
     if hit.numel() == 0:
         return True
-    keys, column, row = order_keys(scores[hit, lane]), group[hit] * GROUP + lane, row[hit]
+    keys, column, row = order_keys(scores[hit, lane]), group[hit] * size + lane, row[hit]
     among, place, count = row.unique_consecutive(return_inverse=True, return_counts=True)
     # Entries lie in order of row, then column: each becomes the next one of its row's list.
     slot = torch.arange(row.numel(), device=row.device) - (count.cumsum(0) - count)[place]
@@ -123,8 +129,8 @@ def topk(scores: Scores, gallery: Gallery, exclusions: Exclusions, k: int) -> Li
     """The k best items of every query; indices count from the gallery's offset."""
     Q, columns = scores.queries.shape[0], scores.chunks.columns
     lists = Lists.empty(Q, k, scores.dtype, scores.queries.device)
-    # A list longer than a chunk is merged once in as many chunks as it spans.
-    strip = columns * -(-k // columns)
+    # A long list is merged once in several chunks: in as many as it spans, at least.
+    strip = columns * max(-(-k // columns), min(-(-k * ITEMS_PER_PLACE // columns), MOST_CHUNKS))
     width = -(-min(strip, len(gallery)) // GROUP) * GROUP
     buffer = torch.empty((min(scores.chunks.rows, Q), width), dtype=scores.dtype, device=scores.queries.device)
     for first, block in gallery.blocks(scores.chunks.block_rows):
