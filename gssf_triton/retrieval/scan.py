@@ -76,16 +76,14 @@ def _bars(lists: Lists, rows: slice) -> tuple[Tensor, Tensor]:
     return bars.masked_fill_(missing, float("nan"))[:, None], missing
 
 
-def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int, dropped: Tensor | None) -> bool:
+def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int) -> bool:
     """Merge what can be among the best; False, with nothing done, where that is not a small share.
 
     Later items lose ties, so only scores strictly above a full list's last one matter (and NaN). And k groups of the
-    chunk have maxima of their own, so nothing below the k-th of those matters. `padded` is the chunk, its columns
-    filled up with −inf to a multiple of GROUP.
+    chunk have maxima of their own, so nothing below the k-th of those matters. `padded` is the chunk, −inf where an
+    item is dropped, its columns filled up with −inf to a multiple of GROUP.
     """
     k = lists.keys.shape[1]
-    if dropped is not None:
-        padded[:, : dropped.shape[1]].masked_fill_(dropped, float("-inf"))
     size = SMALL_GROUP if k > LONG else GROUP
     groups = padded.unflatten(1, (-1, size))
     best = groups.amax(-1)
@@ -146,7 +144,9 @@ def topk(scores: Scores, gallery: Gallery, exclusions: Exclusions, k: int) -> Li
                 index = gallery.offset + first + span.start
                 local = slice(first + span.start, first + span.stop)
                 dropped = exclusions.dropped(rows, local, gallery.offset)
-                if not _add_better(lists, rows, padded, index, dropped):
+                if dropped is not None:
+                    S.masked_fill_(dropped, float("-inf"))
+                if not _add_better(lists, rows, padded, index):
                     _add_all(lists, rows, S, index, dropped)
     return lists
 
