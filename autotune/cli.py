@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -34,38 +33,7 @@ from gssf_triton.autotune.space import SPACES, TORCH_KERNELS
 from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped, shipped_for
 from gssf_triton.autotune.targets import SHIPPED_DEVICES
-
-
-class UsageError(Exception):
-    """A command that makes no sense, in one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Bad usage is one clear line, not a page of usage, and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise UsageError(f"--device: {text!r} is no device; cpu, cuda or cuda:1, say") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("--device: no GPU is to be seen here")
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"--device: there is no {text}, only {torch.cuda.device_count()} GPU(s)")
-        return torch.device("cuda", index)
-    if device.type != "cpu":
-        raise UsageError(f"--device: {text!r} is not supported; cpu or cuda")
-    return device
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+from gssf_triton.command.usage import Parser, UsageError, default_device, parse_device, positive
 
 
 def _shapes(args: argparse.Namespace, default: str) -> list[Shape]:
@@ -104,7 +72,7 @@ def tune(args: argparse.Namespace) -> int:
     """Tune keys one by one, with a progress bar, writing each down."""
     from gssf_triton.autotune import tuner
 
-    where = _device(args.device)
+    where = parse_device(args.device)
     keys = keys_for(_shapes(args, "full" if where.type == "cuda" else "cpu"), _kernels(args, where))
     if args.dry_run:
         for key in tuner.in_order(keys):
@@ -151,7 +119,7 @@ def _named_device(name: str) -> Device:
 def show(args: argparse.Namespace) -> int:
     """What would run for each shape, and why."""
     target = _named_device(args.target) if args.target else None
-    where = None if target else _device(args.device)
+    where = None if target else parse_device(args.device)
     default = GPU_KERNELS if where is None or where.type == "cuda" else CPU_KERNELS
     for shape in _shapes(args, "quick"):
         print(f"M={shape.M} N={shape.N} D={shape.D} B={shape.B} {shape.dtype}")
@@ -215,7 +183,7 @@ def check(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """The user's results as a table that can ship: what holds for the device, without what holds for this machine."""
-    where = _device(args.device)
+    where = parse_device(args.device)
     found: dict[Device, Table] = {}
     for device in {devices.identify(where), devices.identify_for_torch(where)}:
         entries = {key: entry for key, entry in lookup.store_for(device).read().items() if entry.source == "measured"}
@@ -258,7 +226,7 @@ def doctor(args: argparse.Namespace) -> int:
     """What a bug report needs."""
     from gssf_triton.backend import HAS_TRITON, interpreter_is_on, resolve_backend
 
-    where = _device(args.device)
+    where = parse_device(args.device)
     device = devices.identify_for_torch(where)
     try:
         tables = ", ".join(table.slug for table in shipped_for(device)) or "none for this device"
@@ -297,27 +265,14 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", nargs="+", choices=list(SPACES), metavar="KERNEL", help=", ".join(SPACES))
 
 
-def _positive(convert: Callable[[str], float]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        try:
-            value = convert(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-
-    return number
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m gssf_triton.autotune",
         description="Tune the package's kernels for a machine, and see what runs and why.",
         epilog="GSSF_AUTOTUNE=off|cached|on: the model alone; tables, and the model for the rest (default); tune what "
         "no table has at its first use. GSSF_CACHE_DIR: where results are kept, instead of the user's cache directory.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
@@ -326,33 +281,33 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("tune", tune, "measure configurations and keep the best; stop and go on whenever you like")
     _add_shapes(command)
-    command.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    command.add_argument("--device", default=default_device(), help="default: %(default)s")
     command.add_argument(
-        "--time-limit", type=_positive(float), metavar="SECONDS", help="stop after this long, the first key apart"
+        "--time-limit", type=positive(float), metavar="SECONDS", help="stop after this long, the first key apart"
     )
-    command.add_argument("--candidates", type=_positive(int), default=24, metavar="N", help="configurations a key (24)")
+    command.add_argument("--candidates", type=positive(int), default=24, metavar="N", help="configurations a key (24)")
     command.add_argument("--force", action="store_true", help="tune anew what was tuned before")
     command.add_argument("--dry-run", action="store_true", help="list the keys, tune nothing")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = add("show", show, "what would run for a shape, and why")
     _add_shapes(command)
-    command.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    command.add_argument("--device", default=default_device(), help="default: %(default)s")
     command.add_argument("--for", dest="target", metavar="TARGET", help="a GPU that is not here: nvidia-h100, sm_90, …")
 
     command = add("check", check, "the compile gate over the tables: no GPU is needed")
     command.add_argument("table", nargs="*", type=Path, help="table files (default: those of the package)")
-    command.add_argument("--jobs", type=_positive(int), default=devices.cores(), help="processes (default: all cores)")
+    command.add_argument("--jobs", type=positive(int), default=devices.cores(), help="processes (default: all cores)")
     command.add_argument("--no-compile", action="store_true", help="only whether the tables are legal")
     command.add_argument("--quiet", action="store_true", help="print only what fails")
 
     command = add("export", export, "your results as a table that can ship with the package")
-    command.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    command.add_argument("--device", default=default_device(), help="default: %(default)s")
     command.add_argument("--out", type=Path, metavar="FILE", help="default: DEVICE.json here; - for standard output")
     command.add_argument("--name", help="the table's device name, in place of the device's own")
 
     command = add("doctor", doctor, "device, versions, backend and cache, for a bug report")
-    command.add_argument("--device", default=_default_device(), help="default: %(default)s")
+    command.add_argument("--device", default=default_device(), help="default: %(default)s")
     return parser
 
 

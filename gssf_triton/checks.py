@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -235,73 +234,3 @@ def check_positive(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-# ---------------------------------------------------------------- retrieval
-
-
-def check_matrix(name: str, x: Tensor, wanted: str) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"{name} must have shape {wanted}, got {shape_of(x)}")
-
-
-def check_gallery_array(queries: Tensor, gallery: np.ndarray) -> None:
-    """A gallery that is read from an array: (N, D) of the queries' dtype."""
-    if gallery.ndim != 2:
-        raise ValueError(f"gallery must have shape (N, D), got {gallery.shape}")
-    wanted = str(queries.dtype).removeprefix("torch.")
-    if str(gallery.dtype) != wanted:
-        raise ValueError(
-            f"queries and gallery must have the same dtype: queries is {queries.dtype}, gallery is an array of "
-            f"{gallery.dtype}"
-        )
-    if gallery.shape[1] != queries.shape[1]:
-        raise ValueError(
-            f"queries and gallery must have the same D: queries is {shape_of(queries)}, gallery is {gallery.shape}"
-        )
-
-
-def check_labels(name: str, labels: object, count: int, of: str, features: Tensor) -> None:
-    """One whole number for each of the `count` rows of `of`, on the features' device."""
-    check_tensor(name, labels)
-    assert isinstance(labels, Tensor)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {labels.dtype}")
-    if shape_of(labels) != (count,):
-        raise ValueError(f"{name} must have shape ({count},), one for each row of {of}, got {shape_of(labels)}")
-    check_same_device(of, features, name, labels)
-
-
-def check_pair_mask(name: str, mask: object, shape: tuple[int, int], queries: Tensor) -> None:
-    check_tensor(name, mask)
-    assert isinstance(mask, Tensor)
-    if mask.dtype != torch.bool:
-        raise ValueError(f"{name} must be torch.bool, True where an item may be ranked, got {mask.dtype}")
-    if shape_of(mask) != shape:
-        raise ValueError(f"{name} must have shape {shape}, queries by gallery, got {shape_of(mask)}")
-    check_same_device("queries", queries, name, mask)
-
-
-def check_k(k: object, gallery: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if not 0 <= k <= gallery:
-        raise ValueError(f"k must lie between 0 and the gallery's {gallery} items, got {k}")
-
-
-def check_count(name: str, value: object, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
-
-
-def check_ks(ks: object) -> None:
-    """The cut-offs of a metric: positive ints."""
-    if not isinstance(ks, Sequence) or not ks:
-        raise ValueError(f"ks must be a sequence of at least one int, got {ks!r}")
-    for k in ks:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"ks must hold ints, got {type(k).__name__}")
-        if k < 1:
-            raise ValueError(f"ks must hold ints of at least 1, got {k}")

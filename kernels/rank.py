@@ -97,6 +97,7 @@ def _parts(
         tiles=tiles,
         COUNT=bar is not None,
     )
+    scores.tick(queries.shape[0] * block.shape[0])
     return parts
 
 

@@ -100,6 +100,7 @@ def _block_lists(
         tiles=tiles,
         K=K,
     )
+    scores.tick(queries.shape[0] * block.shape[0])
     # Keys of different items differ, so the sort has one answer.
     return split_keys(parts.flatten(1).sort(dim=1, descending=True).values[:, :k])
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from _cells import DTYPES, Cell, Shape, grid, unique
+from _cells import Cell, Shape, grid, unique
 from _operation import Contender, Inputs, Operation, Probe, Program
+from _tensors import metric_for, normal_for
 from torch import Tensor
 
 import gssf_triton
@@ -24,19 +25,14 @@ WEIGHTED = ("a", "b", "W_diag", "W_blocks")
 
 def make_inputs(cell: Cell, device: torch.device, generator: torch.Generator) -> Inputs:
     """Rows of about unit length, a metric around the identity."""
-    s, dtype = cell.shape, DTYPES[cell.dtype]
-
-    def normal(*size: int, scale: float, mean: float = 0.0) -> Tensor:
-        return torch.randn(size, generator=generator, device=device).mul_(scale).add_(mean).to(dtype)
-
+    s, normal = cell.shape, normal_for(cell, device, generator)
     return Inputs(
         {
             "a": normal(s.M, s.D, scale=s.D**-0.5),
             "b": normal(s.N, s.D, scale=s.D**-0.5),
-            "W_diag": normal(s.D, scale=0.3, mean=1.0),
-            "W_blocks": normal(s.D // s.B, s.B, s.B, scale=s.B**-0.5),
+            **metric_for(cell, normal),
         },
-        upstream=normal(s.M, s.N, scale=1.0),
+        upstream=normal(s.M, s.N),
     )
 
 

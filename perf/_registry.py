@@ -11,8 +11,12 @@ from collections.abc import Iterable
 from _cells import Cell, Shape, grid
 from _operation import Contender, Operation
 from _pairwise import PAIRWISE
+from _region_word import CROSS_ATTENTION, LATE_INTERACTION
+from _retrieval import RANKS, TOPK
 
-OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (PAIRWISE,)}
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation for operation in (PAIRWISE, TOPK, RANKS, LATE_INTERACTION, CROSS_ATTENTION)
+}
 
 #: In the order they are offered.
 SUITES = ("quick", "full", "losses", "retrieval")

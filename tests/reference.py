@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gssf_triton
 
@@ -233,3 +234,16 @@ def _sizes(
             assert x is not None
             grads[name] /= x.detach().double().norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return tuple(o.detach().sqrt() for o in outputs), grads
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operator returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.numel() * x.itemsize)
+        return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import assert_close, features, tolerance
+from reference import Largest, assert_close, features, tolerance
 from region_word_reference import check, mask, problem
 from torch import Tensor
 
@@ -23,6 +23,7 @@ SHAPES = {
     "many-regions": ((2, 2), (70, 3), (1, 24)),
     "fewer-words": ((5, 2), (6, 3), (2, 8)),
     "one-region": ((6, 5), (1, 4), (3, 8)),
+    "wide": ((2, 2), (3, 2), (103, 10)),
 }
 
 
@@ -259,6 +260,22 @@ def test_only_valid_rows_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     words, regions = features(64, 512, 8), features(1, 1, 8)
     gssf_triton.late_interaction(regions, words, torch.ones(8), word_mask=valid, backend="torch")
     assert sum(loaded) <= 1 + 64 * 8
+
+
+HELD = [("late_interaction", {"pooling": pooling}) for pooling in POOLINGS] + [("cross_attention_sim", {})]
+
+
+@pytest.mark.parametrize(("function", "options"), HELD, ids=[*POOLINGS, "attention"])
+def test_regions_times_words_are_never_held(
+    function: str, options: dict[str, str], backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in forward, nor in backward, of any pooling: no operator returns more than a part of them."""
+    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", {"cpu": 4096, "cuda": 4096})
+    tensors = problem((12, 14), (9, 8), 1, 8, device=device)
+    with Largest() as largest:
+        scores = getattr(gssf_triton, function)(**tensors, normalize=True, backend=backend, **options)
+        torch.autograd.grad(scores.sum(), list(tensors.values()))
+    assert 0 < largest.bytes < 12 * 14 * 9 * 8 * 4 // 4
 
 
 def test_second_derivatives_are_refused(backend: str, device: str) -> None:

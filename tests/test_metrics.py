@@ -11,7 +11,7 @@ import retrieval_reference as naive
 import torch
 from reference import features, weights
 from retrieval_reference import coarse, coarse_weights
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from torch import Tensor
 
 from gssf_triton import metrics
@@ -148,6 +148,19 @@ def test_reid_precision_is_scikit_learns(device: str) -> None:
         if (same_id & ranked).any():
             found.append(average_precision_score(same_id[ranked].numpy(), S[i][ranked].numpy()))
     assert ours["map"] == pytest.approx(100 * sum(found) / len(found), rel=1e-9)
+
+
+def test_recalls_are_scikit_learns(device: str) -> None:
+    """Where each query has one match and no scores are equal, Recall@K is top-k accuracy; folds apart."""
+    call = data((30, 30), True, device)
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    ids = torch.randperm(30).to(device)
+    ours = metrics.image_text(call["a"], call["b"], **weights, image_ids=ids, text_ids=ids)
+    S = naive.scores_of(call["a"], call["b"], **weights, normalize=True).cpu()
+    for name, rows in (("i2t", S), ("t2i", S.T)):
+        for k in (1, 5, 10):
+            accuracy = top_k_accuracy_score(range(30), rows.numpy(), k=k, labels=range(30))
+            assert ours[f"{name}_r{k}"] == pytest.approx(100 * accuracy)
 
 
 def test_reid_where_nobody_has_a_match(backend: str, device: str) -> None:

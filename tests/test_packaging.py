@@ -99,6 +99,12 @@ def test_metadata_asks_for_torch_numpy_and_platformdirs_alone(metadata: str) -> 
     assert f"\nVersion: {gssf_triton.__version__}\n" in metadata
 
 
+def test_wheel_brings_the_command(wheel: Path, names: set[str]) -> None:
+    (name,) = (n for n in names if n.endswith(".dist-info/entry_points.txt"))
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read(name).decode() == "[console_scripts]\ngssf-triton = gssf_triton.command:main\n"
+
+
 def test_installed_wheel_computes(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     _run(

@@ -245,7 +245,7 @@ def _search(off_by: float = 0.0) -> _operation.Operation:
 
     return _operation.Operation(
         name="toy_search",
-        cells={("retrieval", "cpu"): cells, ("retrieval", "cuda"): cells},
+        cells={("toys", "cpu"): cells, ("toys", "cuda"): cells},
         make_inputs=make_inputs,
         contenders=(
             _operation.Contender("stored", "all of S", build(0.0), mathematics="cosine_topk"),
@@ -268,18 +268,19 @@ def test_operations_of_other_shapes_and_results_run_from_suite_to_readme(
 ) -> None:
     monkeypatch.setitem(_registry.OPERATIONS, "toy_search", _search())
     pairwise = _registry.OPERATIONS["pairwise_sim"]
-    few = {("retrieval", "cpu"): lambda: _cells.grid("pairwise_sim", [SHAPE], ["fp32"], compiled=[])}
+    monkeypatch.setattr(_registry, "SUITES", (*_registry.SUITES, "toys"))
+    few = {("toys", "cpu"): lambda: _cells.grid("pairwise_sim", [SHAPE], ["fp32"], compiled=[])}
     monkeypatch.setitem(_registry.OPERATIONS, "pairwise_sim", dataclasses.replace(pairwise, cells=few))
-    out = tmp_path / "device" / "retrieval.json"
-    assert sweep.main(["--suite", "retrieval", "--device", "cpu", "--seconds", "0.01", "--out", str(out)]) == 0
+    out = tmp_path / "device" / "toys.json"
+    assert sweep.main(["--suite", "toys", "--device", "cpu", "--seconds", "0.01", "--out", str(out)]) == 0
     cells = json.loads(out.read_text())["cells"]
     assert "toy_search/forward/fp32/M8-N64-D16-B4-k8" in cells and len(cells) == 5
     cell = cells["toy_search/forward/fp32/M8-N32-D16-B4-k4"]
     assert (cell["k"], cell["unit"], cell["count"]) == (4, "queries", 8)
     assert cell["contenders"]["gssf"]["flops"] == 2 * 8 * 32 * 16
     drawn = {path.name for path in out.parent.glob("*.png")}
-    assert {"retrieval-toy_search-roofline.png", "retrieval-pairwise_sim-roofline.png"} <= drawn
-    assert {"retrieval-toy_search-relative-fp32.png", "retrieval-toy_search-memory-fp32.png"} <= drawn
+    assert {"toys-toy_search-roofline.png", "toys-pairwise_sim-roofline.png"} <= drawn
+    assert {"toys-toy_search-relative-fp32.png", "toys-toy_search-memory-fp32.png"} <= drawn
     readme = tmp_path / "README.md"
     readme.write_text("\n".join(report.RESULTS_MARKS), encoding="utf-8")
     assert report.main([str(out), "--readme", str(readme)]) == 0
@@ -301,9 +302,39 @@ def test_integer_results_and_further_sizes_are_checked(
         "gssf": "wrong",
         "faiss": "ok",
     }
+    monkeypatch.setattr(_registry, "SUITES", (*_registry.SUITES, "toys"))
     with pytest.raises(SystemExit) as stopped:
-        sweep.main(["--suite", "retrieval", "--device", "cpu", "--shape", "8,32,16,4,R=2"])
+        sweep.main(["--suite", "toys", "--device", "cpu", "--shape", "8,32,16,4,R=2"])
     assert stopped.value.code == 2 and "toy_search has no R" in capsys.readouterr().err
+
+
+SEARCHES = {
+    "topk": _cells.Shape.of(30, 900, 32, 8, k=5),
+    "ranks": _cells.Shape(30, 900, 32, 8),
+    "late_interaction": _cells.Shape.of(6, 7, 32, 8, R=5, L=4),
+    "cross_attention_sim": _cells.Shape.of(6, 7, 32, 8, R=5, L=4),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_retrieval_is_held_to_float64(name: str) -> None:
+    for mode in _registry.OPERATIONS[name].modes:
+        cell = _cells.Cell(name, mode, SEARCHES[name], "fp32", compiled=False)
+        entries = _measure.measure(cell, torch.device("cpu"), _timing.Effort(2, 2, 0.0), seed=1, wanted=None)
+        found = entries["contenders"]
+        assert {contender: entry["reason"] for contender, entry in found.items()} == dict.fromkeys(found)
+        assert found["gssf"]["seconds"]["median"] > 0 and len(found) > 1
+
+
+def test_a_wrong_rank_is_noticed() -> None:
+    """Ranks are integers that one rounding may move: they are held by the score that stands at their place."""
+    operation = _registry.OPERATIONS["ranks"]
+    cell = _cells.Cell("ranks", "forward", SEARCHES["ranks"], "fp32")
+    inputs = operation.make_inputs(cell, torch.device("cpu"), torch.Generator().manual_seed(0))
+    ours = next(c for c in operation.contenders if c.ours).build(inputs).results("forward")
+    (probe,) = operation.probes(inputs, "gssf_ranks", "forward")
+    assert _operation.largest_error(ours, [probe]) < 1e-6
+    assert _operation.largest_error({"ranks": ours["ranks"] + 1}, [probe]) > 1e-5
 
 
 # --- no speed for a wrong result -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ NUMERICS = f"normalize: bool = False, out_dtype: torch.dtype | None = None, {BAC
 NORMALIZE = "normalize: bool = False"
 LIKE = f"(queries: Tensor, gallery: Tensor | np.ndarray, {WEIGHTS}, *"
 GROUP = f"group: dist.ProcessGroup | None = None, {BACKEND}"
+SEARCH = f"group: dist.ProcessGroup | None = None, progress: bool = False, {BACKEND}"
 
 MASKS = "region_mask: Tensor | None = None, word_mask: Tensor | None = None"
 
@@ -54,7 +55,7 @@ SIGNATURES = {
     "ranks": (
         f"{LIKE}, query_ids: Tensor, gallery_ids: Tensor, {NORMALIZE}, exclude: Tensor | None = None, "
         "query_cams: Tensor | None = None, gallery_cams: Tensor | None = None, mask: Tensor | None = None, "
-        f"{GROUP}) -> Tensor"
+        f"{SEARCH}) -> Tensor"
     ),
     "sigmoid_loss": (
         f"(a: Tensor, b: Tensor, {WEIGHTS}, *, logit_scale: Tensor | float, logit_bias: Tensor | float, "
@@ -62,7 +63,7 @@ SIGNATURES = {
     ),
     "topk": (
         f"{LIKE}, k: int, {NORMALIZE}, exclude: Tensor | None = None, mask: Tensor | None = None, "
-        f"{GROUP}) -> tuple[Tensor, Tensor]"
+        f"{SEARCH}) -> tuple[Tensor, Tensor]"
     ),
     "transform": f"(x: Tensor, {WEIGHTS}, *, side: str = 'a', normalize: bool = False, {BACKEND}) -> Tensor",
     "triplet_loss": (

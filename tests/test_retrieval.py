@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import retrieval_reference as naive
 import torch
-from reference import assert_close, features, tolerance, weights
+from reference import Largest, assert_close, features, tolerance, weights
 from retrieval_reference import coarse, coarse_weights
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gssf_triton
 from gssf_triton.autotune import retrieval_configs
@@ -234,19 +233,6 @@ def test_an_array_of_any_strides(backend: str, device: str) -> None:
 # ---------------------------------------------------------------- promises
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operator returns."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, Tensor):
-                self.bytes = max(self.bytes, x.numel() * x.itemsize)
-        return out
-
-
 @pytest.mark.parametrize("k", [3, 70])
 def test_the_score_matrix_is_never_held(k: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Q, N = 64, 640
@@ -261,6 +247,19 @@ def test_the_score_matrix_is_never_held(k: int, backend: str, device: str, monke
     with Largest() as largest:
         gssf_triton.ranks(**call, **metric, **labels, normalize=True, backend=backend)
     assert largest.bytes < Q * N * 4 // 3
+
+
+def test_a_bar_counts_every_pair(cut: str, backend: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And changes nothing else; one pass for topk, two for ranks."""
+    call = problem(20, 150, "diag", device)
+    labels = {name: x for name, x in ids(20, 150, device).items() if name.endswith("ids")}
+    quiet = gssf_triton.topk(**call, k=5, backend=backend), gssf_triton.ranks(**call, **labels, backend=backend)
+    assert capsys.readouterr().err == ""
+    _, indices = gssf_triton.topk(**call, k=5, progress=True, backend=backend)
+    assert "topk: 100%" in (bar := capsys.readouterr().err) and "3.00k/3.00k" in bar
+    found = gssf_triton.ranks(**call, **labels, progress=True, backend=backend)
+    assert "ranks: 100%" in (bar := capsys.readouterr().err) and "6.00k/6.00k" in bar
+    assert indices.equal(quiet[0][1]) and found.equal(quiet[1])
 
 
 def test_same_call_same_bits(cut: str, backend: str, device: str) -> None:
@@ -335,17 +334,23 @@ def test_nothing_is_differentiated_and_nothing_changed(backend: str, device: str
         assert torch.equal(x.detach(), kept[name]), name
 
 
-def test_the_filter_and_the_full_merge_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf"), 0.0], ids=str)
+@pytest.mark.parametrize("k", [10, scan.LONG + 8])
+def test_the_filter_and_the_full_merge_agree(k: int, special: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast way through a chunk is taken where it should be, and finds what the slow one does."""
     monkeypatch.setattr(
         retrieval_configs, "stream_chunks", lambda *shape: retrieval_configs.StreamChunks(16, 1024, 1024)
     )
     call = {"queries": features(40, 8), "gallery": features(20_000, 8), "W_diag": torch.ones(8)}
+    if special is not None:
+        call["gallery"][torch.rand(20_000) < 1e-3] = special
+    call["mask"] = torch.rand(40, 20_000) < 0.9
     taken = []
     better = scan._add_better
     monkeypatch.setattr(scan, "_add_better", lambda *args: taken.append(better(*args)) or taken[-1])
-    fast = gssf_triton.topk(**call, k=10)
+    fast = gssf_triton.topk(**call, k=k)
     assert sum(taken) > len(taken) / 2
     monkeypatch.setattr(scan, "_add_better", lambda *args: False)
-    slow = gssf_triton.topk(**call, k=10)
-    assert fast[0].equal(slow[0]) and fast[1].equal(slow[1])
+    slow = gssf_triton.topk(**call, k=k)
+    assert fast[1].equal(slow[1])
+    torch.testing.assert_close(fast[0], slow[0], rtol=0, atol=0, equal_nan=True)

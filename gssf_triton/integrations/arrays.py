@@ -145,7 +145,8 @@ def save_arrays(
 def load_arrays(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
     """Read a file that `save_arrays` wrote: name → array."""
     if _form(path) == ".npz":
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves a file that is no archive to the garbage collector.
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return dict(file)
     arrays: dict[str, NDArray[Any]] = require("safetensors.numpy", "safetensors").load_file(path)
     return arrays

@@ -136,8 +136,10 @@ class FusedRankingLoss(nn.Module):
                 "negatives are for MultipleNegativesRankingLoss with a GSSFSimilarity as its similarity_fct"
             )
         metric = self.similarity
+        anchors, positives = embeddings
         return info_nce(
-            *embeddings,
+            anchors,
+            positives,
             metric.W_diag,
             metric.W_blocks,
             logit_scale=torch.tensor(self.scale, device=embeddings[0].device),

@@ -1,14 +1,9 @@
-"""What the metrics share: means in percent, the progress bar, and average precision from ranks."""
+"""What the metrics share: means in percent, and average precision from ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
-
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 def percent(hits: Tensor) -> float:
@@ -19,26 +14,6 @@ def percent(hits: Tensor) -> float:
 def recalls(first: Tensor, ks: tuple[int, ...], name: str) -> dict[str, float]:
     """Share of the ranks (Q,) below each k; a rank of −1, no match, is below none."""
     return {f"{name}{k}": percent((first >= 0) & (first < k)) for k in ks}
-
-
-def progress_bar(wanted: bool, description: str) -> Callable[[Iterator[T]], Iterator[T]]:
-    """tqdm around an iterator of batches, or nothing.
-
-    Raises:
-        ImportError: where a bar is wanted and tqdm is not installed.
-    """
-    if not wanted:
-        return lambda batches: batches
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm, or leave progress=False") from error
-
-    def bar(batches: Iterator[T]) -> Iterator[T]:
-        steps = list(batches)
-        return iter(tqdm(steps, desc=description, unit="batch"))
-
-    return bar
 
 
 def valid_places(ranks: Tensor, counts: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from gssf_triton import checks
 from gssf_triton.autotune.retrieval_configs import stream_chunks
-from gssf_triton.metrics.common import progress_bar, recalls
+from gssf_triton.metrics.common import recalls
+from gssf_triton.progress import progress_bar
+from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval import ranks
 from gssf_triton.retrieval.scoring import slices
 
@@ -79,20 +81,20 @@ def image_text(
     """
     names = ("images", "texts")
     checks.check_pair(images, texts, names)
-    checks.check_matrix("images", images, "(I, D)")
-    checks.check_matrix("texts", texts, "(T, D)")
+    row_checks.check_matrix("images", images, "(I, D)")
+    row_checks.check_matrix("texts", texts, "(T, D)")
     checks.check_same_dtype(images, texts, names)
     checks.check_weights("images", images, W_diag, W_blocks)
-    checks.check_labels("image_ids", image_ids, images.shape[0], "images", images)
-    checks.check_labels("text_ids", text_ids, texts.shape[0], "texts", texts)
-    checks.check_ks(ks)
-    checks.check_count("folds", folds, 1, max(images.shape[0], 1))
+    row_checks.check_labels("image_ids", image_ids, images.shape[0], "images", images)
+    row_checks.check_labels("text_ids", text_ids, texts.shape[0], "texts", texts)
+    row_checks.check_ks(ks)
+    row_checks.check_count("folds", folds, 1, max(images.shape[0], 1))
     transposed = None if W_blocks is None else W_blocks.mT
     parts = _folds(image_ids, text_ids, folds)
     results = []
     for number, (image_part, text_part) in enumerate(parts):
         sides = [(images[image_part], image_ids[image_part]), (texts[text_part], text_ids[text_part])]
-        result = {}
+        result: dict[str, float] = {}
         for name, blocks, order in (("i2t", W_blocks, 1), ("t2i", transposed, -1)):
             (queries, query_ids), (gallery, gallery_ids) = sides[::order]
             bar = progress_bar(progress, name if folds == 1 else f"{name} fold {number + 1}/{folds}")
@@ -120,7 +122,7 @@ def _folds(image_ids: Tensor, text_ids: Tensor, folds: int) -> list[tuple[Tensor
     unmatched = ~torch.isin(text_ids, image_ids)
     shares = torch.zeros_like(text_ids)
     shares[unmatched] = torch.arange(int(unmatched.sum()), device=text_ids.device) % folds
-    parts = []
+    parts: list[tuple[Tensor | slice, Tensor | slice]] = []
     for fold, image_part in enumerate(torch.arange(image_ids.shape[0], device=image_ids.device).tensor_split(folds)):
         belongs = torch.isin(text_ids, image_ids[image_part]) | (unmatched & (shares == fold))
         parts.append((image_part, belongs.nonzero()[:, 0]))

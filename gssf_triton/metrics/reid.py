@@ -10,7 +10,9 @@ from torch import Tensor
 
 from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
-from gssf_triton.metrics.common import percent, precisions, progress_bar, recalls, valid_places
+from gssf_triton.metrics.common import percent, precisions, recalls, valid_places
+from gssf_triton.progress import progress_bar
+from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval.match_ranks import match_ranks
 from gssf_triton.retrieval.scoring import Scores
 from gssf_triton.retrieval.search import check_call, make_exclusions
@@ -81,7 +83,7 @@ def reid(
     Q, N = check_call(queries, gallery, W_diag, W_blocks, arrays=False)
     for name, cams in (("query_cams", query_cams), ("gallery_cams", gallery_cams)):
         checks.check_tensor(name, cams)
-    checks.check_ks(ks)
+    row_checks.check_ks(ks)
     exclusions = make_exclusions(queries, N, None, None, (query_ids, gallery_ids), (query_cams, gallery_cams))
     exclusions = replace(exclusions, mask=(gallery_ids != JUNK).expand(Q, N))
     scores = Scores(queries, N, W_diag, W_blocks, normalize, resolve_backend(backend, queries, W_blocks))

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
-from gssf_triton.metrics.common import percent, precisions, progress_bar, recalls, valid_places
+from gssf_triton.metrics.common import percent, precisions, recalls, valid_places
+from gssf_triton.progress import progress_bar
+from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval.match_ranks import match_ranks
 from gssf_triton.retrieval.scoring import Scores
 from gssf_triton.retrieval.search import make_exclusions
@@ -65,11 +67,11 @@ def retrieval(
         {'r1': 0.0, 'r2': 75.0, 'map_at_r': 0.0, 'r_precision': 0.0}
     """
     checks.check_features("embeddings", embeddings)
-    checks.check_matrix("embeddings", embeddings, "(N, D)")
+    row_checks.check_matrix("embeddings", embeddings, "(N, D)")
     checks.check_weights("embeddings", embeddings, W_diag, W_blocks)
     N = embeddings.shape[0]
-    checks.check_labels("labels", labels, N, "embeddings", embeddings)
-    checks.check_ks(ks)
+    row_checks.check_labels("labels", labels, N, "embeddings", embeddings)
+    row_checks.check_ks(ks)
     itself = torch.arange(N, device=embeddings.device)
     exclusions = make_exclusions(embeddings, N, itself, None, (labels, labels))
     scores = Scores(embeddings, N, W_diag, W_blocks, normalize, resolve_backend(backend, embeddings, W_blocks))

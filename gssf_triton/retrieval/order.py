@@ -45,6 +45,8 @@ def scores_of(keys: Tensor) -> Tensor:
 def leading(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest keys of every row of (R, C) and their columns, equal keys by the lower column; k at most C.
 
+    Scores may stand for keys where the k-th of no row is −inf and none is NaN.
+
     torch.topk does not say which of equal entries it takes, nor in which order it gives them. Only where the k-th and
     the next are equal can it have taken the wrong ones: those rows are sorted whole.
     """
@@ -52,7 +54,10 @@ def leading(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ordered, columns = keys.sort(dim=1, descending=True, stable=True)
         return ordered, columns
     found, columns = keys.topk(k + 1, dim=1)
-    undecided = ((found[:, k - 1] == found[:, k]) & (found[:, k] != absent(keys.dtype))).nonzero()[:, 0]
+    equal = found[:, k - 1] == found[:, k]
+    if not keys.is_floating_point():
+        equal &= found[:, k] != absent(keys.dtype)
+    undecided = equal.nonzero()[:, 0]
     columns = columns[:, :k].sort(dim=1).values
     found, order = keys.gather(1, columns).sort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, order)

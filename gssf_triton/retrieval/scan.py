@@ -13,8 +13,17 @@ from torch import Tensor
 from gssf_triton.retrieval.order import absent, key_dtype, leading, merge, order_keys, scores_of
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores, slices
 
-#: Columns whose maximum is looked at before any of them is: one vectorised pass finds the few that matter.
-GROUP = 64
+#: Columns whose maximum is looked at before any of them is: one vectorised pass finds the few that matter. Long lists
+#: take more from every chunk, and smaller groups leave more of it out.
+GROUP, SMALL_GROUP = 64, 16
+#: Lists that are long.
+LONG = 32
+#: A merge is worth its while every so many items a place of the list; but no more chunks than this wait for it.
+ITEMS_PER_PLACE, MOST_CHUNKS = 16, 4
+#: Of the groups, so many may hold something that matters and looking at them one by one is still cheap, …
+SMALL_SHARE = 1 / 8
+#: … or cheaper than sorting whole chunks.
+LARGE_SHARE = 1 / 2
 
 
 @dataclass
@@ -44,36 +53,64 @@ class Lists:
 
 
 def _add_all(lists: Lists, rows: slice, S: Tensor, first: int, dropped: Tensor | None) -> None:
-    """Merge the chunk S (r, c), whose columns are the items from `first` on, whatever it holds."""
-    keys = order_keys(S)
-    if dropped is not None:
-        keys.masked_fill_(dropped, absent(keys.dtype))
-    best, columns = leading(keys, min(lists.keys.shape[1], keys.shape[1]))
+    """Merge the chunk S (r, c), whose columns are the items from `first` on, whatever it holds; −inf where dropped."""
+    k = min(lists.keys.shape[1], S.shape[1])
+    best, columns = leading(S, k)
+    if bool(best[:, 0].isnan().any()) or bool((best[:, -1] == float("-inf")).any()):
+        # NaN has no order, and a dropped item is not told from a score of −inf: integers are.
+        keys = order_keys(S)
+        if dropped is not None:
+            keys.masked_fill_(dropped, absent(keys.dtype))
+        best, columns = leading(keys, k)
+    else:
+        best = order_keys(best)
     lists.add(rows, best, columns + first)
 
 
-def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int, dropped: Tensor | None) -> bool:
-    """Merge what beats the last entry of full lists; False, with nothing done, where that is not a small share.
-
-    Later items lose ties, so only scores strictly above a list's last one matter (and NaN). `padded` is the chunk, its
-    columns filled up with −inf to a multiple of GROUP.
-    """
+def _bars(lists: Lists, rows: slice) -> tuple[Tensor, Tensor]:
+    """(scores (r, 1) that later items must beat, NaN where a list is not full; whether any is not)."""
     last = lists.keys[rows, -1]
-    if bool((last == absent(last.dtype)).any()):
-        return False
+    missing = last == absent(last.dtype)
     # Against a NaN at the end of a list nothing wins.
-    bar = scores_of(last).nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))[:, None]
-    if dropped is not None:
-        padded[:, : dropped.shape[1]].masked_fill_(dropped, float("-inf"))
-    groups = padded.unflatten(1, (-1, GROUP))
-    row, group = (groups.amax(-1) <= bar).logical_not_().nonzero(as_tuple=True)
-    if row.numel() * 8 > groups.shape[0] * groups.shape[1]:
+    bars = scores_of(last).nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+    return bars.masked_fill_(missing, float("nan"))[:, None], missing
+
+
+def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int) -> bool:
+    """Merge what can be among the best; False, with nothing done, where that is not a small share.
+
+    Later items lose ties, so only scores strictly above a full list's last one matter (and NaN). And k groups of the
+    chunk have maxima of their own, so nothing below the k-th of those matters. `padded` is the chunk, −inf where an
+    item is dropped, its columns filled up with −inf to a multiple of GROUP.
+    """
+    k = lists.keys.shape[1]
+    size = SMALL_GROUP if k > LONG else GROUP
+    groups = padded.unflatten(1, (-1, size))
+    best = groups.amax(-1)
+    bar, missing = _bars(lists, rows)
+    row, group = (best <= bar).logical_not_().nonzero(as_tuple=True)
+    floor = None
+    if row.numel() > SMALL_SHARE * best.numel():
+        if k > best.shape[1]:
+            return False
+        floor = best.topk(k, dim=1).values[:, -1:]
+        # A dropped item is not told from a score of −inf here.
+        if bool((missing & (floor[:, 0] == float("-inf"))).any()):
+            return False
+        floor.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+        row, group = ((best <= bar) | (best < floor)).logical_not_().nonzero(as_tuple=True)
+        if row.numel() > LARGE_SHARE * best.numel():
+            return False
+    elif bool(missing.any()):
         return False
-    scores = groups[row, group]  # [hits, GROUP]
-    hit, lane = (scores <= bar[row]).logical_not_().nonzero(as_tuple=True)
+    scores = groups[row, group]  # [hits, size]
+    beaten = scores <= bar[row]
+    if floor is not None:
+        beaten |= scores < floor[row]
+    hit, lane = beaten.logical_not_().nonzero(as_tuple=True)
     if hit.numel() == 0:
         return True
-    keys, column, row = order_keys(scores[hit, lane]), group[hit] * GROUP + lane, row[hit]
+    keys, column, row = order_keys(scores[hit, lane]), group[hit] * size + lane, row[hit]
     among, place, count = row.unique_consecutive(return_inverse=True, return_counts=True)
     # Entries lie in order of row, then column: each becomes the next one of its row's list.
     slot = torch.arange(row.numel(), device=row.device) - (count.cumsum(0) - count)[place]
@@ -90,8 +127,8 @@ def topk(scores: Scores, gallery: Gallery, exclusions: Exclusions, k: int) -> Li
     """The k best items of every query; indices count from the gallery's offset."""
     Q, columns = scores.queries.shape[0], scores.chunks.columns
     lists = Lists.empty(Q, k, scores.dtype, scores.queries.device)
-    # A list longer than a chunk is merged once in as many chunks as it spans.
-    strip = columns * -(-k // columns)
+    # A long list is merged once in several chunks: in as many as it spans, at least.
+    strip = columns * max(-(-k // columns), min(-(-k * ITEMS_PER_PLACE // columns), MOST_CHUNKS))
     width = -(-min(strip, len(gallery)) // GROUP) * GROUP
     buffer = torch.empty((min(scores.chunks.rows, Q), width), dtype=scores.dtype, device=scores.queries.device)
     for first, block in gallery.blocks(scores.chunks.block_rows):
@@ -107,7 +144,9 @@ def topk(scores: Scores, gallery: Gallery, exclusions: Exclusions, k: int) -> Li
                 index = gallery.offset + first + span.start
                 local = slice(first + span.start, first + span.stop)
                 dropped = exclusions.dropped(rows, local, gallery.offset)
-                if not _add_better(lists, rows, padded, index, dropped):
+                if dropped is not None:
+                    S.masked_fill_(dropped, float("-inf"))
+                if not _add_better(lists, rows, padded, index):
                     _add_all(lists, rows, S, index, dropped)
     return lists
 
@@ -123,6 +162,7 @@ def best_match(scores: Scores, gallery: Gallery, exclusions: Exclusions) -> tupl
             for part in slices(0, block.shape[0], scores.chunks.columns):
                 local = slice(first + part.start, first + part.stop)
                 if not exclusions.may_match(rows, local):
+                    scores.tick((rows.stop - rows.start) * (part.stop - part.start))
                     continue
                 S = chunk(scores, rows, block, part, scale)
                 match = exclusions.same_id(rows, local)

@@ -17,6 +17,7 @@ from gssf_triton import ops, torch_backend
 from gssf_triton.autotune import retrieval_configs
 from gssf_triton.autotune.retrieval_configs import StreamChunks
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.progress import Tick, no_tick
 from gssf_triton.torch_backend import accumulate_dtype
 
 #: torch's names for the array dtypes a gallery on disk may have.
@@ -59,13 +60,15 @@ class Gallery:
                 yield part.start, self._read(part, buffer).to(self.device)
 
     def _buffer(self, rows: int) -> Tensor:
-        dtype = ARRAY_DTYPES[np.dtype(self.source.dtype)]  # type: ignore[arg-type]
+        assert isinstance(self.source, np.ndarray)
+        dtype = ARRAY_DTYPES[self.source.dtype]
         shape = (min(rows, len(self)), self.source.shape[1])
         return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def _read(self, part: slice, buffer: Tensor) -> Tensor:
+        assert isinstance(self.source, np.ndarray)
         filled = buffer[: part.stop - part.start]
-        np.copyto(filled.numpy(), self.source[part])  # type: ignore[arg-type]
+        np.copyto(filled.numpy(), self.source[part])
         return filled
 
     def _blocks_ahead(self, rows: int) -> Iterator[tuple[int, Tensor]]:
@@ -154,11 +157,13 @@ class Scores:
     ) -> None:
         self.dtype = accumulate_dtype(queries.dtype)
         self.backend, self.normalize = backend, normalize
-        weights = tuple(None if w is None else w.detach() for w in (W_diag, W_blocks))
+        #: Told of every query–item pair that was scored.
+        self.tick: Tick = no_tick
+        W_diag, W_blocks = (None if w is None else w.detach() for w in (W_diag, W_blocks))
         if backend == "triton":
-            self.queries = ops.fold(queries.detach(), *weights, normalize)
+            self.queries = ops.fold(queries.detach(), W_diag, W_blocks, normalize)
         else:
-            self.queries = torch_backend.fold(queries.detach().to(self.dtype), *weights, normalize)
+            self.queries = torch_backend.fold(queries.detach().to(self.dtype), W_diag, W_blocks, normalize)
         Q, D = queries.shape
         self.chunks: StreamChunks = retrieval_configs.stream_chunks(
             Q, N, D, queries.dtype.itemsize, queries.device.type
@@ -176,6 +181,7 @@ class Scores:
     def fill(self, out: Tensor, rows: slice, block: Tensor, columns: slice, scale: Tensor | None) -> Tensor:
         """`out` (r, c) with the scores of these rows and these columns of the block, at most a chunk of them."""
         queries, items = self.queries[rows], block[columns]
+        self.tick(queries.shape[0] * items.shape[0])
         if self.backend == "triton":
             from gssf_triton.kernels.launch import Metric
             from gssf_triton.kernels.pairwise import pairwise

@@ -6,6 +6,8 @@ One call's way: checks → the metric folded into the queries (`scoring`) → ch
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from torch import Tensor
 from gssf_triton import checks
 from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K
 from gssf_triton.backend import resolve_backend
+from gssf_triton.progress import counting
+from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval import scan, sharding
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores
 
@@ -30,12 +34,13 @@ def check_call(
     """(Q, N) of features that fit; a gallery in an array, where `arrays` are taken, may lie elsewhere."""
     if arrays and isinstance(gallery, np.ndarray):
         checks.check_features("queries", queries)
-        checks.check_matrix("queries", queries, "(Q, D)")
-        checks.check_gallery_array(queries, gallery)
+        row_checks.check_matrix("queries", queries, "(Q, D)")
+        row_checks.check_gallery_array(queries, gallery)
     else:
         checks.check_pair(queries, gallery, _NAMES)
-        checks.check_matrix("queries", queries, "(Q, D)")
-        checks.check_matrix("gallery", gallery, "(N, D)")
+        assert isinstance(gallery, Tensor)
+        row_checks.check_matrix("queries", queries, "(Q, D)")
+        row_checks.check_matrix("gallery", gallery, "(N, D)")
         checks.check_same_dtype(queries, gallery, _NAMES)
     checks.check_weights("queries", queries, W_diag, W_blocks)
     return queries.shape[0], gallery.shape[0]
@@ -51,9 +56,9 @@ def make_exclusions(
 ) -> Exclusions:
     """What is left out, checked; `labels` and `cameras` are (queries', gallery's)."""
     if exclude is not None:
-        checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
+        row_checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
     if mask is not None:
-        checks.check_pair_mask("mask", mask, (queries.shape[0], items), queries)
+        row_checks.check_pair_mask("mask", mask, (queries.shape[0], items), queries)
     if (cameras[0] is None) != (cameras[1] is None):
         missing = "query_cams" if cameras[0] is None else "gallery_cams"
         raise ValueError(f"query_cams and gallery_cams must be given together, got None for {missing}")
@@ -61,8 +66,9 @@ def make_exclusions(
         for name, count, values in zip(_NAMES, (queries.shape[0], items), pair or (None, None), strict=True):
             if values is not None or (kind == "ids" and labels is not None):
                 side = "query" if name == "queries" else name
-                checks.check_labels(f"{side}_{kind}", values, count, name, queries)
-    return Exclusions(exclude, mask, *(labels or (None, None)), *cameras)
+                row_checks.check_labels(f"{side}_{kind}", values, count, name, queries)
+    query_ids, gallery_ids = labels or (None, None)
+    return Exclusions(exclude, mask, query_ids, gallery_ids, *cameras)
 
 
 @torch.no_grad()
@@ -77,6 +83,7 @@ def topk(
     exclude: Tensor | None = None,
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    progress: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k gallery items most similar to each query: exact, equal scores by the lower index.
@@ -96,6 +103,7 @@ def topk(
         mask: (Q, N) bool, True where an item may be found.
         group: The `torch.distributed` processes that each hold a shard of the gallery. All call with the same queries
             and k; indices (of `exclude` too) count through the shards in order of rank; `mask` covers the shard.
+        progress: Show a bar (needs tqdm).
         backend: As in `pairwise_sim`.
 
     Returns:
@@ -105,6 +113,7 @@ def topk(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: shapes, dtypes or devices that do not agree, no weight, or k beyond the gallery.
+        ImportError: `progress=True` without tqdm.
         RuntimeError: `backend="triton"` where Triton cannot run.
 
     Source:
@@ -118,34 +127,24 @@ def topk(
         >>> gssf_triton.topk(queries, gallery, torch.tensor([2.0, 1.0]), k=2, exclude=torch.tensor([1]))
         (tensor([[2., 2.]]), tensor([[0, 2]]))
     """
-    _, items = check_call(queries, gallery, W_diag, W_blocks)
+    Q, items = check_call(queries, gallery, W_diag, W_blocks)
     exclusions = make_exclusions(queries, items, exclude, mask)
     if group is None:
-        checks.check_k(k, items)
+        row_checks.check_k(k, items)
     backend = resolve_backend(backend, queries, W_blocks)
     offset, total = sharding.place(queries, items, k, group)
-    checks.check_k(k, total)
-    lists = _topk(
-        queries, Gallery(gallery, queries.device, offset), W_diag, W_blocks, k, normalize, exclusions, backend
-    )
+    row_checks.check_k(k, total)
+    scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)
+    with counting(progress, "topk", Q * items, "pair") as scores.tick:
+        lists = _topk(scores, Gallery(gallery, queries.device, offset), exclusions, min(k, items))
     return sharding.merge_lists(lists, k, group).result()
 
 
-def _topk(
-    queries: Tensor,
-    gallery: Gallery,
-    W_diag: Tensor | None,
-    W_blocks: Tensor | None,
-    k: int,
-    normalize: bool,
-    exclusions: Exclusions,
-    backend: str,
-) -> scan.Lists:
-    k = min(k, len(gallery))
-    scores = Scores(queries, len(gallery), W_diag, W_blocks, normalize, backend)
-    if k == 0 or queries.shape[0] == 0:
-        return scan.Lists.empty(queries.shape[0], k, scores.dtype, queries.device)
-    if backend == "triton" and k <= LARGEST_KERNEL_K and scores.dtype == torch.float32:
+def _topk(scores: Scores, gallery: Gallery, exclusions: Exclusions, k: int) -> scan.Lists:
+    Q = scores.queries.shape[0]
+    if k == 0 or Q == 0:
+        return scan.Lists.empty(Q, k, scores.dtype, scores.queries.device)
+    if scores.backend == "triton" and k <= LARGEST_KERNEL_K and scores.dtype == torch.float32:
         from gssf_triton.kernels import topk as kernels
 
         return kernels.topk(scores, gallery, exclusions, k)
@@ -167,6 +166,7 @@ def ranks(
     gallery_cams: Tensor | None = None,
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    progress: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """How many gallery items come before each query's first match, in `topk`'s order: no sort, no score matrix.
@@ -188,6 +188,7 @@ def ranks(
         mask: (Q, N) bool, True where an item is ranked at all.
         group: Processes that each hold a shard of the gallery, as in `topk`; `gallery_ids`, `gallery_cams` and `mask`
             are the shard's.
+        progress: Show a bar (needs tqdm).
         backend: As in `pairwise_sim`.
 
     Returns:
@@ -196,6 +197,7 @@ def ranks(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: shapes, dtypes or devices that do not agree, or no weight.
+        ImportError: `progress=True` without tqdm.
         RuntimeError: `backend="triton"` where Triton cannot run.
 
     Source:
@@ -208,17 +210,20 @@ def ranks(
         >>> gssf_triton.ranks(queries, gallery, torch.ones(2), **ids)
         tensor([1])
     """
-    _, items = check_call(queries, gallery, W_diag, W_blocks)
+    Q, items = check_call(queries, gallery, W_diag, W_blocks)
     exclusions = make_exclusions(queries, items, exclude, mask, (query_ids, gallery_ids), (query_cams, gallery_cams))
     backend = resolve_backend(backend, queries, W_blocks)
     offset, _ = sharding.place(queries, items, 0, group)
     scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)
     shard = Gallery(gallery, queries.device, offset)
-    source = scan
+    source: ModuleType = scan
     if backend == "triton" and scores.dtype == torch.float32:
         from gssf_triton.kernels import rank as rank_kernels
 
         source = rank_kernels
-    keys, indices = sharding.merge_best(*source.best_match(scores, shard, exclusions), group)
-    counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
+    # Two passes.
+    with counting(progress, "ranks", 2 * Q * items, "pair") as scores.tick:
+        keys, indices = source.best_match(scores, shard, exclusions)
+        keys, indices = sharding.merge_best(keys, indices, group)
+        counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
     return counts.masked_fill_(indices < 0, -1)

@@ -1,0 +1,112 @@
+"""What the commands read: features and labels in `.npy`, weights in `.npz`, lists of images and of texts.
+
+Every error names the option, the file, what was expected and what came. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gssf_triton.command.usage import UsageError
+from gssf_triton.data.files import DataError, image_file, numbered_lines
+from gssf_triton.integrations.arrays import load_arrays
+
+FEATURE_DTYPES = ("float16", "float32", "float64")
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class Weights(NamedTuple):
+    """The metric, on the CPU."""
+
+    W_diag: Tensor | None
+    W_blocks: Tensor | None
+
+
+def _existing(option: str, path: Path, what: str) -> None:
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise UsageError(f"{option}: {path}: {found}; expected {what}")
+
+
+def load_array(option: str, path: Path, what: str) -> NDArray[Any]:
+    """A `.npy` array, memory-mapped: pages are read when they are used, and never written back."""
+    _existing(option, path, what)
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as fault:
+        reason = str(fault).splitlines()[0]
+        raise UsageError(f"{option}: {path}: expected {what}, got a file that NumPy cannot read ({reason})") from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise UsageError(f"{option}: {path}: expected {what}, got an .npz archive")
+    return array
+
+
+def load_features(option: str, path: Path) -> NDArray[Any]:
+    """(rows, D) floats."""
+    what = f"an .npy array of shape (rows, D) and dtype {', '.join(FEATURE_DTYPES[:-1])} or {FEATURE_DTYPES[-1]}"
+    array = load_array(option, path, what)
+    if array.ndim != 2 or str(array.dtype) not in FEATURE_DTYPES:
+        raise UsageError(f"{option}: {path}: expected {what}, got {array.dtype} of shape {array.shape}")
+    return array
+
+
+def load_labels(option: str, path: Path, rows: int, of: str) -> Tensor:
+    """One whole number for each of the `rows` rows of `of`."""
+    what = f"an .npy array of {rows} integers, one for each row of {of}"
+    array = load_array(option, path, what)
+    if array.shape != (rows,) or array.dtype.kind not in "iu":
+        raise UsageError(f"{option}: {path}: expected {what}, got {array.dtype} of shape {array.shape}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def load_weights(option: str, path: Path) -> Weights:
+    """`W_diag` and `W_blocks`, at least one of them, of a file as `save_arrays` writes it."""
+    what = "an .npz archive (or .safetensors) with W_diag (D,) or W_blocks (G, B, B), or both"
+    _existing(option, path, what)
+    try:
+        arrays = load_arrays(path)
+    except (ValueError, EOFError, OSError, TypeError, zipfile.BadZipFile) as fault:
+        reason = str(fault).splitlines()[0]
+        raise UsageError(f"{option}: {path}: expected {what}, got a file that cannot be read ({reason})") from None
+    found = {name: arrays[name] for name in Weights._fields if name in arrays}
+    if not found:
+        raise UsageError(f"{option}: {path}: expected {what}, got {', '.join(arrays) or 'nothing'}")
+    for name, array in found.items():
+        if str(array.dtype) not in FEATURE_DTYPES:
+            raise UsageError(f"{option}: {path}: expected floats in {name}, got {array.dtype}")
+    return Weights(*(torch.from_numpy(found[name]) if name in found else None for name in Weights._fields))
+
+
+def load_texts(option: str, path: Path, rows: int, of: str) -> list[str]:
+    """One line of text for each row."""
+    what = "a text, one a line"
+    try:
+        lines = [text for _, text in numbered_lines(path, what)]
+    except (DataError, OSError) as fault:
+        raise UsageError(f"{option}: {fault}") from None
+    if len(lines) != rows:
+        raise UsageError(f"{option}: {path}: expected {rows} lines, one for each row of {of}, got {len(lines)}")
+    return lines
+
+
+def load_images(option: str, source: Path, rows: int, of: str) -> list[Path]:
+    """One image file for each row: the lines of a list, relative to it, or a folder's images sorted by name."""
+    if source.is_dir():
+        files = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        what = "the path of an image file"
+        try:
+            files = [image_file(source, number, source.parent / text) for number, text in numbered_lines(source, what)]
+        except (DataError, OSError) as fault:
+            raise UsageError(f"{option}: {fault}") from None
+    if len(files) != rows:
+        raise UsageError(f"{option}: {source}: expected {rows} images, one for each row of {of}, got {len(files)}")
+    return files

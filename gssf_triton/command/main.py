@@ -1,0 +1,62 @@
+"""`gssf-triton`, and `python -m gssf_triton`.
+
+Exit status: 0 done, 2 a command that makes no sense, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import gssf_triton
+from gssf_triton.command.evaluate import add_evaluate
+from gssf_triton.command.search import add_search
+from gssf_triton.command.usage import Help, Parser, UsageError
+
+DESCRIPTION = """\
+Rank and search with GSSF, a learned similarity at the cost of cosine.
+
+Features are .npy arrays, one row an item; they are memory-mapped. A metric is an .npz archive with W_diag (D,) and
+W_blocks (G, B, B), or one of them: numpy.savez("metric.npz", W_diag=…, W_blocks=…).
+"""
+EPILOG = """\
+examples:
+  gssf-triton evaluate image-text images.npy texts.npy --weights metric.npz
+  gssf-triton evaluate retrieval embeddings.npy --labels labels.npy --cosine
+  gssf-triton search queries.npy gallery.npy --weights metric.npz -k 5 --images images/ --sheet best.html
+
+`gssf-triton COMMAND --help` lists a command's options.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="gssf-triton",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=Help,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {gssf_triton.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    add_evaluate(commands)
+    add_search(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except UsageError as fault:
+        print(f"{args.prog}: {' '.join(str(fault).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{args.prog}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the results has seen enough; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,60 @@
+"""The options that say which metric, and where it is computed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gssf_triton.backend import BACKENDS, resolve_backend
+from gssf_triton.checks import check_weights
+from gssf_triton.command.files import Weights, load_weights
+from gssf_triton.command.usage import UsageError, default_device, parse_device, refusals
+from gssf_triton.retrieval.scoring import ARRAY_DTYPES
+
+
+class Metric(NamedTuple):
+    """Keyword arguments of every function that is called, and the device."""
+
+    options: dict[str, Any]
+    device: torch.device
+
+
+def add_metric(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("metric")
+    weights = group.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--weights", type=Path, metavar="NPZ", help="with W_diag (D,), W_blocks (G, B, B) or both")
+    weights.add_argument("--cosine", action="store_true", help="plain cosine instead (with --raw: dot products)")
+    group.add_argument("--raw", action="store_true", help="take the features as they are, not on the unit sphere")
+    group.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1 (default: %(default)s)")
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
+
+
+def load_metric(args: argparse.Namespace, features: NDArray[Any], transpose: bool = False) -> Metric:
+    """The metric for features of its left side, or, with `transpose`, of its right one."""
+    device = parse_device(args.device)
+    if args.cosine:
+        weights = Weights(torch.ones(features.shape[1], dtype=ARRAY_DTYPES[features.dtype]), None)
+    else:
+        weights = load_weights("--weights", args.weights)
+    W_diag, W_blocks = (None if weight is None else weight.to(device) for weight in weights)
+    sample = as_tensor(features[:0], device)
+    with refusals():
+        check_weights("the features", sample, W_diag, W_blocks)
+    if transpose and W_blocks is not None:
+        W_blocks = W_blocks.mT
+    try:
+        resolve_backend(args.backend, sample, W_blocks)
+    except (ValueError, RuntimeError) as fault:
+        raise UsageError(f"--backend: {fault}") from None
+    options = {"W_diag": W_diag, "W_blocks": W_blocks, "normalize": not args.raw, "backend": args.backend}
+    return Metric(options, device)
+
+
+def as_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array's memory itself on the CPU, a copy on a GPU."""
+    return torch.from_numpy(array).to(device)

@@ -1,0 +1,73 @@
+"""What this package's command lines share: one clear line for a command that makes no sense, and devices by name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+
+
+class UsageError(Exception):
+    """A command that makes no sense, in one line."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Around one call of the package: a ValueError is how its checks refuse what does not fit."""
+    try:
+        yield
+    except ValueError as fault:
+        raise UsageError(str(fault)) from fault
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions and examples as they are written, options in one column."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad usage is one clear line, not a page of usage, and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise UsageError(f"--device: {text!r} is no device; cpu, cuda or cuda:1, say") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError("--device: no GPU is to be seen here")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"--device: there is no {text}, only {torch.cuda.device_count()} GPU(s)")
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise UsageError(f"--device: {text!r} is not supported; cpu or cuda")
+    return device
+
+
+def positive(convert: Callable[[str], float]) -> Callable[[str], float]:
+    """An argparse type: a number above 0."""
+
+    def number(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    return number
