@@ -160,7 +160,8 @@ class SigmoidLoss(_ScaledLoss):
 class TripletLoss(_MetricLoss):
     """`gssf_triton.triplet_loss` with a metric.
 
-    `hardest` is a plain attribute: start with False and set it to True after the warm-up epochs.
+    `hardest` is a plain attribute: start with False and set it to True after the warm-up epochs. A compiled module
+    compiles each once, when it is first met; run a step of both beforehand and the switch compiles nothing.
 
     Args:
         metric: A `gssf_triton.nn.GSSF`.

@@ -213,7 +213,8 @@ def triplet_loss(
         W_diag: Diagonal weight, (D,), or None.
         W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None.
         margin: m.
-        hardest: The hardest negative (VSE++), or all of them, which is the usual warm-up of the first epochs.
+        hardest: The hardest negative (VSE++), or all of them, which is the usual warm-up of the first epochs. Under
+            torch.compile each is a graph of its own, compiled at its first call; switching compiles nothing again.
         ids: (N,) integers or None; pairs of equal ids are never negatives of each other.
         normalize: Put both sides on the unit sphere first.
         reduction: "sum" over the batch, "mean" over its pairs, or "none" for one value a pair, both directions added.
