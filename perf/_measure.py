@@ -105,12 +105,14 @@ def measure(cell: Cell, device: torch.device, effort: Effort, seed: int, wanted:
         if baseline:
             ratios = [mine / its for mine, its in zip(seconds, baseline, strict=True)]
             entries[name]["relative"] = Spread.of(ratios).as_dict()
-    shape = cell.shape
     return {
         "operation": cell.operation,
         "mode": cell.mode,
         "dtype": cell.dtype,
-        **{"M": shape.M, "N": shape.N, "D": shape.D, "B": shape.B},
+        **cell.shape.sizes,
+        "sizes": list(cell.shape.sizes),
         "baseline": operation.baseline,
+        "unit": operation.unit,
+        "count": operation.count(cell.shape),
         "contenders": entries,
     }

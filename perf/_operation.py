@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from _cells import Cell
+from _cells import PASSES, Cell, Shape
 from torch import Tensor
 
 #: Relative Frobenius error against float64 that a result may always have.
@@ -37,16 +38,17 @@ class Program:
     """A contender set up on one cell's inputs.
 
     `leaves` are the tensors gradients are asked for; `rename` brings this contender's own layout of the gradients to
-    the common one.
+    the common one. `read` names the parts of what `forward` returns, where that is not one tensor, "out".
     """
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Any]
     leaves: dict[str, Tensor]
     upstream: Tensor
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = field(default=lambda gradients: gradients)
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+    read: Callable[[Any], dict[str, Tensor]] = field(default=lambda out: {"out": out})
 
-    def run_forward(self) -> Tensor:
+    def run_forward(self) -> Any:
         with torch.no_grad(), self.around():
             return self.forward()
 
@@ -62,10 +64,10 @@ class Program:
     def results(self, mode: str) -> dict[str, Tensor]:
         """What is checked, under the common names."""
         if mode == "forward":
-            return {"out": self.run_forward()}
+            return self.read(self.run_forward())
         out, gradients = self.run_both()
         named = {f"d{name}": gradient for name, gradient in zip(self.leaves, gradients, strict=True)}
-        return {"out": out.detach(), **self.rename(named)}
+        return {**self.read(out.detach()), **self.rename(named)}
 
 
 @dataclass(frozen=True)
@@ -92,22 +94,54 @@ class Probe:
 
 @dataclass(frozen=True)
 class Operation:
-    """`suites`: those it is measured in.
+    """What is measured, and how it is shown.
 
-    `contenders`: the baseline, which times are relative to, comes first. `yardstick` names the contender whose error
-    the others' are measured by; it computes the operation in plain torch.
+    Attributes:
+        name: As users call it.
+        cells: (suite, "cpu" or "cuda") → what that suite measures of it there.
+        make_inputs: Random tensors of a cell.
+        contenders: The baseline, which times are relative to, comes first.
+        probes: (inputs, mathematics, mode) → parts of the results, and what they are in float64.
+        yardstick: The contender whose error the others' are measured by; it computes the operation in plain torch.
+        modes: Its passes: a search has no backward pass.
+        axes: What its lines run along, "MN" (M = N) or a size; the first is the memory's, too.
+        sizes: Its sizes beyond M, N, D and B, with what they are where nobody says.
+        relative_to: The baseline in a word.
+        unit: What it makes, in the plural …
+        count: … and how many of them a call makes.
     """
 
     name: str
-    suites: tuple[str, ...]
+    cells: Mapping[tuple[str, str], Callable[[], list[Cell]]]
     make_inputs: Callable[[Cell, torch.device, torch.Generator], Inputs]
     contenders: tuple[Contender, ...]
     probes: Callable[[Inputs, str, str], Iterator[Probe]]
     yardstick: str
+    modes: tuple[str, ...] = PASSES
+    axes: tuple[str, ...] = ("MN", "D", "B")
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    relative_to: str = "cosine"
+    unit: str = "similarities"
+    count: Callable[[Shape], int] = lambda shape: shape.M * shape.N
 
     @property
     def baseline(self) -> str:
         return self.contenders[0].name
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """Those it is measured in."""
+        return tuple(dict.fromkeys(suite for suite, _ in self.cells))
+
+    def shape(self, given: Shape) -> Shape:
+        """`given` with this operation's sizes in their order, those not given by default.
+
+        Raises:
+            ValueError: a size that it does not have.
+        """
+        if unknown := dict(given.extra).keys() - self.sizes.keys():
+            raise ValueError(f"{self.name} has no {', '.join(sorted(unknown))}; {given}")
+        return replace(given, extra=tuple({**self.sizes, **dict(given.extra)}.items()))
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -124,8 +158,9 @@ def largest_error(found: dict[str, Tensor], probes: list[Probe]) -> float:
 
 
 def disagreement(found: dict[str, Tensor], agreed: dict[str, Tensor]) -> float:
-    """The largest relative difference of two contenders' whole results."""
-    return max(relative_error(found[name].float(), agreed[name].float()) for name in agreed)
+    """The largest relative difference of two contenders' whole results; integers, such as indices, are probed alone."""
+    shared = [name for name, value in agreed.items() if value.is_floating_point()]
+    return max((relative_error(found[name].float(), agreed[name].float()) for name in shared), default=0.0)
 
 
 def error_floor(dtype: str) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from _cells import DTYPES, Cell
+from _cells import DTYPES, Cell, Shape, grid, unique
 from _operation import Contender, Inputs, Operation, Probe, Program
 from torch import Tensor
 
@@ -147,9 +147,57 @@ def probes(inputs: Inputs, mathematics: str, mode: str) -> Iterator[Probe]:
         yield Probe("dW_diag", lambda d, lanes=lanes: d[lanes], dW.diagonal())  # type: ignore[misc]
 
 
+def gpu_full() -> list[Cell]:
+    """M = N from 512 to 32,768 and 64 queries against a million rows, over D, B, bf16 and fp32."""
+    sides = [(n, n) for n in (512, 2048, 8192, 32768)] + [(64, 10**6)]
+    shapes = unique(Shape(M, N, D, B) for M, N in sides for D in (256, 512, 1024) for B in (16, 32, 64, 128))
+    return grid("pairwise_sim", shapes, ("bf16", "fp32"))
+
+
+def gpu_quick() -> list[Cell]:
+    """The corners of the full suite that say most, in about a minute."""
+    shapes = unique(
+        [Shape(n, n, 1024, 32) for n in (512, 2048, 8192)]
+        + [Shape(8192, 8192, 1024, 128), Shape(8192, 8192, 256, 32), Shape(64, 10**5, 1024, 32)]
+    )
+    return grid("pairwise_sim", shapes, ("bf16", "fp32"), compiled=[Shape(8192, 8192, 1024, 32)])
+
+
+def cpu_full() -> list[Cell]:
+    """Three lines through M = N, D and B, a tall gallery, and half precision where a CPU can bear it."""
+    lines = (
+        [Shape(n, n, 1024, 32) for n in (256, 512, 1024, 2048, 4096)]
+        + [Shape(1024, 1024, D, 32) for D in (128, 256, 512, 1024)]
+        + [Shape(1024, 1024, 1024, B) for B in (16, 32, 64, 128)]
+        + [Shape(64, 50_000, 512, 32)]
+    )
+    return grid("pairwise_sim", unique(lines), ("fp32",)) + grid("pairwise_sim", [Shape(256, 256, 256, 32)], ("bf16",))
+
+
+def cpu_quick() -> list[Cell]:
+    """Two points on each line, within two minutes on two cores; torch.compile at one shape only."""
+    base = Shape(512, 512, 512, 32)
+    lines = [
+        base,
+        Shape(256, 256, 512, 32),
+        Shape(1024, 1024, 512, 32),
+        Shape(512, 512, 256, 32),
+        Shape(512, 512, 1024, 32),
+        Shape(512, 512, 512, 16),
+        Shape(512, 512, 512, 128),
+        Shape(64, 8192, 512, 32),
+    ]
+    return grid("pairwise_sim", unique(lines), ("fp32",), compiled=[base])
+
+
 PAIRWISE = Operation(
     name="pairwise_sim",
-    suites=("quick", "full"),
+    cells={
+        ("quick", "cpu"): cpu_quick,
+        ("quick", "cuda"): gpu_quick,
+        ("full", "cpu"): cpu_full,
+        ("full", "cuda"): gpu_full,
+    },
     make_inputs=make_inputs,
     contenders=(
         Contender("cosine", "cosine, a @ b.T", _cosine, mathematics="cosine"),

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from _cells import PASSES
-from _registry import labels
+from _cells import DTYPES
+from _operation import Operation
+from _registry import OPERATIONS, labels
 from _results import CellRow, Run, device_name, line
 
 matplotlib.use("Agg")
@@ -22,9 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-#: Colour (told apart by colour-blind readers too) and marker of a contender.
+#: Colour (told apart by colour-blind readers too) and marker of contenders that several operations have, and …
 STYLE = {
-    "cosine": ("#000000", "o"),
     "gssf": ("#D55E00", "*"),
     "gssf_one_pass": ("#E69F00", "^"),
     "gssf_fold_product": ("#CC79A7", "v"),
@@ -32,8 +32,14 @@ STYLE = {
     "torch_compile": ("#56B4E9", "D"),
     "dense": ("#009E73", "X"),
 }
-SIZES = {"*": 17, "o": 9, "^": 10, "v": 10, "s": 9, "D": 8, "X": 10}
+#: … of an operation's baseline, and of its others, in turn.
+BASELINE_STYLE = ("#000000", "o")
+OTHER_STYLES = (("#332288", "P"), ("#882255", "h"), ("#999933", "p"), ("#661100", "<"), ("#44AA99", ">"),
+                *reversed(STYLE.values()))  # fmt: skip
+SIZES = {"*": 17, "o": 9, "^": 10, "v": 10, "s": 9, "D": 8, "X": 10, "P": 10, "h": 10, "p": 10, "<": 10, ">": 10}
 TITLES = {"forward": "forward", "forward+backward": "forward + backward"}
+#: Of the axis of ratios.
+RELATIVE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
 RC: dict[Any, Any] = {
     "font.size": 17,
     "axes.titlesize": 18,
@@ -46,16 +52,26 @@ RC: dict[Any, Any] = {
 }
 
 
-def _cells(run: Run, dtype: str, mode: str) -> list[CellRow]:
-    return [c for c in run["cells"].values() if c["dtype"] == dtype and c["mode"] == mode]
+def styles(operation: Operation) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each contender, no two alike."""
+    names = [c.name for c in operation.contenders]
+    chosen = {name: STYLE[name] for name in names if name in STYLE} | {operation.baseline: BASELINE_STYLE}
+    others = (style for style in OTHER_STYLES if style not in chosen.values())
+    return {name: chosen[name] if name in chosen else next(others) for name in names}
 
 
-def _dtypes(run: Run) -> list[str]:
-    return list(dict.fromkeys(cell["dtype"] for cell in run["cells"].values()))
+def _cells(run: Run, operation: Operation, dtype: str, mode: str) -> list[CellRow]:
+    wanted = (operation.name, dtype, mode)
+    return [c for c in run["cells"].values() if (c["operation"], c["dtype"], c["mode"]) == wanted]
 
 
-def _mark(name: str) -> dict[str, Any]:
-    colour, marker = STYLE.get(name, ("#666666", "P"))
+def _dtypes(run: Run, operation: Operation) -> list[str]:
+    found = {cell["dtype"] for cell in run["cells"].values() if cell["operation"] == operation.name}
+    return [dtype for dtype in DTYPES if dtype in found]
+
+
+def _mark(operation: Operation, name: str) -> dict[str, Any]:
+    colour, marker = styles(operation)[name]
     ours = name == "gssf"
     return {
         "color": colour,
@@ -64,7 +80,7 @@ def _mark(name: str) -> dict[str, Any]:
         "markeredgecolor": "white",
         "markeredgewidth": 0.8,
         "zorder": 4 if ours else 3,
-        "label": labels().get(name, name),
+        "label": labels(operation.name)[name],
     }
 
 
@@ -79,29 +95,30 @@ def _at(axis: Any, values: list[float]) -> None:
     axis.set_major_formatter(FuncFormatter(_plain))
 
 
-def _legend(figure: Figure, axes: list[Axes]) -> None:
+def _legend(figure: Figure, operation: Operation, axes: list[Axes]) -> None:
     """One legend for all panels, under them."""
     seen: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             seen.setdefault(label, handle)
-    order = [label for label in labels().values() if label in seen]
+    order = [label for label in labels(operation.name).values() if label in seen]
     columns = len(order) if len(order) <= 5 else 4
     figure.legend([seen[o] for o in order], order, loc="outside lower center", ncols=max(columns, 1), frameon=False)
 
 
-def roofline(run: Run) -> Figure | None:
+def roofline(run: Run, operation: Operation) -> Figure | None:
     """Arithmetic intensity against the rate at which the mathematics was done, under the measured ceilings."""
-    dtypes = _dtypes(run)
+    dtypes = _dtypes(run, operation)
     if not dtypes or run["ceilings"] is None:
         return None
     unit, scale = ("TFLOP/s", 1e12) if run["device"]["type"] == "cuda" else ("GFLOP/s", 1e9)
     bandwidth = run["ceilings"]["copy_bytes_per_second"]["best"]
-    figure, grid = plt.subplots(len(dtypes), 2, figsize=(15, 1.4 + 5.6 * len(dtypes)), squeeze=False)
+    columns = len(operation.modes)
+    figure, grid = plt.subplots(len(dtypes), columns, figsize=(2 + 6.5 * columns, 2 + 5.6 * len(dtypes)), squeeze=False)
     for row, dtype in zip(grid, dtypes, strict=True):
         peak = run["ceilings"]["flops_per_second"][dtype]["best"]
-        for ax, mode in zip(row, PASSES, strict=True):
-            points = _points(_cells(run, dtype, mode))
+        for ax, mode in zip(row, operation.modes, strict=True):
+            points = _points(_cells(run, operation, dtype, mode))
             intensities = [x for xs, _ in points.values() for x in xs] or [peak / bandwidth]
             low, high = min([*intensities, peak / bandwidth]) / 2, max([*intensities, peak / bandwidth]) * 2
             ridge = peak / bandwidth
@@ -111,17 +128,17 @@ def roofline(run: Run) -> Figure | None:
             text = f"product {peak / scale:,.0f} {unit}, copy {bytes_unit}"
             ax.text(0.985, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=15, color="#444444")
             for name, (flop_per_byte, rates) in points.items():
-                ax.plot(flop_per_byte, [r / scale for r in rates], linestyle="", **_mark(name))
+                ax.plot(flop_per_byte, [r / scale for r in rates], linestyle="", **_mark(operation, name))
             ax.set(xscale="log", yscale="log", title=f"{dtype}, {TITLES[mode]}", xlim=(low, high))
             reached = [rate for _, rates in points.values() for rate in rates]
-            ax.set_ylim(min([*reached, peak / 10]) / scale / 1.6, max([*reached, peak]) / scale * 2.2)
+            ax.set_ylim(min([*reached, peak / 10]) / scale / 1.6, max([*reached, peak]) / scale * 3)
             ax.xaxis.set_major_formatter(FuncFormatter(_plain))
             ax.yaxis.set_major_formatter(FuncFormatter(_plain))
             _thin_minor(ax)
             ax.set_xlabel("arithmetic intensity, FLOP/byte")
         row[0].set_ylabel(unit)
-    figure.suptitle(f"Roofline, a point a shape: {device_name(run)}")
-    _legend(figure, list(grid.flat))
+    figure.suptitle(f"{operation.name}, roofline, a point a shape\n{device_name(run)}")
+    _legend(figure, operation, list(grid.flat))
     return figure
 
 
@@ -144,6 +161,15 @@ def _points(cells: list[CellRow]) -> dict[str, tuple[list[float], list[float]]]:
     return points
 
 
+def _moving(axis: str) -> str:
+    """The size on the x-axis of "MN", or of a size."""
+    return "M" if axis == "MN" else axis
+
+
+def _axis_name(axis: str) -> str:
+    return "M = N" if axis == "MN" else axis
+
+
 def _series(cells: list[CellRow], axis: str, value: Callable[[CellRow], Any]) -> dict[str, list[tuple[float, Any]]]:
     """Contender to its (x, value), in x's order."""
     series: dict[str, list[tuple[float, Any]]] = {}
@@ -151,64 +177,81 @@ def _series(cells: list[CellRow], axis: str, value: Callable[[CellRow], Any]) ->
         for name, entry in cell["contenders"].items():
             found = value(entry) if entry["status"] == "ok" else None
             if found is not None:
-                series.setdefault(name, []).append((cell[axis[0]], found))
+                series.setdefault(name, []).append((cell[_moving(axis)], found))
     return series
 
 
-def relative(run: Run, dtype: str) -> Figure | None:
-    """Time over the baseline's of the same round, median and quartiles, along M = N, D and B."""
-    axes_names = {"MN": "M = N", "D": "D", "B": "B"}
-    figure, grid = plt.subplots(2, 3, figsize=(19, 11.5), squeeze=False, sharey="row")
-    drawn = False
-    for row, mode in zip(grid, PASSES, strict=True):
-        for ax, (axis, name) in zip(row, axes_names.items(), strict=True):
-            fixed, cells = line(_cells(run, dtype, mode), axis)
+def relative(run: Run, operation: Operation, dtype: str) -> Figure | None:
+    """Time over the baseline's of the same round, median and quartiles, along each of the operation's axes."""
+    axes = [axis for axis in operation.axes if _is_line(run, operation, dtype, axis)]
+    if not axes:
+        return None
+    rows, columns = len(operation.modes), len(axes)
+    size = (2 + 5.8 * columns, 2 + 5 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey="row")
+    for row, mode in zip(grid, operation.modes, strict=True):
+        for ax, axis in zip(row, axes, strict=True):
+            fixed, cells = line(_cells(run, operation, dtype, mode), axis)
             for contender, found in _series(cells, axis, lambda entry: entry.get("relative")).items():
-                drawn = drawn or len(found) > 1  # a lone point is no picture
                 xs, medians = [x for x, _ in found], [s["median"] for _, s in found]
                 spread = [[s["median"] - s["q1"] for _, s in found], [s["q3"] - s["median"] for _, s in found]]
-                ax.errorbar(xs, medians, yerr=spread, capsize=4, **_mark(contender))
-            ax.set(xscale="log", yscale="log", title=f"{TITLES[mode]}\n{fixed}", xlabel=name)
+                ax.errorbar(xs, medians, yerr=spread, capsize=4, **_mark(operation, contender))
+            ax.set(xscale="log", yscale="log", title=f"{TITLES[mode]}\n{fixed}", xlabel=_axis_name(axis))
             if cells:
-                _at(ax.xaxis, sorted({float(c[axis[0]]) for c in cells}))
-        row[0].set_ylabel("time / cosine's")
+                _at(ax.xaxis, sorted({float(c[_moving(axis)]) for c in cells}))
+        row[0].set_ylabel(f"time / {operation.relative_to}'s")
         low, high = row[0].get_ylim()
-        ticks = [0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100]
-        _at(row[0].yaxis, [t for t in ticks if low <= t <= high])
-    figure.suptitle(f"Time relative to cosine, {dtype}: {device_name(run)}")
-    _legend(figure, list(grid.flat))
-    return figure if drawn else None
+        _at(row[0].yaxis, [t for t in RELATIVE_TICKS if low <= t <= high])
+    figure.suptitle(f"{operation.name}, time relative to {operation.relative_to}, {dtype}\n{device_name(run)}")
+    _legend(figure, operation, list(grid.flat))
+    return figure
 
 
-def memory(run: Run, dtype: str) -> Figure | None:
-    """Peak memory beyond the inputs along M = N, results included."""
-    figure, row = plt.subplots(1, 2, figsize=(15, 7.5), sharey=True)
-    drawn = False
-    for ax, mode in zip(row, PASSES, strict=True):
-        fixed, cells = line(_cells(run, dtype, mode), "MN")
-        for contender, found in _series(cells, "MN", lambda entry: entry.get("peak_bytes")).items():
-            drawn = drawn or len(found) > 1
-            ax.plot([x for x, _ in found], [peak / 2**20 for _, peak in found], **_mark(contender))
-        ax.set(xscale="log", yscale="log", title=f"{TITLES[mode]}, {fixed}", xlabel="M = N")
+def _is_line(run: Run, operation: Operation, dtype: str, axis: str) -> bool:
+    """A lone point is no picture."""
+    cells = (line(_cells(run, operation, dtype, mode), axis)[1] for mode in operation.modes)
+    return any(len({cell[_moving(axis)] for cell in found}) > 1 for found in cells)
+
+
+def memory(run: Run, operation: Operation, dtype: str) -> Figure | None:
+    """Peak memory beyond the inputs along the operation's first axis, results included."""
+    axis = operation.axes[0]
+    if not _is_line(run, operation, dtype, axis):
+        return None
+    columns = len(operation.modes)
+    figure, grid = plt.subplots(1, columns, figsize=(2 + 6.5 * columns, 8), sharey=True, squeeze=False)
+    row = grid[0]
+    for ax, mode in zip(row, operation.modes, strict=True):
+        fixed, cells = line(_cells(run, operation, dtype, mode), axis)
+        for contender, found in _series(cells, axis, lambda entry: entry.get("peak_bytes")).items():
+            ax.plot([x for x, _ in found], [peak / 2**20 for _, peak in found], **_mark(operation, contender))
+        ax.set(xscale="log", yscale="log", title=f"{TITLES[mode]}\n{fixed}", xlabel=_axis_name(axis))
         if cells:
-            _at(ax.xaxis, sorted({float(c["M"]) for c in cells}))
+            _at(ax.xaxis, sorted({float(c[_moving(axis)]) for c in cells}))
     low, high = row[0].get_ylim()
     step = (1, 2, 5) if high / low < 300 else (1,)
     _at(row[0].yaxis, [t for t in (m * 10.0**d for d in range(-3, 7) for m in step) if low <= t <= high])
     row[0].set_ylabel("peak memory, MiB")
-    figure.suptitle(f"Peak memory beyond the inputs, {dtype}: {device_name(run)}")
-    _legend(figure, list(row))
-    return figure if drawn else None
+    figure.suptitle(f"{operation.name}, peak memory beyond the inputs, {dtype}\n{device_name(run)}")
+    _legend(figure, operation, list(row))
+    return figure
 
 
 def draw(run: Run, out: Path) -> list[Path]:
-    """Every picture the run has cells for, beside its JSON `out`; their paths."""
+    """Every picture the run has cells for, beside its JSON `out`; their paths.
+
+    Their names begin with the operation's where the run measured several.
+    """
     written: list[Path] = []
+    measured = dict.fromkeys(cell["operation"] for cell in run["cells"].values())
     with plt.rc_context(RC):
-        pictures = {"roofline": roofline(run)}
-        for dtype in _dtypes(run):
-            pictures[f"relative-{dtype}"] = relative(run, dtype)
-            pictures[f"memory-{dtype}"] = memory(run, dtype)
+        pictures: dict[str, Figure | None] = {}
+        for operation in (OPERATIONS[name] for name in measured):
+            prefix = f"{operation.name}-" if len(measured) > 1 else ""
+            pictures[f"{prefix}roofline"] = roofline(run, operation)
+            for dtype in _dtypes(run, operation):
+                pictures[f"{prefix}relative-{dtype}"] = relative(run, operation, dtype)
+                pictures[f"{prefix}memory-{dtype}"] = memory(run, operation, dtype)
         for name, figure in pictures.items():
             if figure is None:
                 continue

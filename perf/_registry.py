@@ -1,21 +1,26 @@
 """The operations that can be measured.
 
-A new one is an `Operation` here, its mathematics in `_costs.TABLE` and, for a suite of its own, its cells in
-`_cells.SUITES`. A suite is offered once an operation belongs to it.
+A new one is an `Operation` here, with cells of the suites it belongs to, and its mathematics in `_costs.TABLE`. A suite
+is offered once an operation belongs to it.
 """
 
 from __future__ import annotations
 
-from _cells import Cell
+from collections.abc import Iterable
+
+from _cells import Cell, Shape, grid
 from _operation import Contender, Operation
 from _pairwise import PAIRWISE
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (PAIRWISE,)}
 
+#: In the order they are offered.
+SUITES = ("quick", "full", "losses", "retrieval")
+
 
 def suites() -> list[str]:
     """Those that some operation belongs to."""
-    return sorted({suite for operation in OPERATIONS.values() for suite in operation.suites}, reverse=True)
+    return [suite for suite in SUITES if members(suite)]
 
 
 def members(suite: str) -> list[str]:
@@ -23,13 +28,40 @@ def members(suite: str) -> list[str]:
     return [operation.name for operation in OPERATIONS.values() if suite in operation.suites]
 
 
-def contender_names() -> list[str]:
-    return list(dict.fromkeys(c.name for operation in OPERATIONS.values() for c in operation.contenders))
+def _least_work_first(cells: list[Cell]) -> list[Cell]:
+    """A run cut short has measured as many shapes of every operation as it could."""
+    return sorted(cells, key=lambda cell: cell.shape.M * cell.shape.N * cell.shape.D)
 
 
-def labels() -> dict[str, str]:
+def suite_cells(suite: str, device_type: str) -> list[Cell]:
+    """The cells of `suite` on a kind of device, of every operation that belongs to it."""
+    found = [OPERATIONS[name].cells.get((suite, device_type)) for name in members(suite)]
+    return _least_work_first([cell for cells in found if cells for cell in cells()])
+
+
+def custom_cells(operations: Iterable[str], shapes: Iterable[Shape], dtypes: Iterable[str]) -> list[Cell]:
+    """These operations at shapes of the user's own.
+
+    Raises:
+        ValueError: a size that one of them does not have.
+    """
+    shapes, dtypes = list(shapes), list(dtypes)
+    cells: list[Cell] = []
+    for name in operations:
+        operation = OPERATIONS[name]
+        cells += grid(name, [operation.shape(shape) for shape in shapes], dtypes, modes=operation.modes)
+    return _least_work_first(cells)
+
+
+def contender_names(operations: Iterable[str] | None = None) -> list[str]:
+    """Of these operations, or of all."""
+    chosen = list(OPERATIONS) if operations is None else operations
+    return list(dict.fromkeys(c.name for name in chosen for c in OPERATIONS[name].contenders))
+
+
+def labels(operation: str) -> dict[str, str]:
     """Contender to its name in plots and tables."""
-    return {c.name: c.label for operation in OPERATIONS.values() for c in operation.contenders}
+    return {c.name: c.label for c in OPERATIONS[operation].contenders}
 
 
 def contenders_for(cell: Cell, device_type: str, wanted: set[str] | None = None) -> list[Contender]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,10 @@ def compare(old: Run, new: Run) -> tuple[list[str], int]:
             if entry["status"] != "ok":
                 lines.append(f"{key} {name}: {entry['status']} ({entry['reason']}), was ok")
                 continue
-            then, now = before[measure], entry[measure]
+            then, now = before.get(measure), entry.get(measure)
+            if then is None or now is None:  # a baseline that did not run leaves nothing to relate to
+                compared -= 1
+                continue
             if now["q1"] > then["q3"] and now["median"] > then["median"] * (1 + noise):
                 change = now["median"] / then["median"]
                 unit = "s" if measure == "seconds" else "× baseline"
@@ -102,22 +104,39 @@ def device_name(run: Run) -> str:
     return str(run["device"]["name"])
 
 
+def sizes(cell: CellRow) -> dict[str, int]:
+    """A cell's sizes by name, M, N, D and B first."""
+    return {name: int(cell[name]) for name in cell.get("sizes", ("M", "N", "D", "B"))}
+
+
+def size_text(values: dict[str, int]) -> str:
+    """For people: "M = N = 1,024, B = 32"."""
+    named = {name: f"{value:,}" for name, value in values.items()}
+    if "M" in named and named["M"] == named.get("N"):
+        del named["N"]
+        named = {"M = N" if name == "M" else name: text for name, text in named.items()}
+    return ", ".join(f"{name} = {text}" for name, text in named.items())
+
+
 def line(cells: list[CellRow], axis: str) -> tuple[str, list[CellRow]]:
-    """What is fixed along `axis`, and the cells: the longest line of M = N ("MN"), D or B through the square shapes."""
-    fixed = {"MN": ("D", "B"), "D": ("M", "B"), "B": ("M", "D")}[axis]
+    """What is fixed along `axis`, a size or "MN" (M = N), and the cells of the longest line along it.
 
-    def others(cell: CellRow) -> tuple[int, ...]:
-        return tuple(cell[name] for name in fixed)
-
-    square = [cell for cell in cells if cell["M"] == cell["N"]]
-    if not square:
+    Of equally long lines a square S's is taken, then the one nearest to what is usual.
+    """
+    moving = ("M", "N") if axis == "MN" else (axis,)
+    lines: dict[tuple[tuple[str, int], ...], list[CellRow]] = {}
+    for cell in cells:
+        if axis == "MN" and cell["M"] != cell["N"]:
+            continue
+        fixed = tuple((name, value) for name, value in sizes(cell).items() if name not in moving)
+        lines.setdefault(fixed, []).append(cell)
+    if not lines:
         return "", []
-    lengths = Counter(map(others, square))
 
-    def rank(values: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
-        preferred = sum(PREFERRED.get(name) == value for name, value in zip(fixed, values, strict=True))
-        return lengths[values], preferred, values
+    def rank(fixed: tuple[tuple[str, int], ...]) -> tuple[int, bool, int, tuple[tuple[str, int], ...]]:
+        values = dict(fixed)
+        preferred = sum(PREFERRED.get(name) == value for name, value in fixed)
+        return len(lines[fixed]), values.get("M") == values.get("N"), preferred, fixed
 
-    best = max(lengths, key=rank)
-    title = ", ".join(f"{'M = N' if n == 'M' else n} = {value:,}" for n, value in zip(fixed, best, strict=True))
-    return title, sorted((cell for cell in square if others(cell) == best), key=lambda cell: int(cell[axis[0]]))
+    best = max(lines, key=rank)
+    return size_text(dict(best)), sorted(lines[best], key=lambda cell: int(cell[moving[0]]))

@@ -1,10 +1,11 @@
 """Render README.md's results from committed runs, so that no figure is ever copied by hand.
 
-    python perf/report.py                            # from every perf/results/*/full.json, else quick.json
+    python perf/report.py                            # of every run in perf/results; quick only without full
     python perf/report.py perf/results/cpu-2core/full.json
     python perf/report.py --check                    # exit status 1 where README.md is not what the runs say
 
-The table goes between the markers `<!-- results:begin -->` and `<!-- results:end -->`.
+The tables go between the markers `<!-- results:begin -->` and `<!-- results:end -->`, the FLOPs and bytes that rates
+are computed from between `<!-- costs:begin -->` and `<!-- costs:end -->`.
 """
 
 from __future__ import annotations
@@ -14,32 +15,42 @@ import os
 import sys
 from pathlib import Path
 
+import _costs
 import _results
-from _registry import contender_names, labels
+from _operation import Operation
+from _registry import OPERATIONS, SUITES, contender_names, labels
 from _results import CellRow, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "perf" / "results"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RESULTS_MARKS = "<!-- results:begin -->", "<!-- results:end -->"
+COSTS_MARKS = "<!-- costs:begin -->", "<!-- costs:end -->"
 
 
 def default_runs() -> list[Path]:
-    """One run a device: its full suite where there is one."""
-    folders = sorted(folder for folder in RESULTS.glob("*") if folder.is_dir())
-    candidates = [[folder / "full.json", folder / "quick.json"] for folder in folders]
-    return [next(path for path in paths if path.exists()) for paths in candidates if any(p.exists() for p in paths)]
+    """Of each device: its full suite, or the quick one where there is none, then the other suites."""
+    found: list[Path] = []
+    for folder in sorted(folder for folder in RESULTS.glob("*") if folder.is_dir()):
+        there = [suite for suite in SUITES if (folder / f"{suite}.json").exists()]
+        if "full" in there and "quick" in there:
+            there.remove("quick")
+        found += [folder / f"{suite}.json" for suite in there]
+    return found
 
 
-def chosen_cells(run: Run) -> list[CellRow]:
-    """For a reader of the README: along M = N at the usual D and B, and the tall galleries."""
+def chosen_cells(run: Run, operation: Operation) -> list[CellRow]:
+    """For a reader of the README: along the operation's first axis, and for M = N the tall galleries."""
     rows: list[CellRow] = []
-    for dtype in dict.fromkeys(cell["dtype"] for cell in run["cells"].values()):
-        for mode in dict.fromkeys(cell["mode"] for cell in run["cells"].values()):
-            cells = [c for c in run["cells"].values() if c["dtype"] == dtype and c["mode"] == mode]
-            _, squares = _results.line(cells, "MN")
-            tall = [c for c in cells if c["M"] != c["N"]]
-            at = {(c["D"], c["B"]) for c in squares}
-            rows += squares + ([c for c in tall if (c["D"], c["B"]) in at] or tall[:1])
+    mine = [cell for cell in run["cells"].values() if cell["operation"] == operation.name]
+    for dtype in dict.fromkeys(cell["dtype"] for cell in mine):
+        for mode in operation.modes:
+            cells = [c for c in mine if c["dtype"] == dtype and c["mode"] == mode]
+            _, chosen = _results.line(cells, operation.axes[0])
+            rows += chosen
+            if operation.axes[0] == "MN":
+                tall = [c for c in cells if c["M"] != c["N"]]
+                at = {(c["D"], c["B"]) for c in chosen}
+                rows += [c for c in tall if (c["D"], c["B"]) in at] or tall[:1]
     return rows
 
 
@@ -61,53 +72,73 @@ def _memory(cell: CellRow) -> str:
     return f"{ours['peak_bytes'] / base['peak_bytes']:.2f}"
 
 
-def section(run: Run, path: Path, readme: Path) -> str:
-    """One device's table and pictures."""
+def table(run: Run, operation: Operation) -> list[str]:
+    """One operation's lines of Markdown."""
     gpu = run["device"]["type"] == "cuda"
-    cells = chosen_cells(run)
+    cells = chosen_cells(run, operation)
     present = {name for cell in cells for name in cell["contenders"]}
     # A CPU's baseline would be a column of ones.
-    bases = {cell["baseline"] for cell in cells}
-    names = [name for name in contender_names() if name in present and (gpu or name not in bases)]
-    shown = labels()
+    names = [n for n in contender_names([operation.name]) if n in present and (gpu or n != operation.baseline)]
+    shown = labels(operation.name)
+    further = list(dict.fromkeys(name for cell in cells for name in list(_results.sizes(cell))[2:]))
+    heads = ["pass", "dtype", "M × N", *further, *(shown[n] for n in names), f"our memory / {operation.relative_to}'s"]
+    lines = [
+        f"`{operation.name}`, time relative to {operation.relative_to}'s"
+        + (", milliseconds in brackets:" if gpu else ":"),
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * (3 + len(further)) + "--:|" * (len(names) + 1),
+    ]
+    for cell in cells:
+        shape = [f"{cell['M']:,} × {cell['N']:,}", *(str(cell[name]) for name in further)]
+        row = [cell["mode"], cell["dtype"], *shape, *(_time(cell, name, gpu) for name in names), _memory(cell)]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def section(run: Run, path: Path, readme: Path) -> str:
+    """One run's tables and pictures."""
+    gpu = run["device"]["type"] == "cuda"
     versions, revision = run["versions"], run["commit"]["hash"]
     build = f"torch {versions['torch']}, Triton {versions['triton']}" if gpu else f"torch {versions['torch']}"
     at = f", commit {revision[:10]}{' with changes' if run['commit']['dirty'] else ''}" if revision else ""
     folder = Path(os.path.relpath(path.parent, readme.parent)).as_posix()
     lines = [
-        f"**{_results.device_name(run)}**, {build}{at}: medians of interleaved runs, time relative to cosine's"
-        + (", milliseconds in brackets." if gpu else "; the spread is in the JSON."),
-        "",
-        "| pass | dtype | M × N | D | B | " + " | ".join(shown[n] for n in names) + " | our memory / cosine's |",
-        "|" + "---|" * 5 + "--:|" * (len(names) + 1),
+        f"**{_results.device_name(run)}**, {build}{at}, `--suite {run['suite']}`: medians of interleaved runs; every "
+        f"shape, with its spread, is in [{path.name}]({folder}/{path.name})."
     ]
-    for cell in cells:
-        shape = f"{cell['M']:,} × {cell['N']:,} | {cell['D']} | {cell['B']}"
-        times = " | ".join(_time(cell, name, gpu) for name in names)
-        lines.append(f"| {cell['mode']} | {cell['dtype']} | {shape} | {times} | {_memory(cell)} |")
-    lines += ["", f"Every shape and sample: [{path.name}]({folder}/{path.name})."]
-    pictures = sorted(p for p in path.parent.glob(f"{path.stem}-*.png") if "-memory-" not in p.name)
+    for name in dict.fromkeys(cell["operation"] for cell in run["cells"].values()):
+        lines += ["", *table(run, OPERATIONS[name])]
+    pictures = sorted(p for p in path.parent.glob(f"{path.stem}-*.png") if "memory-" not in p.name)
     lines += [f"\n![{picture.stem.replace('-', ' ')}]({folder}/{picture.name})" for picture in pictures]
     return "\n".join(lines)
 
 
+def _put(text: str, marks: tuple[str, str], content: str, readme: Path) -> str:
+    """`text` with `content` between the marks, each of which must be there once."""
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{readme} needs one {begin} and after it one {end}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
 def render(text: str, runs: list[Path], readme: Path) -> str:
-    """`text` with the part between the markers made anew.
+    """`text` with the parts between the markers made anew; that of the costs may be missing.
 
     Raises:
-        ValueError: the markers are missing, double or out of order.
+        ValueError: markers are missing, double or out of order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} needs one {BEGIN} and after it one {END}")
     sections = [section(_results.read(path), path.resolve(), readme) for path in runs]
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    return head + BEGIN + "\n" + "\n\n".join(sections) + "\n" + END + tail
+    text = _put(text, RESULTS_MARKS, "\n\n".join(sections), readme)
+    if any(mark in text for mark in COSTS_MARKS):
+        text = _put(text, COSTS_MARKS, f"{_costs.CONVENTIONS}\n\n{_costs.table()}", readme)
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="perf/report.py", description=__doc__.splitlines()[0] if __doc__ else None)
-    p.add_argument("runs", nargs="*", type=Path, help="runs to show (default: one a folder of perf/results)")
+    p.add_argument("runs", nargs="*", type=Path, help="runs to show (default: all; quick only without full)")
     p.add_argument("--readme", type=Path, default=ROOT / "README.md")
     p.add_argument("--check", action="store_true", help="write nothing; exit status 1 where it would change something")
     args = p.parse_args(argv)

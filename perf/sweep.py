@@ -3,7 +3,7 @@
     python perf/sweep.py                                  # quick: under two minutes on two CPU cores
     python perf/sweep.py --suite full --resume            # takes an interrupted run up again
     python perf/sweep.py --compare perf/results/cpu-2core/quick.json    # exit status 1 where something got slower
-    python perf/sweep.py --shape 4096,4096,1024,32        # one shape of your own
+    python perf/sweep.py --shape 4096,4096,1024,32        # one shape of your own: M,N,D,B
 
 Writes one JSON a run, by default perf/results/<device>/<suite>.json, and the plots beside it.
 Exit status: 0, or 1 where something of ours got slower, failed or was wrong, 2 for arguments that don't fit, 130 when
@@ -24,9 +24,9 @@ from typing import Any
 import _machine
 import _results
 import torch
-from _cells import DTYPES, Cell, Shape, grid, suite_cells
+from _cells import DTYPES, Cell, Shape
 from _measure import measure
-from _registry import contender_names, labels, members, suites
+from _registry import contender_names, custom_cells, labels, members, suite_cells, suites
 from _timing import Effort
 from tqdm import tqdm
 
@@ -39,13 +39,17 @@ EFFORTS = {
     ("full", "cpu"): Effort(least=9, most=100, seconds=6.0),
     ("full", "cuda"): Effort(least=20, most=300, seconds=0.5),
 }
+#: Of the other suites.
+USUAL_EFFORT = {"cpu": Effort(least=5, most=60, seconds=2.0), "cuda": Effort(least=20, most=200, seconds=0.5)}
 
 
 def parse_shape(text: str) -> Shape:
     try:
-        M, N, D, B = (int(part) for part in text.split(","))
-        return Shape(M, N, D, B)
-    except ValueError as error:
+        parts = text.split(",")
+        M, N, D, B = (int(part) for part in parts[:4])
+        further = (part.split("=") for part in parts[4:])
+        return Shape.of(M, N, D, B, **{name.strip(): int(value) for name, value in further})
+    except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no M,N,D,B: {error}") from error
 
 
@@ -64,7 +68,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="keep the cells that the run's file already holds")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what got slower than in OLD beyond noise")
     p.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no cell that would end after this")
-    p.add_argument("--shape", type=parse_shape, action="append", metavar="M,N,D,B", help="these shapes, not a suite's")
+    p.add_argument(
+        "--shape",
+        type=parse_shape,
+        action="append",
+        metavar="M,N,D,B",
+        help="these shapes, not the suite's, of the suite's operations; further sizes by name: 64,100000,256,32,k=10",
+    )
     p.add_argument("--dtype", choices=list(DTYPES), action="append", help="with --shape: these dtypes (default: fp32)")
     p.add_argument("--contenders", type=parse_contenders, metavar="A,B", help="of the contenders only these")
     p.add_argument("--seconds", type=float, help="time a cell's samples may take (default: the suite's)")
@@ -145,9 +155,9 @@ def measure_all(
 
 def summary(run: _results.Run) -> str:
     """Time relative to the baseline, a line a cell."""
-    names = labels()
     lines = []
     for key, cell in run["cells"].items():
+        names = labels(cell["operation"])
         lines.append(key)
         for name, entry in cell["contenders"].items():
             if entry["status"] != "ok":
@@ -156,7 +166,8 @@ def summary(run: _results.Run) -> str:
                 ratio = entry["relative"]
                 time_text = ""
                 if run["device"]["type"] == "cuda":
-                    time_text = f"  {entry['seconds']['median'] * 1e3:9.3f} ms"
+                    seconds = entry["seconds"]["median"]
+                    time_text = f"  {seconds * 1e3:9.3f} ms {cell['count'] / seconds:9.3g} {cell['unit']}/s"
                 spread = f"{ratio['median']:6.3f} × baseline [{ratio['q1']:.3f}, {ratio['q3']:.3f}]"
                 peak = f"{entry['peak_bytes'] / 2**20:9.1f} MiB"
                 lines.append(f"    {names[name]:28} {spread}{time_text}{peak}  n={ratio['n']}")
@@ -189,14 +200,16 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision(args.float32_precision)
-    base = EFFORTS[args.suite, device.type]
+    base = EFFORTS.get((args.suite, device.type), USUAL_EFFORT[device.type])
     effort = Effort(base.least, base.most, base.seconds if args.seconds is None else args.seconds)
     suite = "custom" if args.shape else args.suite
-    operations = members(args.suite)
-    if args.shape:
-        cells = grid(operations, args.shape, args.dtype or ["fp32"])
-    else:
-        cells = suite_cells(args.suite, device.type, operations)
+    try:
+        if args.shape:
+            cells = custom_cells(members(args.suite), args.shape, args.dtype or ["fp32"])
+        else:
+            cells = suite_cells(args.suite, device.type)
+    except ValueError as error:
+        p.error(f"--shape: {error}")
     settings = {
         "float32_precision": args.float32_precision,
         "least_samples": effort.least,

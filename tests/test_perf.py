@@ -30,7 +30,7 @@ import _results  # noqa: E402
 import _timing  # noqa: E402
 import report  # noqa: E402
 import sweep  # noqa: E402
-from _costs import TABLE, Cost, cost  # noqa: E402
+from _costs import Cost, cost  # noqa: E402
 
 SHAPE = _cells.Shape(24, 40, 32, 8)
 TINY = ["--device", "cpu", "--seconds", "0.01", "--contenders", "gssf,dense", "--shape", "24,24,32,8"]
@@ -67,51 +67,82 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("cosine", "forward+backward", 360, 4 * (47 + 15 + 2 * 32)),
         # da and dW cost what T costs; the weights read again, their gradients written.
         ("gssf", "forward+backward", 360 + 3 * 72, 4 * (47 + 12 + 15 + 2 * (32 + 12))),
+        # A loss reads its features and weights, and writes their gradients.
+        ("gssf_loss", "forward", 120 + 72, 4 * (32 + 12)),
+        ("cosine_loss", "forward+backward", 360, 4 * 32 * 3),
+        # A teacher of 6 channels: its product as well, no gradient.
+        ("gssf_distillation", "forward+backward", 120 + 180 + 72 + 240 + 144, 4 * (80 + 12) + 4 * (80 + 32 + 24)),
+        # Two results a query, a score and an index of 12 bytes together.
+        ("gssf_topk", "forward", 120 + 72, 4 * (32 + 12) + 3 * 2 * 12),
+        # An id of 8 bytes on each side, and a rank.
+        ("cosine_ranks", "forward", 120, 4 * 32 + 8 * (3 + 5) + 8 * 3),
     ],
 )
 def test_costs_by_hand(mathematics: str, mode: str, flops: int, bytes_: int) -> None:
-    assert cost(mathematics, mode, _cells.Shape(3, 5, 4, 2), 4) == Cost(flops, bytes_)
+    assert cost(mathematics, mode, _cells.Shape.of(3, 5, 4, 2, E=6, k=2), 4) == Cost(flops, bytes_)
 
 
-def test_folding_either_side_costs_the_same() -> None:
-    for mathematics, mode in TABLE:
-        assert cost(mathematics, mode, _cells.Shape(3, 5, 4, 2), 2) == cost(
-            mathematics, mode, _cells.Shape(5, 3, 4, 2), 2
-        )
+def test_costs_of_region_word_scores_by_hand() -> None:
+    # Two images of 3 regions, one caption of 5 words: 30 products of 4 channels, the 5 words folded.
+    shape = _cells.Shape.of(2, 1, 4, 2, R=3, L=5)
+    fold, weights = 5 * 4 * 6, 12
+    read = 4 * (6 * 4 + 5 * 4 + weights)
+    assert cost("gssf_late_interaction", "forward", shape, 4) == Cost(240 + fold, read + 8)
+    both = Cost(240 + fold + 160 + 2 * fold, 3 * read + 16)
+    assert cost("gssf_late_interaction", "forward+backward", shape, 4) == both
+    # Twice the products; each image's Gram matrix, and its form at every word.
+    assert cost("gssf_cross_attention", "forward", shape, 4).flops == 480 + 36 * (4 + 5) + fold
+
+
+@pytest.mark.parametrize("mathematics", ["cosine", "gssf", "gssf_loss", "gssf_ranks"])
+def test_folding_either_side_costs_the_same(mathematics: str) -> None:
+    one, other = (cost(mathematics, "forward", _cells.Shape(M, N, 4, 2), 2) for M, N in ((3, 5), (5, 3)))
+    assert one.flops == other.flops
 
 
 def test_every_contender_has_a_cost() -> None:
-    modes = set(_cells.PASSES)
     for operation in _registry.OPERATIONS.values():
+        shape = operation.shape(_cells.Shape(8, 8, 8, 4))
         for contender in operation.contenders:
-            assert {mode for mathematics, mode in TABLE if mathematics == contender.mathematics} == modes
+            for mode in operation.modes:
+                assert cost(contender.mathematics, mode, shape, 4).flops > 0
+
+
+def test_mathematics_of_no_row_is_refused() -> None:
+    for name in ("euclid", "gssf_sorting"):
+        with pytest.raises(KeyError, match=name):
+            cost(name, "forward", SHAPE, 4)
 
 
 # --- suites ----------------------------------------------------------------------------------------------------------
 
 
 def test_full_suites_hold_the_shapes_asked_for() -> None:
-    gpu = _cells.suite_cells("full", "cuda", ["pairwise_sim"])
+    gpu = _registry.suite_cells("full", "cuda")
     for M, N in ((512, 512), (2048, 2048), (8192, 8192), (32768, 32768), (64, 10**6)):
         for D in (256, 512, 1024):
             for B in (16, 32, 64, 128):
                 shape = _cells.Shape(M, N, D, B)
                 found = {(cell.dtype, cell.mode) for cell in gpu if cell.shape == shape}
                 assert found == {(dtype, mode) for dtype in ("bf16", "fp32") for mode in _cells.PASSES}
-    cpu = _cells.suite_cells("full", "cpu", ["pairwise_sim"])
+    cpu = _registry.suite_cells("full", "cpu")
     bar = _cells.Cell("pairwise_sim", "forward+backward", _cells.Shape(4096, 4096, 1024, 32), "fp32")
     assert bar in cpu
 
 
-@pytest.mark.parametrize("key", sorted(_cells.SUITES), ids="-".join)
-def test_keys_are_unique(key: tuple[str, str]) -> None:
-    keys = [cell.key for cell in _cells.suite_cells(*key, ["pairwise_sim"])]
-    assert len(keys) == len(set(keys))
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("suite", _registry.suites())
+def test_every_suite_offered_has_cells_on_every_device(suite: str, device_type: str) -> None:
+    cells = _registry.suite_cells(suite, device_type)
+    assert cells and len({cell.key for cell in cells}) == len(cells)
+    assert {cell.operation for cell in cells} == set(_registry.members(suite))
+    for cell in cells:
+        operation = _registry.OPERATIONS[cell.operation]
+        assert cell.mode in operation.modes and operation.shape(cell.shape) == cell.shape
 
 
-def test_every_suite_offered_has_cells() -> None:
-    assert set(_registry.suites()) == {suite for suite, _ in _cells.SUITES}
-    assert all(_registry.members(suite) for suite in _registry.suites())
+def test_every_suite_belongs_to_the_order() -> None:
+    assert {suite for operation in _registry.OPERATIONS.values() for suite in operation.suites} <= set(_registry.SUITES)
 
 
 def test_plans_run_apart_on_a_gpu_only() -> None:
@@ -164,8 +195,10 @@ def test_pictures(finished: Path) -> None:
 def test_colour_and_marker_tell_contenders_apart() -> None:
     import _plots
 
-    styles = [_plots.STYLE[name] for name in _registry.contender_names()]
-    assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == len(styles)
+    for operation in _registry.OPERATIONS.values():
+        styles = list(_plots.styles(operation).values())
+        assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == len(styles)
+        assert len(styles) == len(operation.contenders)
 
 
 def test_half_precision_is_checked_and_timed() -> None:
@@ -173,6 +206,104 @@ def test_half_precision_is_checked_and_timed() -> None:
     entries = _measure.measure(cell, torch.device("cpu"), _timing.Effort(2, 2, 0.0), seed=1, wanted=None)["contenders"]
     assert {name: entry["reason"] for name, entry in entries.items()} == dict.fromkeys(entries)
     assert all("seconds" in entry for entry in entries.values())
+
+
+# --- operations of other shapes and results ---------------------------------------------------------------------------
+
+
+def _search(off_by: float = 0.0) -> _operation.Operation:
+    """A toy search: k best items of N for M queries, two results, one of them integers, and no backward pass."""
+
+    def make_inputs(cell: _cells.Cell, device: torch.device, generator: torch.Generator) -> _operation.Inputs:
+        s = cell.shape
+        tensors = {n: torch.randn(rows, s.D, generator=generator) for n, rows in (("a", s.M), ("b", s.N))}
+        return _operation.Inputs({**tensors, "k": torch.tensor(s["k"])}, upstream=torch.ones(()))
+
+    def build(error: float) -> Any:
+        def program(inputs: _operation.Inputs) -> _operation.Program:
+            a, b, k = (inputs.tensors[name] for name in "abk")
+
+            def search() -> tuple[torch.Tensor, torch.Tensor]:
+                values, indices = torch.topk(a @ b.T, int(k))
+                return values * (1 + error), indices
+
+            return _operation.Program(
+                search, {}, inputs.upstream, read=lambda out: dict(zip(("values", "indices"), out, strict=True))
+            )
+
+        return program
+
+    def probes(inputs: _operation.Inputs, mathematics: str, mode: str) -> Any:
+        S = inputs.tensors["a"].double() @ inputs.tensors["b"].double().T
+        best = torch.topk(S, int(inputs.tensors["k"])).values
+        yield _operation.Probe("values", lambda values: values, best)
+        yield _operation.Probe("indices", lambda indices: S.gather(1, indices), best)
+
+    def cells() -> list[_cells.Cell]:
+        shapes = [_cells.Shape.of(8, N, 16, 4, k=k) for N, k in ((32, 4), (64, 4), (64, 8))]
+        return _cells.grid("toy_search", shapes, ["fp32"], modes=["forward"])
+
+    return _operation.Operation(
+        name="toy_search",
+        cells={("retrieval", "cpu"): cells, ("retrieval", "cuda"): cells},
+        make_inputs=make_inputs,
+        contenders=(
+            _operation.Contender("stored", "all of S", build(0.0), mathematics="cosine_topk"),
+            _operation.Contender("gssf", "gssf_triton", build(off_by), mathematics="cosine_topk", ours=True),
+            _operation.Contender("faiss", "another library", build(0.0), mathematics="cosine_topk"),
+        ),
+        probes=probes,
+        yardstick="stored",
+        modes=("forward",),
+        axes=("N", "k"),
+        sizes={"k": 4},
+        relative_to="the search of all of S",
+        unit="queries",
+        count=lambda shape: shape.M,
+    )
+
+
+def test_operations_of_other_shapes_and_results_run_from_suite_to_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_registry.OPERATIONS, "toy_search", _search())
+    pairwise = _registry.OPERATIONS["pairwise_sim"]
+    few = {("retrieval", "cpu"): lambda: _cells.grid("pairwise_sim", [SHAPE], ["fp32"], compiled=[])}
+    monkeypatch.setitem(_registry.OPERATIONS, "pairwise_sim", dataclasses.replace(pairwise, cells=few))
+    out = tmp_path / "device" / "retrieval.json"
+    assert sweep.main(["--suite", "retrieval", "--device", "cpu", "--seconds", "0.01", "--out", str(out)]) == 0
+    cells = json.loads(out.read_text())["cells"]
+    assert "toy_search/forward/fp32/M8-N64-D16-B4-k8" in cells and len(cells) == 5
+    cell = cells["toy_search/forward/fp32/M8-N32-D16-B4-k4"]
+    assert (cell["k"], cell["unit"], cell["count"]) == (4, "queries", 8)
+    assert cell["contenders"]["gssf"]["flops"] == 2 * 8 * 32 * 16
+    drawn = {path.name for path in out.parent.glob("*.png")}
+    assert {"retrieval-toy_search-roofline.png", "retrieval-pairwise_sim-roofline.png"} <= drawn
+    assert {"retrieval-toy_search-relative-fp32.png", "retrieval-toy_search-memory-fp32.png"} <= drawn
+    readme = tmp_path / "README.md"
+    readme.write_text("\n".join(report.RESULTS_MARKS), encoding="utf-8")
+    assert report.main([str(out), "--readme", str(readme)]) == 0
+    rows = [
+        line for line in readme.read_text(encoding="utf-8").splitlines() if line.startswith("| forward | fp32 | 8 ×")
+    ]
+    assert [row.split(" | ")[2:6] for row in rows] == [["8 × 32", "16", "4", "4"], ["8 × 64", "16", "4", "4"]]
+
+
+def test_integer_results_and_further_sizes_are_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(_registry.OPERATIONS, "toy_search", _search(off_by=1e-3))
+    (cell, *_) = _registry.custom_cells(["toy_search"], [sweep.parse_shape("8,32,16,4,k=2")], ["fp32"])
+    assert cell.shape == _cells.Shape.of(8, 32, 16, 4, k=2)
+    entries = _measure.measure(cell, torch.device("cpu"), _timing.Effort(2, 2, 0.0), seed=1, wanted=None)["contenders"]
+    assert {name: entry["status"] for name, entry in entries.items()} == {
+        "stored": "ok",
+        "gssf": "wrong",
+        "faiss": "ok",
+    }
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(["--suite", "retrieval", "--device", "cpu", "--shape", "8,32,16,4,R=2"])
+    assert stopped.value.code == 2 and "toy_search has no R" in capsys.readouterr().err
 
 
 # --- no speed for a wrong result -------------------------------------------------------------------------------------
@@ -387,13 +518,15 @@ def test_bad_arguments(argv: list[str]) -> None:
 
 def test_readme_is_rendered_from_a_run(finished: Path) -> None:
     readme = finished.parent.parent / "README.md"
-    readme.write_text(f"# head\n{report.BEGIN}\nold\n{report.END}\ntail\n", encoding="utf-8")
+    marks = "\nstale\n".join(report.RESULTS_MARKS) + "\nkept\n" + "\nstale\n".join(report.COSTS_MARKS)
+    readme.write_text(f"# head\n{marks}\ntail\n", encoding="utf-8")
     argv = [str(finished), "--readme", str(readme)]
     assert report.main([*argv, "--check"]) == 1
     assert report.main(argv) == 0
     assert report.main([*argv, "--check"]) == 0
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith("# head\n") and text.endswith("\ntail\n") and "old" not in text
+    assert text.startswith("# head\n") and text.endswith("\ntail\n") and "stale" not in text and "\nkept\n" in text
+    assert "| similarity | forward | 2·M·N·D + F |" in text
     cell = json.loads(finished.read_text())["cells"]["pairwise_sim/forward/fp32/M48-N48-D32-B8"]
     row = next(line for line in text.splitlines() if line.startswith("| forward | fp32 | 48 × 48 | 32 | 8 |"))
     for name in ("gssf", "dense"):
