@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from importlib.util import find_spec
+from functools import cache, partial
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,10 +95,24 @@ class _Shared(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------- libraries
 
 
-def _open_clip(t: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None) -> Tensor:
-    from open_clip.loss import ClipLoss, SigLipLoss
+@cache
+def _open_clip_losses() -> Any:
+    """open_clip/loss.py alone: its package imports all of torchvision, which no loss needs."""
+    package = find_spec("open_clip")
+    assert package is not None and package.submodule_search_locations
+    spec = spec_from_file_location("open_clip_loss", Path(package.submodule_search_locations[0]) / "loss.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    loss: Tensor = ClipLoss()(t, y, logit_scale) if logit_bias is None else SigLipLoss()(t, y, logit_scale, logit_bias)
+
+def _open_clip(t: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None) -> Tensor:
+    losses = _open_clip_losses()
+    if logit_bias is None:
+        loss: Tensor = losses.ClipLoss()(t, y, logit_scale)
+    else:
+        loss = losses.SigLipLoss()(t, y, logit_scale, logit_bias)
     return loss.float()
 
 
