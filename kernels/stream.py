@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import triton
 import triton.language as tl
@@ -120,7 +122,7 @@ def stream_kernel(
 class TritonEngine:
     """Chunks by `stream_kernel`, which stores slopes alone; half-precision operands have half-precision slopes."""
 
-    ARRAYS = 1
+    ARRAYS: ClassVar[int] = 1
 
     def __init__(self, chunk: tuple[int, int]) -> None:
         self.chunk = chunk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import _loss_peers as peers
 import torch
@@ -56,7 +57,8 @@ def make_inputs(loss: str, cell: Cell, device: torch.device, generator: torch.Ge
 
 def _gssf(loss: str, inputs: Inputs) -> Program:
     leaves = inputs.leaves("a", "b", "W_diag", "W_blocks", *SCALARS[loss])
-    options = {name: x for name, x in inputs.tensors.items() if name.startswith("teacher")} | {"normalize": True}
+    options: dict[str, Any] = {name: x for name, x in inputs.tensors.items() if name.startswith("teacher")}
+    options["normalize"] = True
     if loss == "triplet_loss":
         options["margin"] = MARGIN
     ours: Callable[..., Tensor] = getattr(gssf_triton, loss)

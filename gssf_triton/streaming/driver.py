@@ -53,7 +53,7 @@ class Engine(Protocol):
 class TorchEngine:
     """Chunks by torch's own products, epilogues by `epilogues`: the similarities, what becomes of them, the slope."""
 
-    ARRAYS = 4
+    ARRAYS: ClassVar[int] = 4
 
     def __init__(self, chunk: tuple[int, int]) -> None:
         self.chunk = chunk
