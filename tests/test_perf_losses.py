@@ -11,7 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "perf"))
 
 import _loss_peers
-from _cells import Cell, Shape
+import report
+import sweep
+from _cells import Cell, Shape, grid
 from _measure import measure
 from _registry import OPERATIONS
 from _timing import Effort
@@ -47,3 +49,26 @@ def test_where_s_does_not_fit_only_those_run_that_never_store_it() -> None:
     contenders = measure(cell, torch.device("cpu"), Effort(1, 1, 0.0), 0, None)["contenders"]
     assert list(contenders) == ["gssf"]
     assert contenders["gssf"]["seconds"]["n"] == 1 and contenders["gssf"]["peak_bytes"] > 0
+
+
+def test_errors_are_drawn_and_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two sizes, and one where only ours runs: the pictures, and README's tables."""
+    monkeypatch.setitem(sweep._machine.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(sweep._machine.MATRIX_SIDE, "cpu", 32)
+    for name in [name for name in OPERATIONS if name != "info_nce"]:
+        monkeypatch.delitem(OPERATIONS, name)
+    cells = grid("info_nce", [Shape(N, N, 64, 32) for N in (48, 64)], ("fp32",), compiled=[])
+    cells += grid("info_nce", [Shape(96, 96, 64, 32)], ("fp32",), modes=("forward+backward",), stored=False)
+    monkeypatch.setattr(sweep, "suite_cells", lambda *_: cells)
+    out = tmp_path / "device" / "losses.json"
+    arguments = ["--suite", "losses", "--device", "cpu", "--seconds", "0.01", "--contenders", "gssf"]
+    assert sweep.main([*arguments, "--out", str(out)]) == 0
+    drawn = {path.stem for path in out.parent.glob("*.png")}
+    assert drawn == {f"losses-{kind}" for kind in ("errors-fp32", "memory-fp32", "relative-fp32", "roofline")}
+    marks = "\n".join(report.RESULTS_MARKS)
+    text = report.render(marks, [out], tmp_path / "README.md")
+    assert "errors-fp32.png" in text and "memory-fp32.png" in text and "roofline" not in text
+    (alone,) = (line for line in text.splitlines() if line.startswith("| forward+backward | fp32 | 96 × 96"))
+    assert " s |" in alone and " MiB |" in alone
+    errors = text.split("largest relative error")[1]
+    assert errors.count("| fp32 |") == 2 and "| 1e-05 |" in errors
