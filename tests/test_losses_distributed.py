@@ -207,6 +207,11 @@ def _disagree(rank: int) -> None:
     with pytest.raises(ValueError, match=r"rank 1: loss = triplet_loss, D = 6"):
         y = x[:, : 8 - 2 * rank]
         gssf_triton.triplet_loss(y, y, weight[: y.shape[1]], group=group)
+    with pytest.raises(
+        ValueError, match=r"gradients = \(True, False\).*; rank 1: .*gradients = \(True, True\)"
+    ):
+        y = torch.randn(4, 8, requires_grad=rank == 1)
+        gssf_triton.sigmoid_loss(x.requires_grad_(), y, weight, logit_scale=1.0, logit_bias=0.0, group=group)
     # Nobody was left behind: the next call works.
     assert gssf_triton.triplet_loss(x, x, weight, group=group).isfinite()
 

@@ -128,6 +128,12 @@ def reduce(values: Tensor, reduction: str, pairs: int) -> Tensor:
     return values / max(pairs, 1) if reduction == "mean" else values
 
 
+def described(loss: str, a: Tensor, sides: Sides, **options: object) -> dict[str, object]:
+    """What every process of a group must agree on: one that takes no part in a collective leaves the others waiting."""
+    gradients = wants_gradient(sides.t), wants_gradient(sides.y)
+    return {"loss": loss, "D": a.shape[1], "dtype": a.dtype, "gradients": gradients, **options}
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """True where a backward pass may follow."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gssf_triton import checks
-from gssf_triton.losses.common import REDUCTIONS, incoming, operand, prepare, reduce, scalar
+from gssf_triton.losses.common import REDUCTIONS, described, incoming, operand, prepare, reduce, scalar
 from gssf_triton.losses.ranks import Ranks, gather_rows, spread
 from gssf_triton.streaming.epilogues import log_sum_exp
 from gssf_triton.streaming.op import stream_op
@@ -142,10 +142,7 @@ def distillation_loss(
         if x.shape[0] != like.shape[0]:
             raise ValueError(f"{name} must have {like.shape[0]} rows, as {of} has, got shape {tuple(x.shape)}")
     scale = scalar("logit_scale", logit_scale, sides.t)
-    same = {
-        "loss": "distillation_loss", "D": a.shape[1], "dtype": a.dtype, "teacher's D": teacher_a.shape[1],
-        "reduction": reduction,
-    }  # fmt: skip
+    same = described("distillation_loss", a, sides, teacher_D=teacher_a.shape[1], reduction=reduction)
     ranks, columns = spread(group, (a.shape[0], b.shape[0]), a.device, same)
     loss: Tensor = _Distillation.apply(
         sides.t, gather_rows(sides.y, columns), teacher.t.to(sides.t.dtype),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gssf_triton import checks
-from gssf_triton.losses.common import REDUCTIONS, check_ids, incoming, operand, prepare, reduce, scalar
+from gssf_triton.losses.common import REDUCTIONS, check_ids, described, incoming, operand, prepare, reduce, scalar
 from gssf_triton.losses.ranks import Ranks, gather_rows, spread
 from gssf_triton.streaming.epilogues import log_sum_exp, merge_softmax
 from gssf_triton.streaming.op import stream_op
@@ -166,10 +166,10 @@ def info_nce(
     sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
     ids = check_ids(ids, a.shape[0], a.device)
     scale = scalar("logit_scale", logit_scale, sides.t)
-    same = {
-        "loss": "info_nce", "D": a.shape[1], "dtype": a.dtype, "ids": ids is not None, "symmetric": symmetric,
-        "label_smoothing": label_smoothing, "reduction": reduction,
-    }  # fmt: skip
+    same = described(
+        "info_nce", a, sides, ids=ids is not None, symmetric=symmetric, label_smoothing=label_smoothing,
+        reduction=reduction,
+    )  # fmt: skip
     (ranks,) = spread(group, (a.shape[0],), a.device, same)
     column_ids = None if ids is None else ranks.gather(ids)
     loss: Tensor = _InfoNCE.apply(

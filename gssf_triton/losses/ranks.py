@@ -24,7 +24,7 @@ from torch import Tensor
 from gssf_triton.streaming.epilogues import Merge
 
 #: Bytes in which a process says how it was called.
-CALL_BYTES = 160
+CALL_BYTES = 240
 
 
 @dataclass(frozen=True)

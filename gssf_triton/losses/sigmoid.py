@@ -13,6 +13,7 @@ from gssf_triton import checks
 from gssf_triton.losses.common import (
     REDUCTIONS,
     check_ids,
+    described,
     incoming,
     operand,
     prepare,
@@ -137,7 +138,7 @@ def sigmoid_loss(
     sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
     ids = check_ids(ids, a.shape[0], a.device)
     scale, bias = scalar("logit_scale", logit_scale, sides.t), scalar("logit_bias", logit_bias, sides.t)
-    same = {"loss": "sigmoid_loss", "D": a.shape[1], "dtype": a.dtype, "ids": ids is not None, "reduction": reduction}
+    same = described("sigmoid_loss", a, sides, ids=ids is not None, reduction=reduction)
     (ranks,) = spread(group, (a.shape[0],), a.device, same)
     column_ids = None if ids is None else ranks.gather(ids)
     loss: Tensor = _Sigmoid.apply(

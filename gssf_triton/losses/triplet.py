@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gssf_triton import checks
-from gssf_triton.losses.common import REDUCTIONS, check_ids, incoming, operand, prepare, reduce, wants_gradient
+from gssf_triton.losses.common import (
+    REDUCTIONS,
+    check_ids,
+    described,
+    incoming,
+    operand,
+    prepare,
+    reduce,
+    wants_gradient,
+)
 from gssf_triton.losses.ranks import Ranks, gather_rows, spread
 from gssf_triton.streaming.epilogues import merge_hardest, merge_sums
 from gssf_triton.streaming.op import stream_op
@@ -249,10 +258,7 @@ def triplet_loss(
         raise TypeError(f"margin must be a number, got {type(margin).__name__}")
     sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
     ids = check_ids(ids, a.shape[0], a.device)
-    same = {
-        "loss": "triplet_loss", "D": a.shape[1], "dtype": a.dtype, "ids": ids is not None, "margin": margin,
-        "hardest": hardest, "reduction": reduction,
-    }  # fmt: skip
+    same = described("triplet_loss", a, sides, ids=ids is not None, margin=margin, hardest=hardest, reduction=reduction)
     (ranks,) = spread(group, (a.shape[0],), a.device, same)
     column_ids = None if ids is None else ranks.gather(ids)
     y, summed = gather_rows(sides.y, ranks), reduction != "none"
