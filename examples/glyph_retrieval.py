@@ -1,6 +1,8 @@
 """Train a retrieval model with GSSF on real images and text: glyphs and their Unicode names.
 
     python examples/glyph_retrieval.py --out runs/demo
+    python examples/glyph_retrieval.py --out runs/hinge --loss triplet        # all negatives first, then the hardest
+    python examples/glyph_retrieval.py --out runs/student --loss distillation --teacher runs/demo/both-0.pt --dim 64
 
 Trains the same two towers under cosine, Diag, B-Diag and both terms, tests each on 1,000 names never seen in training
 (one glyph a name, 1,000 × 1,000), prints the table it measured, and writes to --out: results.json, learning_curve.png
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 from glyph_figures import learning_curves, retrieval_sheet
-from glyph_training import METRICS, TITLES, Run, Settings, similarities, test_pairs
+from glyph_training import LOSSES, METRICS, TITLES, Run, Settings, similarities, test_pairs
 from tqdm import tqdm
 
 import gssf_triton
@@ -37,7 +39,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--metric", default="all", choices=("all", *METRICS), help="which column (default: all four)")
-    parser.add_argument("--loss", default=defaults.loss, choices=("info_nce", "triplet"), help="default: %(default)s")
+    parser.add_argument("--loss", default=defaults.loss, choices=LOSSES, help="default: %(default)s")
+    parser.add_argument(
+        "--teacher", type=Path, metavar="CHECKPOINT", help="with --loss distillation: an earlier run's, METRIC-SEED.pt"
+    )
     parser.add_argument("--steps", type=int, default=defaults.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="names a batch (%(default)s)")
     parser.add_argument("--dim", type=int, default=defaults.dim, help="channels D (default: %(default)s)")
@@ -52,6 +57,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch_size", "dim", "block_size", "held_out", "seeds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if (args.loss == "distillation") != (args.teacher is not None):
+        parser.error("--loss distillation needs --teacher, an earlier run's checkpoint, and no other loss takes one")
+    if args.teacher is not None and not args.teacher.is_file():
+        parser.error(f"--teacher: there is no {args.teacher}")
     if args.dim % args.block_size:
         parser.error(f"--block-size must divide --dim = {args.dim}, got {args.block_size}")
     return args
@@ -126,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     settings = Settings(
         steps=args.steps, batch_size=args.batch_size, dim=args.dim, block_size=args.block_size, loss=args.loss,
-        held_out=args.held_out,
+        held_out=args.held_out, teacher=str(args.teacher or ""),
     )  # fmt: skip
     if args.fresh and args.out.exists():
         shutil.rmtree(args.out)

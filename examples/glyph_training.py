@@ -15,8 +15,9 @@ from glyph_model import ImageTower, TextTower, tokenize
 from torch import Tensor, nn
 
 from gssf_triton.data.glyphs import Glyphs
-from gssf_triton.nn import GSSF
+from gssf_triton.nn import GSSF, DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
 
+LOSSES = ("info_nce", "sigmoid", "triplet", "distillation")
 METRICS = ("cosine", "diag", "bdiag", "both")
 TITLES = {"cosine": "cosine", "diag": "Diag", "bdiag": "B-Diag", "both": "both"}
 KS = (1, 5, 10)
@@ -33,41 +34,66 @@ class Settings:
     loss: str = "info_nce"
     learning_rate: float = 2e-3
     margin: float = 0.2
+    #: Part of the steps in which the hinge takes all negatives: from the hardest alone, training may collapse at once.
+    all_negatives: float = 0.2
+    #: The checkpoint that distillation learns from.
+    teacher: str = ""
     evaluations: int = 8
     held_out: int = 1000
 
 
 class Retriever(nn.Module):
-    """Towers and metric; `forward` gives the similarity matrix of images with names."""
+    """Towers and a loss, which holds the metric; `forward` gives the similarity matrix of images with names."""
 
-    def __init__(self, metric: str, dim: int, block_size: int) -> None:
+    def __init__(self, metric: str, settings: Settings, teacher: Retriever | None = None) -> None:
         super().__init__()
-        self.images = ImageTower(dim)
-        self.texts = TextTower(dim)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.metric = GSSF(dim, block_size, diag=metric != "bdiag", blocks=metric in ("bdiag", "both"))
+        self.images = ImageTower(settings.dim)
+        self.texts = TextTower(settings.dim)
+        gssf = GSSF(settings.dim, settings.block_size, diag=metric != "bdiag", blocks=metric in ("bdiag", "both"))
         # Cosine is GSSF where it starts, held there: the same code is measured in every column.
-        self.metric.requires_grad_(metric != "cosine")
+        gssf.requires_grad_(metric != "cosine")
+        self.loss: nn.Module = {
+            "info_nce": lambda: InfoNCELoss(gssf),
+            "sigmoid": lambda: SigmoidLoss(gssf),
+            "triplet": lambda: TripletLoss(gssf, margin=settings.margin),
+            "distillation": lambda: DistillationLoss(gssf, None if teacher is None else teacher.metric),
+        }[settings.loss]()
+
+    @property
+    def metric(self) -> GSSF:
+        """The similarity that the loss trains."""
+        assert isinstance(self.loss.metric, GSSF)
+        return self.loss.metric
+
+    def features(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, dim) of images and of names."""
+        return self.images(images), self.texts(tokens)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        S: Tensor = self.metric(self.images(images), self.texts(tokens))
+        S: Tensor = self.metric(*self.features(images, tokens))
         return S
 
 
+def load_teacher(checkpoint: str) -> Retriever:
+    """A trained model of any metric, size and loss, frozen."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    identity = {name: value for name, value in state["identity"].items() if name != "seed"}
+    metric = identity.pop("metric")
+    # Whatever trained it: towers and metric are what it teaches with.
+    model = Retriever(metric, Settings(**identity | {"loss": "info_nce"}))
+    kept = {name: x for name, x in state["model"].items() if name.startswith(("images.", "texts.", "loss.metric."))}
+    model.load_state_dict(kept, strict=False)
+    return model.eval().requires_grad_(False)
+
+
 def info_nce(S: Tensor, log_scale: Tensor) -> Tensor:
-    """CLIP's loss: cross entropy of matching pairs, both directions."""
+    """CLIP's loss of a matrix of scores: cross entropy of matching pairs, both directions.
+
+    For scores that are no product, such as late interaction's; `gssf_triton.info_nce` needs no matrix.
+    """
     logits = log_scale.exp().clamp_max(100) * S
     target = torch.arange(len(S), device=S.device)
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.mT, target)) / 2
-
-
-def hardest_triplet(S: Tensor, margin: float) -> Tensor:
-    """VSE++'s hinge (Faghri et al., BMVC 2018): the hardest negative of each image and each name, summed."""
-    positive = S.diagonal()
-    negatives = S.masked_fill(torch.eye(len(S), dtype=torch.bool, device=S.device), -torch.inf)
-    rows = (margin + negatives.amax(1) - positive).clamp_min(0)
-    columns = (margin + negatives.amax(0) - positive).clamp_min(0)
-    return (rows + columns).sum()
 
 
 class Sampler:
@@ -118,7 +144,7 @@ def recalls(S: Tensor) -> dict[str, float]:
 def similarities(model: Retriever, images: Tensor, tokens: Tensor) -> Tensor:
     """S of all test images with all test names, on the CPU."""
     model.eval()
-    device = model.log_scale.device
+    device = next(model.parameters()).device
     S: Tensor = model(images.to(device), tokens.to(device)).float().cpu()
     model.train()
     return S
@@ -139,10 +165,11 @@ class Run:
         self, settings: Settings, metric: str, seed: int, train: Glyphs, pairs: tuple[Tensor, Tensor],
         device: torch.device, checkpoint: Path,
     ) -> None:  # fmt: skip
-        torch.manual_seed(seed)
         self.settings, self.metric, self.seed, self.pairs = settings, metric, seed, pairs
+        self.teacher = load_teacher(settings.teacher).to(device) if settings.teacher else None
+        torch.manual_seed(seed)
         self.device, self.checkpoint = device, checkpoint
-        self.model = Retriever(metric, settings.dim, settings.block_size).to(device)
+        self.model = Retriever(metric, settings, self.teacher).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
         self.sampler = Sampler(train, settings.batch_size, seed)
         self.step = 0
@@ -178,6 +205,16 @@ class Run:
             },
         )
 
+    def loss(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Of one batch, at this step."""
+        a, b = self.model.features(images, tokens)
+        if isinstance(self.model.loss, TripletLoss):
+            self.model.loss.hardest = self.step >= self.settings.all_negatives * self.settings.steps
+        with torch.no_grad():
+            taught = () if self.teacher is None else self.teacher.features(images, tokens)
+        out: Tensor = self.model.loss(a, b, *taught)
+        return out
+
     def train(self) -> Iterator[dict[str, float]]:
         """Train to the last step, yielding {"step", "loss"} each step; measures and saves as often as settings say."""
         settings = self.settings
@@ -189,16 +226,15 @@ class Run:
                 falling = 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
                 group["lr"] = settings.learning_rate * warm * falling
             images, tokens = self.sampler.draw()
-            S = self.model(images.to(self.device), tokens.to(self.device))
-            if settings.loss == "info_nce":
-                loss = info_nce(S, self.model.log_scale)
-            else:
-                loss = hardest_triplet(S, settings.margin)
+            loss = self.loss(images.to(self.device), tokens.to(self.device))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             self.step += 1
             measured = {"step": float(self.step), "loss": loss.item()}
+            if isinstance(self.model.loss, TripletLoss):
+                # 2 · margin · batch with every row and column violated, and no better later: that is collapse.
+                measured["violations"] = float(self.model.loss.violations.sum())
             if self.step % every == 0 or self.step == settings.steps:
                 self.history.append(measured | recalls(similarities(self.model, *self.pairs)))
                 self.save()

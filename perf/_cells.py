@@ -50,6 +50,8 @@ class Cell:
     """One row of the results: every contender of an operation at one shape, dtype and pass.
 
     `compiled` says whether torch.compile's peer runs here: compiling takes seconds a shape, which a quick suite saves.
+    `once`: a call takes longer than a suite may spend on it; the one that is checked is the one that is timed. Not
+    `stored`: S does not fit here, so only contenders that never store it run, once, and nothing holds them to float64.
     """
 
     operation: str
@@ -57,6 +59,8 @@ class Cell:
     shape: Shape
     dtype: str
     compiled: bool = True
+    once: bool = False
+    stored: bool = True
 
     @property
     def key(self) -> str:
@@ -69,6 +73,8 @@ def grid(
     dtypes: Iterable[str],
     compiled: Iterable[Shape] | None = None,
     modes: Sequence[str] = PASSES,
+    once: bool = False,
+    stored: bool = True,
 ) -> list[Cell]:
     """Every combination; both passes of a shape stand together, so that they share what is set up for it.
 
@@ -77,7 +83,7 @@ def grid(
     chosen = None if compiled is None else set(compiled)
     dtypes = tuple(dtypes)
     return [
-        Cell(operation, mode, shape, dtype, compiled=chosen is None or shape in chosen)
+        Cell(operation, mode, shape, dtype, compiled=chosen is None or shape in chosen, once=once, stored=stored)
         for shape in shapes
         for dtype in dtypes
         for mode in modes

@@ -19,6 +19,8 @@ FLOOR_TF32 = 1e-3
 YARDSTICK_FACTOR = 2.0
 #: … whose own error must stay within this multiple of the floor.
 YARDSTICK_LIMIT = 10.0
+#: A relative error that is no rounding any more: another formula.
+HOPELESS = 0.5
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute an operation. `mathematics` names its row of the cost table and its float64 truth."""
+    """One way to compute an operation. `mathematics` names its row of the cost table and its float64 truth.
+
+    `stores`: it holds all of S where others need not.
+    """
 
     name: str
     label: str
@@ -81,6 +86,7 @@ class Contender:
     ours: bool = False
     gpu_only: bool = False
     compiled: bool = False
+    stores: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ class Operation:
         modes: Its passes: a search has no backward pass.
         axes: What its lines run along, "MN" (M = N) or a size; the first is the memory's, too.
         sizes: Its sizes beyond M, N, D and B, with what they are where nobody says.
+        bars: By dtype, what ours may err at most, where errors are part of what is compared: the others are then timed
+            and shown with whatever error they have, up to `HOPELESS`.
         relative_to: The baseline in a word.
         unit: What it makes, in the plural …
         count: … and how many of them a call makes.
@@ -120,6 +128,7 @@ class Operation:
     modes: tuple[str, ...] = PASSES
     axes: tuple[str, ...] = ("MN", "D", "B")
     sizes: Mapping[str, int] = field(default_factory=dict)
+    bars: Mapping[str, float] | None = None
     relative_to: str = "cosine"
     unit: str = "similarities"
     count: Callable[[Shape], int] = lambda shape: shape.M * shape.N

@@ -102,6 +102,7 @@ def _legend(figure: Figure, operation: Operation, axes: list[Axes]) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             seen.setdefault(label, handle)
     order = [label for label in labels(operation.name).values() if label in seen]
+    order += seen.keys() - set(order)
     columns = len(order) if len(order) <= 5 else 4
     figure.legend([seen[o] for o in order], order, loc="outside lower center", ncols=max(columns, 1), frameon=False)
 
@@ -181,9 +182,13 @@ def _series(cells: list[CellRow], axis: str, value: Callable[[CellRow], Any]) ->
     return series
 
 
+def _ratio(entry: CellRow) -> Any:
+    return entry.get("relative")
+
+
 def relative(run: Run, operation: Operation, dtype: str) -> Figure | None:
     """Time over the baseline's of the same round, median and quartiles, along each of the operation's axes."""
-    axes = [axis for axis in operation.axes if _is_line(run, operation, dtype, axis)]
+    axes = [axis for axis in operation.axes if _is_line(run, operation, dtype, axis, _ratio)]
     if not axes:
         return None
     rows, columns = len(operation.modes), len(axes)
@@ -192,7 +197,7 @@ def relative(run: Run, operation: Operation, dtype: str) -> Figure | None:
     for row, mode in zip(grid, operation.modes, strict=True):
         for ax, axis in zip(row, axes, strict=True):
             fixed, cells = line(_cells(run, operation, dtype, mode), axis)
-            for contender, found in _series(cells, axis, lambda entry: entry.get("relative")).items():
+            for contender, found in _series(cells, axis, _ratio).items():
                 xs, medians = [x for x, _ in found], [s["median"] for _, s in found]
                 spread = [[s["median"] - s["q1"] for _, s in found], [s["q3"] - s["median"] for _, s in found]]
                 ax.errorbar(xs, medians, yerr=spread, capsize=4, **_mark(operation, contender))
@@ -207,34 +212,67 @@ def relative(run: Run, operation: Operation, dtype: str) -> Figure | None:
     return figure
 
 
-def _is_line(run: Run, operation: Operation, dtype: str, axis: str) -> bool:
-    """A lone point is no picture."""
-    cells = (line(_cells(run, operation, dtype, mode), axis)[1] for mode in operation.modes)
-    return any(len({cell[_moving(axis)] for cell in found}) > 1 for found in cells)
+def _is_line(
+    run: Run, operation: Operation, dtype: str, axis: str, value: Callable[[CellRow], Any], mode: str | None = None
+) -> bool:
+    """Whether someone has values along `axis`, in this mode or in any: a lone point is no picture."""
+    modes = operation.modes if mode is None else (mode,)
+    series = (_series(line(_cells(run, operation, dtype, one), axis)[1], axis, value) for one in modes)
+    return any(len(points) > 1 for found in series for points in found.values())
 
 
-def memory(run: Run, operation: Operation, dtype: str) -> Figure | None:
-    """Peak memory beyond the inputs along the operation's first axis, results included."""
+def _along(
+    run: Run,
+    operation: Operation,
+    dtype: str,
+    value: Callable[[CellRow], Any],
+    name: str,
+    title: str,
+    bar: float | None = None,
+) -> Figure | None:
+    """A value along the operation's first axis, and the bar it must stay below, if there is one."""
     axis = operation.axes[0]
-    if not _is_line(run, operation, dtype, axis):
+    modes = [mode for mode in operation.modes if _is_line(run, operation, dtype, axis, value, mode)]
+    if not modes:
         return None
-    columns = len(operation.modes)
+    columns = len(modes)
     figure, grid = plt.subplots(1, columns, figsize=(2 + 6.5 * columns, 8), sharey=True, squeeze=False)
     row = grid[0]
-    for ax, mode in zip(row, operation.modes, strict=True):
+    for ax, mode in zip(row, modes, strict=True):
         fixed, cells = line(_cells(run, operation, dtype, mode), axis)
-        for contender, found in _series(cells, axis, lambda entry: entry.get("peak_bytes")).items():
-            ax.plot([x for x, _ in found], [peak / 2**20 for _, peak in found], **_mark(operation, contender))
+        for contender, found in _series(cells, axis, value).items():
+            ax.plot([x for x, _ in found], [y for _, y in found], **_mark(operation, contender))
+        if bar is not None:
+            ax.axhline(bar, color="#444444", linestyle="--", linewidth=1.5, label=f"ours may err {bar:g}")
         ax.set(xscale="log", yscale="log", title=f"{TITLES[mode]}\n{fixed}", xlabel=_axis_name(axis))
         if cells:
             _at(ax.xaxis, sorted({float(c[_moving(axis)]) for c in cells}))
     low, high = row[0].get_ylim()
     step = (1, 2, 5) if high / low < 300 else (1,)
-    _at(row[0].yaxis, [t for t in (m * 10.0**d for d in range(-3, 7) for m in step) if low <= t <= high])
-    row[0].set_ylabel("peak memory, MiB")
-    figure.suptitle(f"{operation.name}, peak memory beyond the inputs, {dtype}\n{device_name(run)}")
+    _at(row[0].yaxis, [t for t in (m * 10.0**d for d in range(-9, 7) for m in step) if low <= t <= high])
+    row[0].set_ylabel(name)
+    figure.suptitle(f"{operation.name}, {title}, {dtype}\n{device_name(run)}")
     _legend(figure, operation, list(row))
     return figure
+
+
+def memory(run: Run, operation: Operation, dtype: str) -> Figure | None:
+    """Peak memory beyond the inputs, results included."""
+
+    def mebibytes(entry: CellRow) -> float | None:
+        return entry["peak_bytes"] / 2**20 if "peak_bytes" in entry else None
+
+    return _along(run, operation, dtype, mebibytes, "peak memory, MiB", "peak memory beyond the inputs")
+
+
+def errors(run: Run, operation: Operation, dtype: str) -> Figure | None:
+    """The largest relative error of the result and its gradients, where errors are part of what is compared."""
+    if operation.bars is None:
+        return None
+    title = "largest error of the loss or a gradient"
+    return _along(
+        run, operation, dtype, lambda entry: entry.get("error"), "relative error", title, operation.bars[dtype]
+    )
 
 
 def draw(run: Run, out: Path) -> list[Path]:
@@ -252,6 +290,7 @@ def draw(run: Run, out: Path) -> list[Path]:
             for dtype in _dtypes(run, operation):
                 pictures[f"{prefix}relative-{dtype}"] = relative(run, operation, dtype)
                 pictures[f"{prefix}memory-{dtype}"] = memory(run, operation, dtype)
+                pictures[f"{prefix}errors-{dtype}"] = errors(run, operation, dtype)
         for name, figure in pictures.items():
             if figure is None:
                 continue

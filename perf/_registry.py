@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from _cells import Cell, Shape, grid
+from _losses import LOSSES
 from _operation import Contender, Operation
 from _pairwise import PAIRWISE
 from _region_word import CROSS_ATTENTION, LATE_INTERACTION
 from _retrieval import RANKS, TOPK
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation for operation in (PAIRWISE, TOPK, RANKS, LATE_INTERACTION, CROSS_ATTENTION)
+    operation.name: operation for operation in (PAIRWISE, *LOSSES, TOPK, RANKS, LATE_INTERACTION, CROSS_ATTENTION)
 }
 
 #: In the order they are offered.
@@ -82,4 +83,6 @@ def contenders_for(cell: Cell, device_type: str, wanted: set[str] | None = None)
             and (device_type == "cuda" or not c.gpu_only)
         )
     ]
+    if not cell.stored:
+        chosen = [c for c in chosen if not c.stores]
     return sorted(chosen, key=lambda c: (c.name != operation.baseline, c.name != operation.yardstick))

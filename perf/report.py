@@ -17,6 +17,7 @@ from pathlib import Path
 
 import _costs
 import _results
+from _costs import BOTH
 from _operation import Operation
 from _registry import OPERATIONS, SUITES, contender_names, labels
 from _results import CellRow, Run
@@ -58,8 +59,11 @@ def _time(cell: CellRow, name: str, gpu: bool) -> str:
     entry = cell["contenders"].get(name)
     if entry is None:
         return ""
-    if entry["status"] != "ok" or "relative" not in entry:
-        return str(entry["status"]) if entry["status"] != "ok" else ""
+    if entry["status"] != "ok":
+        return str(entry["status"])
+    if "relative" not in entry:
+        # Where nothing else ran there is nothing to relate to.
+        return "" if cell["baseline"] in cell["contenders"] else f"{entry['seconds']['median']:,.3g} s"
     ratio = entry["relative"]
     text = f"{ratio['median']:.2f}" if name != cell["baseline"] else "1"
     return f"{text} ({entry['seconds']['median'] * 1e3:.3g} ms)" if gpu else text
@@ -67,7 +71,11 @@ def _time(cell: CellRow, name: str, gpu: bool) -> str:
 
 def _memory(cell: CellRow) -> str:
     ours, base = cell["contenders"].get("gssf"), cell["contenders"].get(cell["baseline"])
-    if not ours or not base or "peak_bytes" not in ours or not base.get("peak_bytes"):
+    if not ours or "peak_bytes" not in ours:
+        return ""
+    if base is None:
+        return f"{ours['peak_bytes'] / 2**20:,.0f} MiB"
+    if not base.get("peak_bytes"):
         return ""
     return f"{ours['peak_bytes'] / base['peak_bytes']:.2f}"
 
@@ -96,6 +104,44 @@ def table(run: Run, operation: Operation) -> list[str]:
     return lines
 
 
+def error_table(run: Run, operation: Operation) -> list[str]:
+    """The largest error of a result or a gradient, of every contender, where errors are part of what is compared."""
+    if operation.bars is None:
+        return []
+    cells = [c for c in run["cells"].values() if c["operation"] == operation.name and c["mode"] == BOTH]
+    cells = [c for c in cells if any("error" in entry for entry in c["contenders"].values())]
+    cells.sort(key=lambda c: (list(operation.bars or ()).index(c["dtype"]), c["D"], c["M"]))
+    names = [n for n in contender_names([operation.name]) if any(n in c["contenders"] for c in cells)]
+    shown = labels(operation.name)
+    heads = ["dtype", "M × N", "D", *(shown[n] for n in names), "ours may err"]
+    lines = [
+        f"`{operation.name}`, the largest relative error of the loss or a gradient against float64:",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * 3 + "--:|" * (len(names) + 1),
+    ]
+    for cell in cells:
+        found = [cell["contenders"].get(name, {}).get("error") for name in names]
+        row = [cell["dtype"], f"{cell['M']:,} × {cell['N']:,}", str(cell["D"])]
+        row += ["" if error is None else f"{error:.1e}" for error in found]
+        lines.append(f"| {' | '.join(row)} | {operation.bars[cell['dtype']]:g} |")
+    return lines
+
+
+def pictures_of(run: Run, path: Path) -> list[Path]:
+    """Of the first operation: where errors are compared, memory and errors; else all but the memory."""
+    measured = list(dict.fromkeys(cell["operation"] for cell in run["cells"].values()))
+    if not measured:
+        return []
+    first = OPERATIONS[measured[0]]
+    prefix = f"{path.stem}-{first.name}-" if len(measured) > 1 else f"{path.stem}-"
+    found = sorted(path.parent.glob(f"{prefix}*.png"))
+    kinds = {p: p.stem.removeprefix(prefix).split("-")[0] for p in found}
+    if first.bars is not None:
+        return [p for p in found if kinds[p] in ("memory", "errors")]
+    return [p for p in found if kinds[p] != "memory"]
+
+
 def section(run: Run, path: Path, readme: Path) -> str:
     """One run's tables and pictures."""
     gpu = run["device"]["type"] == "cuda"
@@ -109,8 +155,9 @@ def section(run: Run, path: Path, readme: Path) -> str:
     ]
     for name in dict.fromkeys(cell["operation"] for cell in run["cells"].values()):
         lines += ["", *table(run, OPERATIONS[name])]
-    pictures = sorted(p for p in path.parent.glob(f"{path.stem}-*.png") if "memory-" not in p.name)
-    lines += [f"\n![{picture.stem.replace('-', ' ')}]({folder}/{picture.name})" for picture in pictures]
+        if errors := error_table(run, OPERATIONS[name]):
+            lines += ["", *errors]
+    lines += [f"\n![{p.stem.replace('-', ' ')}]({folder}/{p.name})" for p in pictures_of(run, path)]
     return "\n".join(lines)
 
 

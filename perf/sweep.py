@@ -177,6 +177,9 @@ def summary(run: _results.Run) -> str:
                 spread = f"{ratio['median']:6.3f} × baseline [{ratio['q1']:.3f}, {ratio['q3']:.3f}]"
                 peak = f"{entry['peak_bytes'] / 2**20:9.1f} MiB"
                 lines.append(f"    {names[name]:28} {spread}{time_text}{peak}  n={ratio['n']}")
+            elif "seconds" in entry:
+                peak = f"{entry['peak_bytes'] / 2**20:9.1f} MiB"
+                lines.append(f"    {names[name]:28} {entry['seconds']['median']:9.3g} s, once {peak}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from glyph_model import MAX_WORDS, tokenize  # noqa: E402
-from glyph_training import Run, Settings, hardest_triplet, info_nce, recalls, test_pairs  # noqa: E402
+from glyph_retrieval import parse  # noqa: E402
+from glyph_training import LOSSES, Run, Settings, info_nce, load_teacher, recalls, test_pairs  # noqa: E402
 
 from gssf_triton.data.glyphs import Glyphs, load_glyphs  # noqa: E402
 
@@ -47,11 +49,8 @@ def test_recalls_of_a_constant_matrix_are_no_better_than_nothing() -> None:
     assert recalls(torch.zeros(50, 50))["rsum"] == 0
 
 
-def test_losses_fall_to_zero_on_a_perfect_matrix_and_not_before() -> None:
-    perfect = torch.eye(8)
-    assert hardest_triplet(perfect, 0.2).item() == 0
-    assert info_nce(perfect, torch.tensor(100.0).log()).item() < 1e-6
-    assert hardest_triplet(torch.zeros(8, 8), 0.2).item() == pytest.approx(2 * 8 * 0.2)
+def test_the_loss_of_a_matrix_falls_to_zero_where_it_is_perfect_and_not_before() -> None:
+    assert info_nce(torch.eye(8), torch.tensor(100.0).log()).item() < 1e-6
     assert info_nce(torch.zeros(8, 8), torch.tensor(0.0)).item() == pytest.approx(torch.tensor(8.0).log().item())
 
 
@@ -86,6 +85,36 @@ def test_a_run_cut_short_resumes_to_the_same_bits(split: tuple[Glyphs, Glyphs], 
         assert torch.equal(resumed.model.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_learns_its_training_batches(split: tuple[Glyphs, Glyphs], tmp_path: Path, loss: str) -> None:
+    """And a resumed run, with its teacher or in the middle of its warm-up, goes on to the same bits."""
+    teacher = ""
+    if loss == "distillation":
+        teacher = str(tmp_path / "teacher.pt")
+        list(make(split, Path(teacher), replace(TINY, dim=24, evaluations=1)).train())
+    settings = replace(TINY, loss=loss, teacher=teacher, steps=24, evaluations=2, all_negatives=0.75)
+    run = make(split, tmp_path / "run.pt", settings)
+    losses = [measured["loss"] for measured in run.train()]
+    ends = losses[17] if loss == "triplet" else losses[-1]  # of the hinge, while it takes all negatives
+    assert ends < 0.8 * losses[0]
+    if loss == "triplet":
+        assert run.model.loss.hardest
+        hardest = losses[18:]
+        assert max(hardest) < 2 * 2 * TINY.batch_size and run.history[-1]["violations"] <= 2 * TINY.batch_size
+        assert run.history[0]["violations"] > 2 * TINY.batch_size
+    if teacher:
+        assert not any(x.requires_grad for x in load_teacher(teacher).parameters())
+
+    cut = make(split, tmp_path / "cut.pt", settings)
+    for measured in cut.train():
+        if measured["step"] == 14:
+            break
+    resumed = make(split, tmp_path / "cut.pt", settings)
+    assert resumed.step == 12
+    list(resumed.train())
+    assert resumed.history == run.history
+
+
 def test_other_settings_in_the_same_folder_are_refused(split: tuple[Glyphs, Glyphs], tmp_path: Path) -> None:
     list(make(split, tmp_path / "x.pt").train())
     with pytest.raises(ValueError, match=r"other settings \(steps\): .*--fresh"):
@@ -112,3 +141,19 @@ def test_misuse_ends_in_one_clear_line() -> None:
     command = [sys.executable, str(EXAMPLES / "glyph_retrieval.py"), "--dim", "100", "--block-size", "32"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "--block-size must divide --dim = 100, got 32" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "distillation"], "--loss distillation needs --teacher"),
+        (["--teacher", "x.pt"], "no other loss takes one"),
+        (["--loss", "distillation", "--teacher", "nowhere.pt"], "there is no nowhere.pt"),
+    ],
+)
+def test_distillation_asks_for_its_teacher(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err

@@ -124,6 +124,16 @@ def test_only_what_is_asked_for(loss: str, backend: str, device: str) -> None:
     assert not p.call(backend).requires_grad
 
 
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "triplet_loss"])
+def test_the_scale_s_gradient_is_that_of_the_features(loss: str, backend: str, device: str) -> None:
+    """logit_scale and a both multiply S, so τ·dτ = Σ ⟨aᵢ, daᵢ⟩: two results of the kernels that share no sum."""
+    p = problem(loss, 50, dtype=torch.float64, ids=loss != "distillation_loss", device=device)
+    p.call(backend).backward()
+    a, scale = p.leaves["a"], p.leaves["logit_scale"]
+    assert a.grad is not None and scale.grad is not None
+    torch.testing.assert_close(scale.detach() * scale.grad, (a.detach() * a.grad).sum())
+
+
 @losses
 def test_backward_twice_over_one_graph(loss: str, backend: str, device: str) -> None:
     """What is saved for backward is left as it was."""

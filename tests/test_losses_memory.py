@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from losses_problem import LOSSES, problem
+from losses_problem import problem
 
 MIB = 2**20
+#: Beyond inputs, results, gradients and a constant times (M + N)·D numbers.
+ALLOWED = {"cpu": 64 * MIB, "cuda": 256 * MIB}
+#: Copies of the features: inputs folded and normalised, what is saved of them, and their gradients on the way back.
+COPIES = 16
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that torch's CPU allocator held at once during `call`, beyond what it held before."""
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most that torch's allocator held at once during `call`, beyond what it held before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     held = peak = 0
@@ -23,25 +35,37 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-def forward_backward(loss: str, N: int, D: int) -> Callable[[], object]:
-    p = problem(loss, N, G=D // 32, B=32, normalize=True)
-    return lambda: torch.autograd.grad(p.call("torch"), list(p.leaves.values()))
+def forward_backward(loss: str, N: int, D: int, device: str, **options: Any) -> Callable[[], object]:
+    p = problem(loss, N, G=D // 32, B=32, normalize=True, device=device, **options)
+    return lambda: torch.autograd.grad(p.call("auto"), list(p.leaves.values()))
 
 
-def test_the_count_counts() -> None:
-    assert 4 * MIB <= peak_bytes(lambda: torch.ones(2**20)) < 5 * MIB
+def test_the_count_counts(device: str) -> None:
+    assert 4 * MIB <= peak_bytes(lambda: torch.ones(2**20, device=device), device) < 5 * MIB
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_memory_grows_with_the_rows(loss: str) -> None:
-    """At most 64 MiB and a constant times (M + N)·D; the matrix alone would be 256 MiB here."""
-    N, D = 8192, 32
-    peak = peak_bytes(forward_backward(loss, N, D))
-    assert peak < 64 * MIB + 16 * 2 * N * D * 4
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("info_nce", {}),
+        ("info_nce", {"ids": True, "label_smoothing": 0.1}),
+        ("sigmoid_loss", {"ids": True}),
+        ("triplet_loss", {}),
+        ("triplet_loss", {"hardest": False, "ids": True}),
+        ("distillation_loss", {}),
+    ],
+    ids=str,
+)
+def test_memory_grows_with_the_rows(loss: str, options: dict[str, Any], device: str) -> None:
+    """A constant and a multiple of (M + N)·D; the matrix alone would be 256 MiB on a CPU and 4 GiB on a GPU here."""
+    N, D = (8192 if device == "cpu" else 32768), 32
+    peak = peak_bytes(forward_backward(loss, N, D, device, **options), device)
+    assert peak < ALLOWED[device] + COPIES * 2 * N * D * 4
     assert peak < N * N * 4 / 2
 
 
-def test_memory_is_linear() -> None:
+def test_memory_is_linear(device: str) -> None:
     """Twice the pairs add no more than the rows they add: no term in N² is hidden below the bound."""
-    small, large = (peak_bytes(forward_backward("info_nce", N, 32)) for N in (4096, 8192))
-    assert large - small <= 20 * 2 * 4096 * 32 * 4
+    least = 4096 if device == "cpu" else 32768  # several chunks at both sizes
+    small, large = (peak_bytes(forward_backward("info_nce", N, 32, device), device) for N in (least, 2 * least))
+    assert large - small <= 20 * 2 * least * 32 * 4

@@ -34,7 +34,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("script", ["perf/report.py", "examples/report.py"])
+@pytest.mark.parametrize("script", ["perf/report.py", "examples/demo_report.py"])
 def test_figures_are_what_the_runs_say(script: str) -> None:
     done = subprocess.run([sys.executable, ROOT / script, "--check"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

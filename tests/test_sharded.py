@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import in_processes
 from retrieval_reference import coarse, coarse_weights
 
 import gssf_triton
@@ -21,25 +18,6 @@ WORLD = 3
 BACKENDS = ["torch", "triton"] if interpreter_is_on() else ["torch"]
 #: Items of each shard: unequal, one of them empty, one smaller than k.
 SHARDS = {"unequal": (40, 5, 66), "empty": (0, 70, 3), "one-each": (1, 1, 1)}
-
-
-def _process(rank: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        work(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
-
-
-def in_processes(work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(rank, *arguments)` in WORLD processes; a failed assertion in one of them fails here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Forked: they hold CPU tensors only, and importing torch three times would take longer than the tests.
-    mp.start_processes(_process, (port, work, *arguments), nprocs=WORLD, start_method="fork")  # type: ignore[no-untyped-call]
 
 
 def problem(sizes: tuple[int, ...], seed: int) -> dict[str, Any]:
@@ -84,7 +62,7 @@ def _compare(rank: int, sizes: tuple[int, ...], seed: int, backend: str) -> None
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", SHARDS.values(), ids=SHARDS)
 def test_every_process_gets_the_whole_answer(sizes: tuple[int, ...], backend: str) -> None:
-    in_processes(_compare, sizes, int(torch.randint(2**31, ())), backend)
+    in_processes(WORLD, _compare, sizes, int(torch.randint(2**31, ())), backend)
 
 
 def _disagree(rank: int) -> None:
@@ -99,7 +77,7 @@ def _disagree(rank: int) -> None:
 
 def test_processes_that_disagree_are_told_so() -> None:
     """On every one of them: none is left waiting for the others."""
-    in_processes(_disagree)
+    in_processes(WORLD, _disagree)
 
 
 def _in_a_subgroup(rank: int) -> None:
@@ -112,4 +90,4 @@ def _in_a_subgroup(rank: int) -> None:
 
 
 def test_a_group_of_some_processes() -> None:
-    in_processes(_in_a_subgroup)
+    in_processes(WORLD, _in_a_subgroup)

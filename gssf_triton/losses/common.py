@@ -10,6 +10,7 @@ from torch import Tensor
 from gssf_triton import checks, ops, torch_backend
 from gssf_triton.backend import resolve_backend
 from gssf_triton.functional import autocast_features
+from gssf_triton.losses.ranks import Ranks
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -127,19 +128,26 @@ def reduce(values: Tensor, reduction: str, pairs: int) -> Tensor:
     return values / max(pairs, 1) if reduction == "mean" else values
 
 
+def described(loss: str, a: Tensor, sides: Sides, **options: object) -> dict[str, object]:
+    """What every process of a group must agree on: one that takes no part in a collective leaves the others waiting."""
+    gradients = wants_gradient(sides.t), wants_gradient(sides.y)
+    return {"loss": loss, "D": a.shape[1], "dtype": a.dtype, "gradients": gradients, **options}
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """True where a backward pass may follow."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def incoming(grad: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def incoming(grad: Tensor, like: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """A loss's incoming gradient, () or (M,), as (common factor, weights in [−1, 1] of length M or 1).
 
-    The slopes are made for weights no larger than 1, so that float16 holds them.
+    The slopes are made for weights no larger than 1, so that float16 holds them, in units that all processes share. The
+    factor is of the sum of all processes' losses: a scalar is the same loss on each of them, so it counts that often.
     """
     grad = grad.to(like.dtype)
     if grad.dim() == 0:
-        return grad, torch.ones_like(grad)[None]
-    largest = grad.abs().amax() if grad.numel() else torch.ones((), dtype=grad.dtype, device=grad.device)
+        return grad * ranks.count, torch.ones_like(grad)[None]
+    largest = ranks.max(grad.abs().amax() if grad.numel() else like.new_zeros(()))
     factor = torch.where(largest > 0, largest, torch.ones_like(largest))
     return factor, grad / factor

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gssf_triton import checks
-from gssf_triton.losses.common import REDUCTIONS, incoming, operand, prepare, reduce, scalar
-from gssf_triton.losses.ranks import Ranks, gather_rows
+from gssf_triton.losses.common import REDUCTIONS, described, incoming, operand, prepare, reduce, scalar
+from gssf_triton.losses.ranks import Ranks, gather_rows, spread
 from gssf_triton.streaming.epilogues import log_sum_exp
 from gssf_triton.streaming.op import stream_op
 
@@ -56,19 +56,16 @@ class _Distillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         t, y, teacher_t, teacher_y, unit_t, unit_y, scale, scalars, lse = ctx.saved_tensors
-        factor, weight = incoming(grad, scale)
-        if grad.dim() == 1 and ctx.ranks.group is not None:
-            factor, weight = torch.ones_like(factor), grad.to(scale.dtype)
+        factor, weight = incoming(grad, scale, ctx.ranks)
         rows = torch.cat((lse, weight.expand(t.shape[0])[None]))
         _, _, totals, d_t, d_y = stream_op(
             "distillation_slope", t, y, teacher_t, teacher_y, rows, rows.new_empty((0, y.shape[0])), None, None,
             scalars, 0, True, ctx.backend,
         )  # fmt: skip
-        common = factor * ctx.ranks.count
-        d_scale = totals[0].to(scale.dtype) * unit_t * unit_y * common
+        d_scale = totals[0].to(scale.dtype) * unit_t * unit_y * factor
         return (
-            d_t.mul_(common * scale * unit_y),
-            d_y.mul_(common * scale * unit_t),
+            d_t.mul_(factor * scale * unit_y),
+            d_y.mul_(factor * scale * unit_t),
             None,
             None,
             d_scale,
@@ -145,8 +142,8 @@ def distillation_loss(
         if x.shape[0] != like.shape[0]:
             raise ValueError(f"{name} must have {like.shape[0]} rows, as {of} has, got shape {tuple(x.shape)}")
     scale = scalar("logit_scale", logit_scale, sides.t)
-    ranks = Ranks.of(group, a.shape[0], a.device)
-    columns = ranks if group is None else Ranks.of(group, b.shape[0], b.device)
+    same = described("distillation_loss", a, sides, teacher_D=teacher_a.shape[1], reduction=reduction)
+    ranks, columns = spread(group, (a.shape[0], b.shape[0]), a.device, same)
     loss: Tensor = _Distillation.apply(
         sides.t, gather_rows(sides.y, columns), teacher.t.to(sides.t.dtype),
         columns.gather(teacher.y).to(sides.t.dtype), scale, sides.half, teacher.half, reduction != "none", ranks,

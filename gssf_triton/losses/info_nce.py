@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gssf_triton import checks
-from gssf_triton.losses.common import REDUCTIONS, check_ids, incoming, operand, prepare, reduce, scalar
-from gssf_triton.losses.ranks import Ranks, gather_rows
+from gssf_triton.losses.common import REDUCTIONS, check_ids, described, incoming, operand, prepare, reduce, scalar
+from gssf_triton.losses.ranks import Ranks, gather_rows, spread
 from gssf_triton.streaming.epilogues import log_sum_exp, merge_softmax
 from gssf_triton.streaming.op import stream_op
 
@@ -72,10 +72,7 @@ class _InfoNCE(torch.autograd.Function):
         symmetric, smoothing, ranks, wide = ctx.symmetric, ctx.smoothing, ctx.ranks, ctx.wide
         own = ranks.own
         alpha = scale * unit_t * unit_y
-        factor, weight = incoming(grad, match)
-        if grad.dim() == 1 and ranks.group is not None:
-            # Every process's slopes must be in the same units before they are added.
-            factor, weight = torch.ones_like(factor), grad.to(wide)
+        factor, weight = incoming(grad, match, ranks)
         weight = weight.expand(t.shape[0]) * (0.5 if symmetric else 1.0)
 
         def vectors(state: Tensor, weights: Tensor, matches: Tensor) -> Tensor:
@@ -99,9 +96,8 @@ class _InfoNCE(torch.autograd.Function):
             at_match += w * (torch.expm1(z - lse) + smoothing - uniform)
         d_t = d_t.addcmul_(at_match[:, None], y[own].to(wide))
         d_y[own].addcmul_(at_match[:, None], t.to(wide))
-        common = factor * ranks.count
-        d_scale = totals[0].to(wide) * unit_t * unit_y * common
-        return d_t.mul_(common * scale * unit_y), d_y.mul_(common * scale * unit_t), d_scale, *(None,) * 8
+        d_scale = totals[0].to(wide) * unit_t * unit_y * factor
+        return d_t.mul_(factor * scale * unit_y), d_y.mul_(factor * scale * unit_t), d_scale, *(None,) * 8
 
 
 def info_nce(
@@ -139,10 +135,9 @@ def info_nce(
             as in torch.nn.functional.cross_entropy.
         normalize: Put both sides on the unit sphere first.
         reduction: "mean", "sum", or "none" for one value a pair.
-        group: A torch.distributed process group: each process passes its part of the batch and gets the loss of the
-        whole
-            batch ("none": of its own pairs). Gradients assume that they are averaged over processes, as DDP and FSDP
-            do.
+        group: A torch.distributed process group, or None: every process passes its part of the batch, of any length,
+            and gets the loss of the whole batch ("none": the values of its own pairs). Gradients assume that they are
+            averaged over processes, as DDP and FSDP do: wrap whatever holds parameters, this loss's among them.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -171,7 +166,11 @@ def info_nce(
     sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
     ids = check_ids(ids, a.shape[0], a.device)
     scale = scalar("logit_scale", logit_scale, sides.t)
-    ranks = Ranks.of(group, a.shape[0], a.device)
+    same = described(
+        "info_nce", a, sides, ids=ids is not None, symmetric=symmetric, label_smoothing=label_smoothing,
+        reduction=reduction,
+    )  # fmt: skip
+    (ranks,) = spread(group, (a.shape[0],), a.device, same)
     column_ids = None if ids is None else ranks.gather(ids)
     loss: Tensor = _InfoNCE.apply(
         sides.t, gather_rows(sides.y, ranks), scale, ids, column_ids, sides.half, symmetric, float(label_smoothing),

@@ -40,7 +40,10 @@ class _MetricLoss(nn.Module):
 
 
 class _ScaledLoss(_MetricLoss):
-    """Holds the logarithm of logit_scale, as CLIP does, so that it stays positive; `max_logit_scale` bounds it."""
+    """Holds the logarithm of logit_scale, as CLIP does, so that it stays positive; `max_logit_scale` bounds it.
+
+    Learned scalars have shape (1,): torch's fully_shard takes no parameter without a dimension.
+    """
 
     def __init__(
         self,
@@ -55,13 +58,13 @@ class _ScaledLoss(_MetricLoss):
         super().__init__(metric, reduction, group, backend)
         if not logit_scale > 0:
             raise ValueError(f"logit_scale must be positive, got {logit_scale}")
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=learn_scale)
+        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(logit_scale)]), requires_grad=learn_scale)
         self.max_logit_scale = max_logit_scale
 
     @property
     def logit_scale(self) -> Tensor:
-        """What the similarities are multiplied by, () float32."""
-        return self.log_logit_scale.exp().clamp(max=self.max_logit_scale)
+        """What the similarities are multiplied by, ()."""
+        return self.log_logit_scale.exp().clamp(max=self.max_logit_scale).reshape(())
 
 
 class InfoNCELoss(_ScaledLoss):
@@ -144,7 +147,7 @@ class SigmoidLoss(_ScaledLoss):
         backend: str = "auto",
     ) -> None:
         super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
-        self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)), requires_grad=learn_scale)
+        self.logit_bias = nn.Parameter(torch.tensor([float(logit_bias)]), requires_grad=learn_scale)
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:
         """The loss of a (N, D) against b (N, D), b[i] matching a[i]."""
@@ -157,7 +160,8 @@ class SigmoidLoss(_ScaledLoss):
 class TripletLoss(_MetricLoss):
     """`gssf_triton.triplet_loss` with a metric.
 
-    `hardest` is a plain attribute: start with False and set it to True after the warm-up epochs.
+    `hardest` is a plain attribute: start with False and set it to True after the warm-up epochs. A compiled module
+    compiles each once, when it is first met; run a step of both beforehand and the switch compiles nothing.
 
     Args:
         metric: A `gssf_triton.nn.GSSF`.
@@ -212,7 +216,8 @@ class DistillationLoss(_MetricLoss):
 
     Args:
         metric: The student's `gssf_triton.nn.GSSF`.
-        teacher: The teacher's `gssf_triton.nn.GSSF`, or None for plain dot products; it is never trained.
+        teacher: The teacher's `gssf_triton.nn.GSSF`, or None for plain dot products. It gets no gradient: freeze it
+            (`teacher.requires_grad_(False)`) before DistributedDataParallel counts the parameters that must have one.
         logit_scale: Multiplies both similarities.
         reduction: As in `distillation_loss`.
         group: As in `distillation_loss`.

@@ -1,12 +1,19 @@
 """A batch spread over the processes of a `torch.distributed` group: every process holds its part of the pairs.
 
-The loss is that of the whole batch, on every process. Each process's gradients are the number of processes times its
-own part's, as DistributedDataParallel and FSDP expect: they average over processes, and the average is the gradient
-of the whole batch. Features travel by one all-gather; parts may be of unequal length, empty ones included.
+The scalar loss is that of the whole batch, the same bits on every process. Gradients assume the reduction of
+DistributedDataParallel and FSDP, the mean over processes: each process's are those of the sum of all processes'
+losses, and the mean of these is the gradient of the whole batch's loss. Where there is no such mean, as for a leaf that
+only one process holds, divide by the number of processes.
+
+Features travel by one all-gather forward and one all-reduce backward; parts may be of unequal length, empty ones
+included. A process that dies, or calls with other arguments, ends the call on all others with an error: collectives
+fail when a connection closes or the group's own timeout runs out, and the calls are compared before any features
+travel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +23,13 @@ from torch import Tensor
 
 from gssf_triton.streaming.epilogues import Merge
 
+#: Bytes in which a process says how it was called.
+CALL_BYTES = 240
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who holds which pairs: `sizes` one a process, this one's `index`. No group: one process, all pairs."""
+    """Who holds which rows: `sizes` one a process, this one's `index`. No group: one process, all rows."""
 
     group: dist.ProcessGroup | None
     sizes: tuple[int, ...]
@@ -31,58 +41,90 @@ class Ranks:
 
     @property
     def offset(self) -> int:
-        """Pairs of the processes before this one."""
+        """Rows of the processes before this one."""
         return sum(self.sizes[: self.index])
 
     @property
     def pairs(self) -> int:
-        """Pairs of the whole batch."""
+        """Rows of the whole batch."""
         return sum(self.sizes)
 
     @property
     def own(self) -> slice:
         return slice(self.offset, self.offset + self.sizes[self.index])
 
-    @staticmethod
-    def of(group: dist.ProcessGroup | None, size: int, device: torch.device) -> Ranks:
-        if group is None:
-            return Ranks(None, (size,), 0)
-        if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"group must be a torch.distributed process group or None, got {type(group).__name__}")
-        mine = torch.tensor([size], device=device)
-        sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(sizes, mine, group=group)
-        return Ranks(group, tuple(int(x) for x in torch.cat(sizes).tolist()), dist.get_rank(group))
-
     def gather(self, x: Tensor) -> Tensor:
         """x (own, …) of every process, in their order: (pairs, …). Not differentiable; see `gather_rows`."""
         if self.group is None:
             return x
         # Collectives want equal shapes: parts travel padded to the longest.
-        padded = x.new_zeros((max(self.sizes), *x.shape[1:]))
-        padded[: x.shape[0]] = x
-        parts = [torch.empty_like(padded) for _ in self.sizes]
-        dist.all_gather(parts, padded, group=self.group)
+        longest = max(self.sizes)
+        padded = x
+        if x.shape[0] < longest:
+            padded = x.new_zeros((longest, *x.shape[1:]))
+            padded[: x.shape[0]] = x
+        parts = self._gather_alike(padded)
+        if min(self.sizes) == longest:
+            return parts.flatten(0, 1)
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+    def _gather_alike(self, x: Tensor) -> Tensor:
+        """x of every process, of the same shape on all of them: (count, …)."""
+        together = x.new_empty(self.count * x.numel())
+        dist.all_gather_into_tensor(together, x.reshape(-1), group=self.group)
+        return together.view(self.count, *x.shape)
 
     def merge(self, state: Tensor, merge: Merge) -> Tensor:
         """The processes' states (outputs, length) of the same columns as one, merged in their order."""
         if self.group is None:
             return state
-        states = [torch.empty_like(state) for _ in self.sizes]
-        dist.all_gather(states, state.contiguous(), group=self.group)
-        merged = states[0]
-        for other in states[1:]:
-            merged = merge(merged, other)
-        return merged
+        first, *others = self._gather_alike(state)
+        for other in others:
+            first = merge(first, other)
+        return first
 
     def sum(self, x: Tensor) -> Tensor:
-        """Σ over the processes, added in their order, so that every one of them gets the same bits."""
+        """Σ over the processes of something small, added in their order: every one of them gets the same bits."""
+        return x if self.group is None else self._gather_alike(x).sum(0)
+
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of the processes' x, ()."""
+        return x if self.group is None else self._gather_alike(x).amax(0)
+
+    def sum_own(self, x: Tensor) -> Tensor:
+        """Σ over the processes of x (pairs, …), of which this process keeps its own rows."""
         if self.group is None:
             return x
-        parts = [torch.empty_like(x) for _ in self.sizes]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.stack(parts).sum(0)
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=self.group)
+        return total[self.own]
+
+
+def spread(
+    group: dist.ProcessGroup | None, sizes: tuple[int, ...], device: torch.device, call: Mapping[str, object]
+) -> tuple[Ranks, ...]:
+    """How each of this process's `sizes` adds up with the others'; `call` is what all processes must agree on.
+
+    Raises:
+        TypeError: group is no process group, or one that this process is not in.
+        ValueError: on every process alike, where their calls differ.
+    """
+    if group is None:
+        return tuple(Ranks(None, (size,), 0) for size in sizes)
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group or None, got {type(group).__name__}")
+    said = ", ".join(f"{name} = {value}" for name, value in call.items()).encode()[:CALL_BYTES]
+    mine = torch.tensor([*sizes, *said.ljust(CALL_BYTES)], device=device)
+    index, count = dist.get_rank(group), dist.get_world_size(group)
+    # The one wait for the device: lengths are Python's business.
+    rows = Ranks(group, (1,) * count, index)._gather_alike(mine).tolist()
+    calls = [bytes(row[len(sizes) :]).decode(errors="replace").strip() for row in rows]
+    if len(set(calls)) > 1:
+        raise ValueError(
+            "every process of the group must make the same call, got "
+            + "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(calls))
+        )
+    return tuple(Ranks(group, tuple(row[i] for row in rows), index) for i in range(len(sizes)))
 
 
 class _GatherRows(torch.autograd.Function):
@@ -95,9 +137,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.ranks.group)
-        return total[ctx.ranks.own], None
+        return ctx.ranks.sum_own(grad), None
 
 
 def gather_rows(x: Tensor, ranks: Ranks) -> Tensor:

@@ -13,6 +13,7 @@ from gssf_triton import checks
 from gssf_triton.losses.common import (
     REDUCTIONS,
     check_ids,
+    described,
     incoming,
     operand,
     prepare,
@@ -20,7 +21,7 @@ from gssf_triton.losses.common import (
     scalar,
     wants_gradient,
 )
-from gssf_triton.losses.ranks import Ranks, gather_rows
+from gssf_triton.losses.ranks import Ranks, gather_rows, spread
 from gssf_triton.streaming.op import stream_op
 
 
@@ -65,21 +66,18 @@ class _Sigmoid(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         unit_t, unit_y, scale, scalars, d_t, d_y, totals, row_ids, column_ids = ctx.saved_tensors
-        factor, weight = incoming(grad, scale)
+        factor, weight = incoming(grad, scale, ctx.ranks)
         if not ctx.summed:
             t, y = d_t, d_y
-            if ctx.ranks.group is not None:
-                factor, weight = torch.ones_like(factor), grad.to(scale.dtype)
             nothing = scale.new_empty((0, y.shape[0]))
             _, _, totals, d_t, d_y = stream_op(
                 "sigmoid", t, y, None, None, weight[None], nothing, row_ids, column_ids, scalars,
                 ctx.ranks.own.start, True, ctx.backend,
             )  # fmt: skip
-        common = factor * ctx.ranks.count
-        d_scale, d_bias = totals.to(scale.dtype) * common
+        d_scale, d_bias = totals.to(scale.dtype) * factor
         return (
-            d_t * (common * scale * unit_y),
-            d_y * (common * scale * unit_t),
+            d_t * (factor * scale * unit_y),
+            d_y * (factor * scale * unit_t),
             d_scale * unit_t * unit_y,
             d_bias,
             *(None,) * 7,
@@ -140,7 +138,8 @@ def sigmoid_loss(
     sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
     ids = check_ids(ids, a.shape[0], a.device)
     scale, bias = scalar("logit_scale", logit_scale, sides.t), scalar("logit_bias", logit_bias, sides.t)
-    ranks = Ranks.of(group, a.shape[0], a.device)
+    same = described("sigmoid_loss", a, sides, ids=ids is not None, reduction=reduction)
+    (ranks,) = spread(group, (a.shape[0],), a.device, same)
     column_ids = None if ids is None else ranks.gather(ids)
     loss: Tensor = _Sigmoid.apply(
         sides.t, gather_rows(sides.y, ranks), scale, bias, ids, column_ids, sides.half, reduction != "none",

@@ -10,8 +10,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gssf_triton import checks
-from gssf_triton.losses.common import REDUCTIONS, check_ids, incoming, operand, prepare, reduce, wants_gradient
-from gssf_triton.losses.ranks import Ranks, gather_rows
+from gssf_triton.losses.common import (
+    REDUCTIONS,
+    check_ids,
+    described,
+    incoming,
+    operand,
+    prepare,
+    reduce,
+    wants_gradient,
+)
+from gssf_triton.losses.ranks import Ranks, gather_rows, spread
 from gssf_triton.streaming.epilogues import merge_hardest, merge_sums
 from gssf_triton.streaming.op import stream_op
 
@@ -55,11 +64,10 @@ class _HardestHinge(torch.autograd.Function):
             column[1] += own.start
             column = ranks.merge(column, merge_hardest)
         match = (left.rows.to(t.dtype) * right.rows[own].to(t.dtype)).sum(1) * unit
-        positive = ranks.gather(match)
         losses = torch.stack(
             (
                 (margin + row[0] - match.double()).clamp_min(0),
-                (margin + column[0, own] - positive[own].double()).clamp_min(0),
+                (margin + column[0, own] - match.double()).clamp_min(0),
             )
         )
         violations = ranks.sum((losses > 0).sum(1))
@@ -77,8 +85,8 @@ class _HardestHinge(torch.autograd.Function):
         ranks, wide = ctx.ranks, ctx.wide
         t, y = t.to(wide) * unit_t, y.to(wide) * unit_y
         own = ranks.own
-        grad = grad.to(wide) * ranks.count
-        by_row, by_column = violated.to(wide) * grad
+        factor, weight = incoming(grad, t, ranks)
+        by_row, by_column = violated.to(wide) * (factor * weight)
         # A column's hardest row may lie in another process: all of them gather every process's rows and columns.
         all_t = ranks.gather(t)
         at_column, at_row = hardest.clamp_min(0)
@@ -88,8 +96,7 @@ class _HardestHinge(torch.autograd.Function):
         add_rows(d_t, at_row, by_column[:, None] * y[own])
         d_y[own] = by_column[:, None] * all_t[at_row] + match * t
         add_rows(d_y, at_column, by_row[:, None] * t)
-        d_t = ranks.sum(d_t)[own] if ranks.group is not None else d_t
-        return d_t, d_y, *(None,) * 7
+        return ranks.sum_own(d_t), d_y, *(None,) * 7
 
 
 class _AllHinge(torch.autograd.Function):
@@ -138,10 +145,8 @@ class _AllHinge(torch.autograd.Function):
         t, y, unit_t, unit_y, room, row_count, column_count, d_t, d_y, row_ids, column_ids = ctx.saved_tensors
         ranks, wide = ctx.ranks, room.dtype
         own = ranks.own
-        factor, weight = incoming(grad, room)
+        factor, weight = incoming(grad, room, ranks)
         if not ctx.summed:
-            if ranks.group is not None:
-                factor, weight = torch.ones_like(factor), grad.to(wide)
             rows = torch.stack((room, weight))
             columns = ranks.gather(rows.mT).mT.contiguous() if ranks.group is not None else rows
             _, _, _, d_t, d_y = stream_op(
@@ -152,8 +157,7 @@ class _AllHinge(torch.autograd.Function):
         d_t = torch.addcmul(d_t, at_match[:, None], y[own].to(wide))
         d_y = d_y.clone()
         d_y[own].addcmul_(at_match[:, None], t.to(wide))
-        common = factor * ranks.count
-        return d_t * (common * unit_y), d_y * (common * unit_t), *(None,) * 8
+        return d_t * (factor * unit_y), d_y * (factor * unit_t), *(None,) * 8
 
 
 @overload
@@ -218,13 +222,13 @@ def triplet_loss(
         W_diag: Diagonal weight, (D,), or None.
         W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None.
         margin: m.
-        hardest: The hardest negative (VSE++), or all of them, which is the usual warm-up of the first epochs.
+        hardest: The hardest negative (VSE++), or all of them, which is the usual warm-up of the first epochs. Under
+            torch.compile each is a graph of its own, compiled at its first call; switching compiles nothing again.
         ids: (N,) integers or None; pairs of equal ids are never negatives of each other.
         normalize: Put both sides on the unit sphere first.
         reduction: "sum" over the batch, "mean" over its pairs, or "none" for one value a pair, both directions added.
         return_violations: Return as well how many negatives violate the margin. Training with the hardest negatives
-        dies
-            by all features becoming one: the loss then stays at 2 · margin · N and both counts at N.
+            dies by all features becoming one: the loss then stays at 2 · margin · N and both counts at N.
         group: As in `info_nce`.
         backend: "auto", "triton" or "torch".
 
@@ -254,7 +258,8 @@ def triplet_loss(
         raise TypeError(f"margin must be a number, got {type(margin).__name__}")
     sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
     ids = check_ids(ids, a.shape[0], a.device)
-    ranks = Ranks.of(group, a.shape[0], a.device)
+    same = described("triplet_loss", a, sides, ids=ids is not None, margin=margin, hardest=hardest, reduction=reduction)
+    (ranks,) = spread(group, (a.shape[0],), a.device, same)
     column_ids = None if ids is None else ranks.gather(ids)
     y, summed = gather_rows(sides.y, ranks), reduction != "none"
     shared = (float(margin), ids, column_ids, sides.half, summed)

@@ -3,7 +3,19 @@
 An epilogue sees the chunk's similarities `s` (R, C), what the caller says of its rows (`rows`, one vector a name, (R,)
 each) and columns, and returns what it keeps of every row (`row_out`) and every column (`column_out`), sums over the
 whole chunk (`totals`), and the chunk's slope ∂loss/∂(scale·s) where one is asked for. A new loss is a new entry of
-`EPILOGUES`, here and in `gssf_triton.kernels.epilogues`.
+`EPILOGUES`, here and in `gssf_triton.kernels.epilogues`; CONTRIBUTING.md has a worked example.
+
+What is kept of a row is a state: a few numbers that say all there is to know of the columns seen so far. Two states of
+the same row, of columns that do not overlap, merge into one of both; the kernel's tiles, the chunks and the processes
+of a group all use this one definition (`Epilogue.merge`), in a fixed order:
+
+    softmax        m = max(m₁, m₂),  l = l₁·e^(m₁−m) + l₂·e^(m₂−m),  plain sums added (z's, the count, the match's s)
+    hinge          the larger (value, index), of equal values the lower index, NaN above all;  or (Σ, count) added
+    sigmoid        Σ added
+    distillation   (m, l) of both models as in softmax,  c = c₁·e^(t₁−t) + c₂·e^(t₂−t),  t the teacher's maximum
+
+An empty state (m = −inf, l = 0, index −1, sums 0) changes nothing it is merged with. Sources: Milakov and Gimelshein,
+"Online normalizer calculation for softmax", arXiv 1805.02867, for the first; the others are sums and maxima.
 """
 
 from __future__ import annotations

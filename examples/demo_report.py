@@ -1,8 +1,8 @@
 """Render README.md's demo table from a run's committed results, so that no figure is copied by hand.
 
 make demo && cp runs/demo/{results.json,retrieval_sheet.png,learning_curve.png} examples/figures/
-python examples/report.py            # writes the table between <!-- demo:begin --> and <!-- demo:end -->
-python examples/report.py --check    # exit status 1 where README.md is not what the results say
+python examples/demo_report.py            # writes the table between <!-- demo:begin --> and <!-- demo:end -->
+python examples/demo_report.py --check    # exit status 1 where README.md is not what the results say
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.check:
         readme.write_text(after, encoding="utf-8")
     elif before != after:
-        print("README.md is not what the results say: python examples/report.py renders it", file=sys.stderr)
+        print("README.md is not what the results say: python examples/demo_report.py renders it", file=sys.stderr)
     return int(args.check and before != after)
 
 
