@@ -85,7 +85,7 @@ QUESTIONS = {
 
 def answers(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Mean, standard deviation and p of each question, corrected for there being three."""
-    found = []
+    found: list[dict[str, Any]] = []
     for question, (number, other) in QUESTIONS.items():
         values = [run[number] - (run[other] if other else 0.0) for run in runs]
         few = len(values) < 2

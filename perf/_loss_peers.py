@@ -176,7 +176,8 @@ def program(loss: Loss, compiled: bool, autocast: bool, inputs: Inputs) -> Progr
 
 
 def _ideal(inputs: Inputs) -> Program:
-    stats, slope = _log_sum_exps, _shared_slope
+    stats: Callable[..., Any] = _log_sum_exps
+    slope: Callable[..., Any] = _shared_slope
     if inputs.tensors["a"].device.type == "cuda":  # a CPU's time is in the products, and compiling takes a minute
         stats, slope = (torch.compile(f, dynamic=False, fullgraph=True) for f in (stats, slope))
 
