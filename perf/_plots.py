@@ -37,6 +37,8 @@ BASELINE_STYLE = ("#000000", "o")
 OTHER_STYLES = (("#332288", "P"), ("#882255", "h"), ("#999933", "p"), ("#661100", "<"), ("#44AA99", ">"),
                 *reversed(STYLE.values()))  # fmt: skip
 SIZES = {"*": 17, "o": 9, "^": 10, "v": 10, "s": 9, "D": 8, "X": 10, "P": 10, "h": 10, "p": 10, "<": 10, ">": 10}
+#: Of a contender in a legend.
+LEGEND_INCHES = 3.6
 TITLES = {"forward": "forward", "forward+backward": "forward + backward"}
 #: Of the axis of ratios.
 RELATIVE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
@@ -102,8 +104,10 @@ def _legend(figure: Figure, operation: Operation, axes: list[Axes]) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             seen.setdefault(label, handle)
     order = [label for label in labels(operation.name).values() if label in seen]
-    order += seen.keys() - set(order)
-    columns = len(order) if len(order) <= 5 else 4
+    order += sorted(seen.keys() - set(order))
+    fitting = max(1, int(figure.get_figwidth() / LEGEND_INCHES))
+    rows = -(-len(order) // min(fitting, 5))
+    columns = -(-len(order) // max(rows, 1))
     figure.legend([seen[o] for o in order], order, loc="outside lower center", ncols=max(columns, 1), frameon=False)
 
 
