@@ -113,7 +113,11 @@ def _legend(figure: Figure, operation: Operation, axes: list[Axes]) -> None:
 
 def roofline(run: Run, operation: Operation) -> Figure | None:
     """Arithmetic intensity against the rate at which the mathematics was done, under the measured ceilings."""
-    dtypes = _dtypes(run, operation)
+    dtypes = [
+        dtype
+        for dtype in _dtypes(run, operation)
+        if any(_points(_cells(run, operation, dtype, mode)) for mode in operation.modes)
+    ]
     if not dtypes or run["ceilings"] is None:
         return None
     unit, scale = ("TFLOP/s", 1e12) if run["device"]["type"] == "cuda" else ("GFLOP/s", 1e9)
@@ -159,7 +163,8 @@ def _points(cells: list[CellRow]) -> dict[str, tuple[list[float], list[float]]]:
     points: dict[str, tuple[list[float], list[float]]] = {}
     for cell in cells:
         for name, entry in cell["contenders"].items():
-            if entry["status"] == "ok":
+            # A single call beside no other says too little of a rate.
+            if entry["status"] == "ok" and "seconds" in entry and entry["seconds"]["n"] > 1:
                 xs, ys = points.setdefault(name, ([], []))
                 xs.append(entry["flops"] / entry["bytes"])
                 ys.append(entry["flops"] / entry["seconds"]["median"])
