@@ -40,8 +40,9 @@ SIZES = {"*": 17, "o": 9, "^": 10, "v": 10, "s": 9, "D": 8, "X": 10, "P": 10, "h
 #: Of a contender in a legend.
 LEGEND_INCHES = 3.6
 TITLES = {"forward": "forward", "forward+backward": "forward + backward"}
-#: Of the axis of ratios.
-RELATIVE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
+#: Of the axis of ratios, within about a decade and beyond.
+FINE_TICKS = (0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
+COARSE_TICKS = tuple(m * 10.0**d for d in range(-3, 4) for m in (1, 2, 5))
 RC: dict[Any, Any] = {
     "font.size": 17,
     "axes.titlesize": 18,
@@ -215,7 +216,7 @@ def relative(run: Run, operation: Operation, dtype: str) -> Figure | None:
                 _at(ax.xaxis, sorted({float(c[_moving(axis)]) for c in cells}))
         row[0].set_ylabel(f"time / {operation.relative_to}'s")
         low, high = row[0].get_ylim()
-        _at(row[0].yaxis, [t for t in RELATIVE_TICKS if low <= t <= high])
+        _at(row[0].yaxis, [t for t in (FINE_TICKS if high / low < 12 else COARSE_TICKS) if low <= t <= high])
     figure.suptitle(f"{operation.name}, time relative to {operation.relative_to}, {dtype}\n{device_name(run)}")
     _legend(figure, operation, list(grid.flat))
     return figure
