@@ -18,6 +18,7 @@ SHELL := /bin/bash
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.setup-done
+RUNS := $(VENV)/.setup-runs-done
 # The package as a wheel lays it out, for mypy.
 TYPING := build/typing
 
@@ -28,11 +29,16 @@ help: ## list the targets
 
 setup: $(STAMP) ## set up .venv with the package, editable, and all it is developed with
 
+# What the demo, the studies and the benchmark need, for whoever only wants to look.
 # torch comes first, under its pin: a looser requirement would fetch gigabytes of another build.
-$(STAMP): pyproject.toml constraints.txt
+$(RUNS): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade -c constraints.txt pip setuptools
 	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[data]'
+	@touch $@
+
+$(STAMP): $(RUNS)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -54,13 +60,13 @@ format: $(STAMP) ## let ruff mend what it can
 aot: $(STAMP) ## compile every tile configuration for GPUs that need not be there
 	env -u TRITON_INTERPRET $(BIN)/python -m gssf_triton.autotune.compile_gate
 
-demo: $(STAMP) ## train and compare the metrics on glyph-name retrieval, into runs/demo
+demo: $(RUNS) ## train and compare the metrics on glyph-name retrieval, into runs/demo
 	$(BIN)/python examples/glyph_retrieval.py --out runs/demo $(DEMO_FLAGS)
 
-studies: $(STAMP) ## redo all studies of the metric, some hours on two cores, into runs/studies; called again, it goes on
+studies: $(RUNS) ## redo all studies of the metric, some hours on two cores, into runs/studies; called again, it goes on
 	$(BIN)/python examples/studies.py --out runs/studies $(STUDY_FLAGS)
 
-bench: $(STAMP) ## measure speed and memory on this machine's GPU
+bench: $(RUNS) ## measure speed and memory on this machine's GPU
 	$(BIN)/python perf/sweep.py $(BENCH_FLAGS)
 
 check: lint test aot ## everything a change must pass

@@ -27,7 +27,7 @@ KS = (1, 5, 10)
 class Settings:
     """Everything that decides a run's numbers, besides the metric and the seed."""
 
-    steps: int = 400
+    steps: int = 320
     batch_size: int = 256
     dim: int = 256
     block_size: int = 32
