@@ -132,10 +132,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for seed in seeds:
         values = [_values(results, c.column, results["headline"]).get(seed, math.nan) for c in comparisons]
         left.plot(values, place, color="0.75", linewidth=0.8, marker="o", markersize=4, markerfacecolor="0.5", mew=0)
-    left.plot([c.mean for c in comparisons], place, "D", color="#0072B2", markersize=7, label="mean")
-    left.set(yticks=place, yticklabels=titles, xlabel=results["headline_title"], title=results["title"])
+    left.plot([c.mean for c in comparisons], place, "D", color="#0072B2", markersize=7)
+    left.set(
+        yticks=place, yticklabels=titles, xlabel=f"{results['headline_title']}; diamonds: means", title=results["title"]
+    )
     left.invert_yaxis()
-    left.legend(frameon=False)
     for y, c in zip(place, comparisons, strict=True):
         if c.difference is not None:
             colour = {"better": "#009E73", "worse": "#D55E00"}.get(c.verdict, "0.45")
