@@ -52,6 +52,8 @@ COMPILED = tuple(name for name, _, _ in NUMERICS)
 #: Block sizes that lead to different code: none, padded to a power of two, packed, one a chunk, split over chunks.
 BLOCK_SIZES = (0, 24, 32, 64, 128, 256)
 LARGEST_BLOCK = BLOCK_SIZES[-1]
+#: It differs from the one above it by masks alone: one variant of it is enough.
+MASKED_BLOCK = 24
 #: Past this the tile loops run longer, in the same code; only the gradient kernel, which holds whole blocks, differs.
 LARGEST_DISTINCT_TILE_BLOCK = 128
 
@@ -141,7 +143,7 @@ def _pairwise(arch: str, numerics: str) -> Iterator[Launch]:
             ("normalize", large, False, True),
             ("terms", large, True, True),
         ):
-            if (terms and B == 0) or (numerics in BRIEF and normalize):
+            if (terms and B == 0) or (numerics in BRIEF and normalize) or (B == MASKED_BLOCK and label != "large"):
                 continue
             config = pairwise_config(rows, rows, CHANNELS, B, dtype, arch, terms=terms)
             flags = _metric(B, diag=B > 0 or normalize) | {
@@ -168,7 +170,7 @@ def _gradient(arch: str, numerics: str) -> Iterator[Launch]:
         variants = [("a and weights", True, True, True), ("b", True, True, False), ("fold", False, True, True)]
         if config.rows_apart:
             variants = [("weights", False, False, True)]
-        for label, product, rows, weights in variants[: 1 if numerics in BRIEF else None]:
+        for label, product, rows, weights in variants[: 1 if numerics in BRIEF or B == MASKED_BLOCK else None]:
             flags = _metric(B, True) | {
                 "PRODUCT": product, "ROWS": rows, "GRAD_DIAG": weights, "GRAD_BLOCKS": weights and B > 0,
                 "WIDE": False, "PRECISION": precision, "ACC": "fp32",
