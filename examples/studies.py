@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study_report import markdown, plot, replace_between, summary
+from study_report import compare, markdown, plot, replace_between, summary
 
 STUDIES = ("image_text", "regions", "reid", "fine_grained", "distillation", "frozen", "attention")
 HERE = Path(__file__).parent
@@ -28,10 +28,30 @@ RESULTS = HERE / "results"
 README, COOKBOOK = HERE.parent / "README.md", HERE / "README.md"
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+#: Fewer seeds of any column are no result to publish.
+FEWEST_SEEDS = 5
+
+
 def stored(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The result files of the studies that have one, in the studies' order."""
-    paths = [folder / f"{name}.json" for name in STUDIES]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return [results for name in STUDIES if (results := _read(folder / f"{name}.json"))]
+
+
+def complete(results: dict[str, Any], columns: Sequence[str]) -> bool:
+    """Whether every column has seeds enough."""
+    seeds = {c.column: len(c.values) for c in compare(results)}
+    return all(seeds.get(column, 0) >= FEWEST_SEEDS for column in columns)
+
+
+def missing(results: list[dict[str, Any]]) -> str:
+    """A sentence about the studies without a result, or nothing."""
+    found = {study["study"] for study in results}
+    names = [f"`study_{name}.py`" for name in STUDIES if name not in found]
+    return f"\n\nNot run to {FEWEST_SEEDS} seeds yet, so not shown: {', '.join(names)}." if names else ""
 
 
 def details(results: list[dict[str, Any]]) -> str:
@@ -48,7 +68,7 @@ def details(results: list[dict[str, Any]]) -> str:
         remedies = RESULTS / "remedies" / f"{study['study']}.json"
         if remedies.exists():
             parts.append(f"Remedies tried:\n\n{markdown(json.loads(remedies.read_text(encoding='utf-8')))}")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + missing(results)
 
 
 def tables() -> None:
@@ -56,15 +76,19 @@ def tables() -> None:
     results = stored()
     for study in results:
         plot(study, RESULTS / f"{study['study']}.png")
-    replace_between(README, "studies", summary(results))
+    replace_between(README, "studies", summary(results) + missing(results))
     replace_between(COOKBOOK, "studies", details(results))
 
 
 def publish(out: Path) -> None:
+    """Take over what has seeds enough in all its columns, and redraw the tables."""
     for folder in (Path(), Path("remedies")):
         (RESULTS / folder).mkdir(parents=True, exist_ok=True)
-        for name in STUDIES:
-            if (out / folder / f"{name}.json").exists():
+        for name, results in zip(STUDIES, (_read(out / folder / f"{name}.json") for name in STUDIES), strict=True):
+            study = importlib.import_module(f"study_{name}").STUDY
+            last = study.columns[-1]
+            tried = (study.columns[0], last, *(f"{last}:{change}" for change in study.remedies))
+            if results and complete(results, tried if folder.name else study.columns):
                 shutil.copyfile(out / folder / f"{name}.json", RESULTS / folder / f"{name}.json")
     for name in ("look.json", "look.png"):
         if (out / name).exists():
