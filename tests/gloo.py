@@ -14,6 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+#: Processes come from a server that has imported torch and has no threads: torch takes seconds to import, and a process
+#: forked from a test's own may wait for ever for a lock that one of its threads held.
+METHOD = "forkserver"
+mp.get_context(METHOD).set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch._dynamo", "hypothesis", "pytest", "gssf_triton.nn", "gssf_triton.kernels.stream"]
+)
+
 #: Longer than any test's computation; a collective that waits longer has been left alone.
 TIMEOUT = timedelta(seconds=60)
 
@@ -40,9 +47,8 @@ def _process(rank: int, world: int, port: int, work: Callable[..., None], *argum
 
 def in_processes(world: int, work: Callable[..., None], *arguments: Any) -> None:
     """Run `work(rank, *arguments)` in `world` processes; a failed assertion in one of them fails here."""
-    # Forked: they hold CPU tensors only, and importing torch in each would take longer than the tests.
     mp.start_processes(  # type: ignore[no-untyped-call]
-        _process, (world, free_port(), work, *arguments), nprocs=world, start_method="fork"
+        _process, (world, free_port(), work, *arguments), nprocs=world, start_method=METHOD
     )
 
 
@@ -61,7 +67,7 @@ def _survivor(
 
 def endings(world: int, timeout: timedelta, within: float, work: Callable[..., None], *arguments: Any) -> list[str]:
     """How each process ended: "ended well", its error, "died", or "hangs" where it has not ended `within` seconds."""
-    context, port = mp.get_context("fork"), free_port()
+    context, port = mp.get_context(METHOD), free_port()
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)

@@ -268,6 +268,6 @@ def _stay_away(rank: int) -> None:
 
 
 def test_a_process_that_never_comes_ends_the_others_by_the_timeout() -> None:
-    first, second = endings(2, timedelta(seconds=2), 6, _stay_away)
+    first, second = endings(2, timedelta(seconds=3), 10, _stay_away)
     assert second == "hangs"
     assert "RuntimeError" in first and "imed out" in first

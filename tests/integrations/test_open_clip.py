@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ import open_clip
 import pytest
 import reference
 import torch
+from gloo import in_processes
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from open_clip_process import half_of_a_batch
 from reference import features
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
@@ -124,37 +125,11 @@ def test_metric_must_be_one() -> None:
         GSSFLoss(ClipLoss(), torch.nn.Linear(2, 2))
 
 
-def _one_process(rank: int, port: int, folder: str) -> None:
-    """Half of a batch of N in each of two processes; rank 0 writes loss and gradients, averaged over the processes."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    data = torch.load(Path(folder) / "data.pt")
-    half = slice(rank * N // 2, (rank + 1) * N // 2)
-    found = {}
-    for local_loss in (True, False):
-        metric = GSSF(DIM, BLOCK)
-        metric.load_state_dict(data["metric"])
-        loss = ClipLoss(local_loss=local_loss, gather_with_grad=True, rank=rank, world_size=2)
-        model = torch.nn.parallel.DistributedDataParallel(GSSFLoss(loss, metric))
-        value = model(data["images"][half], data["texts"][half], SCALE)
-        value.backward()
-        value = value.detach()
-        torch.distributed.all_reduce(value)
-        found[local_loss] = {"loss": value / 2, **{name: w.grad for name, w in metric.named_parameters()}}
-    if rank == 0:
-        torch.save(found, Path(folder) / "found.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_are_one_batch(tmp_path: Path) -> None:
     """Loss and the metric's gradients, whether each process scores its own half or all."""
     images, texts, metric = unit(), unit(), trained()
     torch.save({"images": images, "texts": texts, "metric": metric.state_dict()}, tmp_path / "data.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Forked: a fresh process would spend most of the test importing the libraries again.
-    torch.multiprocessing.start_processes(_one_process, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    in_processes(2, half_of_a_batch, DIM, BLOCK, float(SCALE), str(tmp_path))
     expected = GSSFLoss(ClipLoss(), metric)(images, texts, SCALE)
     expected.backward()
     for found in torch.load(tmp_path / "found.pt").values():
