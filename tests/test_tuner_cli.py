@@ -159,7 +159,7 @@ def test_show_says_what_would_run_and_why(capsys: Output) -> None:
     save(4096)
     assert main(["show", "--device", "cpu", "--shape", "4000x4000x256", "--dtype", "fp32"]) == 0
     said = capsys.readouterr().out
-    assert "ChunkConfig(rows=512, columns=4096)" in said and "measured, for this very key, 1 ms" in said
+    assert "ChunkConfig(rows=512, columns=2048)" in said and "measured, for this very key, 1 ms" in said
     main(["show", "--device", "cpu", "--shape", "8192x8192x256", "--dtype", "fp32"])
     assert "measured, for the neighbour chunk fp32 M=4096 N=4096 D=256 B=0" in capsys.readouterr().out
     main(["show", "--device", "cpu", "--shape", "8192x8192x256", "--dtype", "bf16"])

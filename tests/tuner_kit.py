@@ -48,7 +48,7 @@ def measured(config: Any, seconds: float = 1e-3) -> Entry:
 
 
 def a_chunk(rows: int = 512) -> Entry:
-    return measured(ChunkConfig(rows, 4096))
+    return measured(ChunkConfig(rows, 2048))
 
 
 @contextmanager
