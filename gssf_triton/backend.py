@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,8 +15,30 @@ from gssf_triton.checks import check_choice
 
 BACKENDS = ("auto", "triton", "torch")
 
-#: Looked up without importing it: `import gssf_triton` must not pay for Triton.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+#: The kernels are written and tested for it and all later releases. torch 2.6 to 2.9 bring older ones.
+OLDEST_TRITON = "3.6"
+
+
+def _installed_triton() -> str | None:
+    """The release as its source states it, whatever its distribution is called; None without one.
+
+    `import gssf_triton` must not pay for importing Triton.
+    """
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    stated = re.search(r"^__version__ = ['\"]([^'\"]+)", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
+    return stated.group(1) if stated else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor number of "3.6.0+git1234"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+TRITON_VERSION = _installed_triton()
+#: Whether there is a Triton that the kernels run with.
+HAS_TRITON = TRITON_VERSION is not None and _release(TRITON_VERSION) >= _release(OLDEST_TRITON)
 
 #: Ampere is the oldest NVIDIA architecture with bfloat16 and TF32 tensor cores, which the configurations assume.
 OLDEST_CAPABILITY = (8, 0)
@@ -59,11 +84,18 @@ def resolve_backend(backend: str, x: Tensor, W_blocks: Tensor | None) -> str:
         # float64 has no tensor-core kernel to win with: the library's own product is the best there is.
         if not on_gpu or x.dtype == torch.float64 or not block_fits:
             return "torch"
+        if TRITON_VERSION and not HAS_TRITON and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"Triton {TRITON_VERSION} is older than the kernels need: the torch backend computes on the GPU. "
+                f'pip install "triton>={OLDEST_TRITON}", which comes with torch 2.10 and later',
+                stacklevel=4,
+            )
         return "triton" if gpu_is_supported(x.device.index or 0) else "torch"
     if not HAS_TRITON:
         raise RuntimeError(
-            'backend="triton" needs Triton, which is not installed: pip install "triton>=3.6", '
-            'or use backend="torch" or "auto"'
+            f'backend="triton" needs Triton {OLDEST_TRITON} or newer, '
+            f"{f'{TRITON_VERSION} is' if TRITON_VERSION else 'none is'} installed: "
+            f'pip install "triton>={OLDEST_TRITON}", or use backend="torch" or "auto"'
         )
     if on_gpu:
         if not gpu_is_supported(x.device.index or 0):

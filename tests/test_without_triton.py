@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 # As if they were not installed: every finder says it has never heard of them. A finder in front of the others could
 # only raise, which `importlib.util.find_spec` would pass on instead of answering None.
 WITHOUT_TRITON = """
 import sys
+from pathlib import Path
 
 class Without:
     def __init__(self, finder):
@@ -101,5 +103,34 @@ import gssf_triton, gssf_triton.autotune, gssf_triton.kernels, gssf_triton.nn
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not new & {"triton", "matplotlib", "sklearn", "tqdm", "platformdirs"}, new
 assert not torch.cuda.is_initialized()
+"""
+    )
+
+
+def test_a_triton_too_old_is_told_apart(tmp_path: Path) -> None:
+    """As torch 2.6 to 2.9 bring one: it must not be imported, the call names it, a GPU's call warns."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("__version__ = '3.5.1'\nraise ImportError('not to be imported')\n")
+    _run(
+        f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(tmp_path)!r})
+import types, warnings, torch, gssf_triton
+from gssf_triton import backend
+
+a = torch.ones(2, 4)
+assert gssf_triton.pairwise_sim(a, a, torch.ones(4)).tolist() == [[4.0, 4.0], [4.0, 4.0]]
+try:
+    gssf_triton.pairwise_sim(a, a, torch.ones(4), backend="triton")
+except RuntimeError as error:
+    assert "3.6 or newer, 3.5.1 is installed" in str(error), error
+else:
+    raise AssertionError("no error")
+on_gpu = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert backend.resolve_backend("auto", on_gpu, None) == "torch"
+assert len(caught) == 1 and "Triton 3.5.1 is older" in str(caught[0].message), caught
 """
     )
