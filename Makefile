@@ -10,6 +10,7 @@ TEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 STUDY_FLAGS ?=
+CHECK_FLAGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,10 +23,10 @@ RUNS := $(VENV)/.setup-runs-done
 # The package as a wheel lays it out, for mypy.
 TYPING := build/typing
 
-.PHONY: help setup test lint format aot demo studies bench check clean
+.PHONY: help setup test lint format aot demo studies bench gpu-check wheel audit check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## set up .venv with the package, editable, and all it is developed with
 
@@ -68,6 +69,18 @@ studies: $(RUNS) ## redo all studies of the metric, some hours on two cores, int
 
 bench: $(RUNS) ## measure speed and memory on this machine's GPU
 	$(BIN)/python perf/sweep.py $(BENCH_FLAGS)
+
+gpu-check: $(STAMP) ## check what only a GPU shows, or, without one, what of that needs none
+	TRITON_INTERPRET=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))') \
+		$(BIN)/python perf/gpu_check.py $(CHECK_FLAGS)
+
+wheel: $(STAMP) ## build dist/*.whl, the same bytes from the same commit
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+audit: ## ask for known vulnerabilities of the pinned versions; needs the network
+	test -x build/audit/bin/python || $(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
 
 check: lint test aot ## everything a change must pass
 

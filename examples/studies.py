@@ -2,7 +2,8 @@
 
     python examples/studies.py                     # run them all into runs/studies, going on where it was cut short
     python examples/studies.py --only frozen reid --seeds 3
-    python examples/studies.py --remedies          # each study's last column with other starts, rates and pulls
+    python examples/studies.py --part remedies     # each study's last column with other starts, rates and pulls
+    python examples/studies.py --part causes       # why there is no difference, in the studies that ask
     python examples/studies.py --publish           # take runs/studies over into examples/results, redraw the tables
     python examples/studies.py --tables            # redraw the tables from examples/results
 
@@ -23,6 +24,7 @@ from typing import Any
 from study_report import compare, markdown, plot, replace_between, summary
 
 STUDIES = ("image_text", "regions", "reid", "fine_grained", "distillation", "frozen", "attention")
+PARTS = ("columns", "remedies", "causes")
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README, COOKBOOK = HERE.parent / "README.md", HERE / "README.md"
@@ -47,6 +49,11 @@ def complete(results: dict[str, Any], columns: Sequence[str]) -> bool:
     return all(seeds.get(column, 0) >= FEWEST_SEEDS for column in columns)
 
 
+def folder_of(part: str, root: Path) -> Path:
+    """Where a part of the studies has its results."""
+    return root if part == "columns" else root / part
+
+
 def missing(results: list[dict[str, Any]]) -> str:
     """A sentence about the studies without a result, or nothing."""
     found = {study["study"] for study in results}
@@ -65,9 +72,10 @@ def details(results: list[dict[str, Any]]) -> str:
         )
         parts.append(f"#### {study['title']}\n\n{markdown(study)}\n\n{budget}.")
         parts.append(f"![{study['title']}: every seed, and the paired differences](results/{study['study']}.png)")
-        remedies = RESULTS / "remedies" / f"{study['study']}.json"
-        if remedies.exists():
-            parts.append(f"Remedies tried:\n\n{markdown(json.loads(remedies.read_text(encoding='utf-8')))}")
+        for part, title in zip(PARTS[1:], ("Remedies tried", "Why"), strict=True):
+            further = _read(folder_of(part, RESULTS) / f"{study['study']}.json")
+            if further:
+                parts.append(f"{title}:\n\n{markdown(further)}")
     return "\n\n".join(parts) + missing(results)
 
 
@@ -82,14 +90,13 @@ def tables() -> None:
 
 def publish(out: Path) -> None:
     """Take over what has seeds enough in all its columns, and redraw the tables."""
-    for folder in (Path(), Path("remedies")):
-        (RESULTS / folder).mkdir(parents=True, exist_ok=True)
-        for name, results in zip(STUDIES, (_read(out / folder / f"{name}.json") for name in STUDIES), strict=True):
-            study = importlib.import_module(f"study_{name}").STUDY
-            last = study.columns[-1]
-            tried = (study.columns[0], last, *(f"{last}:{change}" for change in study.remedies))
-            if results and complete(results, tried if folder.name else study.columns):
-                shutil.copyfile(out / folder / f"{name}.json", RESULTS / folder / f"{name}.json")
+    for name in STUDIES:
+        for part, columns in importlib.import_module(f"study_{name}").STUDY.parts.items():
+            found = folder_of(part, out) / f"{name}.json"
+            results = _read(found)
+            if results and complete(results, columns):
+                folder_of(part, RESULTS).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(found, folder_of(part, RESULTS) / found.name)
     for name in ("look.json", "look.png"):
         if (out / name).exists():
             shutil.copyfile(out / name, RESULTS / name)
@@ -100,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=STUDIES, help="which studies (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder (default: %(default)s)")
-    parser.add_argument("--remedies", action="store_true", help="try the studies' remedies, into OUT/remedies")
+    parser.add_argument("--part", choices=PARTS, default="columns", help="what to run")
     parser.add_argument("--publish", action="store_true", help="take the results in --out over into examples/results")
     parser.add_argument("--tables", action="store_true", help="redraw the tables from examples/results")
     args, others = parser.parse_known_args(argv)
@@ -109,14 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for name in args.only:
         study = importlib.import_module(f"study_{name}").STUDY
-        given = ["--out", str(args.out / "remedies" if args.remedies else args.out), *others]
-        if args.remedies:
-            last = study.columns[-1]
-            given += ["--columns", study.columns[0], last, *(f"{last}:{change}" for change in study.remedies)]
+        if args.part not in study.parts:
+            continue
+        given = ["--out", str(folder_of(args.part, args.out)), "--columns", *study.parts[args.part], *others]
         code: int = importlib.import_module("study_runner").main(study, given)
         if code:
             return code
-    print(f"\n{summary(stored(args.out))}")
+    print(f"\n{summary(stored(folder_of(args.part, args.out)))}")
     return 0
 
 

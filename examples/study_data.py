@@ -206,7 +206,7 @@ def photographs(paths: tuple[Path, ...], cache: Path) -> NDArray[np.uint8]:
         array.flush()
         del array
         os.replace(partial, kept)
-    images: NDArray[np.uint8] = np.load(kept, mmap_mode="r")
+    images: NDArray[np.uint8] = np.load(kept, mmap_mode="r", allow_pickle=False)
     return images
 
 

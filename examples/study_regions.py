@@ -45,6 +45,8 @@ class RegionTask(PairTask):
         # Where in the glyph a stroke lies is much of what it says, and a cell does not know its place.
         self.places = nn.Parameter(torch.zeros(16 if isinstance(self.images, ImageTower) else 1, channels))
         self.word_head = nn.Linear(16 * settings.width, settings.dim)
+        for head in (self.region_head, self.word_head):
+            head.requires_grad_(not settings.fixed_heads)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         # What PairTask's single vectors would have needed.
         del self.images.head, self.texts.head

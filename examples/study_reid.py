@@ -13,7 +13,7 @@ import sys
 
 import torch
 from study_data import Labelled, Source, reid_parts
-from study_runner import Study, main
+from study_runner import REMEDIES, Study, main
 from study_tasks import LabelTask
 from study_trainer import Column, Settings, folded
 
@@ -56,6 +56,7 @@ STUDY = Study(
     settings=Settings(steps=100, evaluations=1),
     columns=("cosine", "diag", "bdiag-32", "both-8", "both-32"),
     make=make,
+    remedies=(*REMEDIES, "symmetric=True"),
 )
 
 if __name__ == "__main__":

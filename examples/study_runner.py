@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from study_data import Source
 from study_report import markdown, plot
-from study_trainer import Column, Settings, Task, train
+from study_trainer import Column, Settings, Task, is_of_metric, train
 from tqdm import tqdm
 
 import gssf_triton
@@ -60,6 +60,7 @@ class Study:
         seeds: How many seeds by default.
         held_out: Of the glyphs, how many names are for the test.
         remedies: Changes of its last column to try where that one does not help.
+        causes: Columns that test why, each against the first of them.
     """
 
     name: str
@@ -75,6 +76,14 @@ class Study:
     held_out: int = 1000
     recipe: Settings | None = None
     remedies: tuple[str, ...] = REMEDIES
+    causes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Its parts by name, each some columns that are run and tested together."""
+        last = self.columns[-1]
+        parts = {"columns": self.columns, "remedies": (self.columns[0], last, *(f"{last}:{c}" for c in self.remedies))}
+        return parts | ({"causes": self.causes} if self.causes else {})
 
     def defaults(self, data: str) -> Settings:
         """The settings that the command line starts from."""
@@ -99,6 +108,8 @@ class Results:
         if not path.exists():
             return cls(path, header)
         found = json.loads(path.read_text(encoding="utf-8"))
+        # A setting that the file does not know is one that came later, and was what it is by default.
+        found["settings"] = asdict(Settings()) | found["settings"]
         for key in ("settings", "data", "held_out", "limit", "tower_steps"):
             if found[key] != header[key]:
                 raise ValueError(
@@ -171,7 +182,7 @@ def run_one(
     learned = {
         name: {"mean": p.mean().item(), "std": p.std().item() if p.numel() > 1 else 0.0}
         for name, p in task.named_parameters()
-        if name.rpartition(".")[2] in ("W_diag", "W_blocks")
+        if is_of_metric(name)
     }
     return {
         "column": str(column), "seed": seed, "final": history[-1], "history": history, "learned": learned,

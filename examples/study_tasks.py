@@ -55,6 +55,8 @@ class PairTask(Task):
         self.image_groups, self.text_groups = Groups(train.image_ids), Groups(train.text_ids)
         self.images = image_tower(train, settings)
         self.texts = TextTower(settings.dim, 8 * settings.width) if texts is None else texts()
+        for tower in (self.images, self.texts):
+            tower.head.requires_grad_(not settings.fixed_heads)
         self.metric = column.metric(settings)
         self.criterion = Criterion(settings, self.metric)
 
@@ -103,6 +105,7 @@ class LabelTask(Task):
         self.groups = Groups(train.ids)
         channels = 3 if train.images.ndim == 4 else 1
         self.tower = ImageTower(settings.dim, settings.width, channels)
+        self.tower.head.requires_grad_(not settings.fixed_heads)
         self.metric = column.metric(settings)
         self.criterion = Criterion(settings, self.metric)
 

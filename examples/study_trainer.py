@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from gssf_triton.nn import GSSF, InfoNCELoss, TripletLoss
 
@@ -39,6 +40,8 @@ class Settings:
         metric_pull: Decoupled decay of the metric towards its start, the cosine, a step and unit of learning rate.
         metric_start: Standard deviation of noise on the metric's start (0: exactly the cosine).
         normalize_after: Fold first, then put both sides on the unit sphere; otherwise before, as `nn.GSSF` does.
+        symmetric: Keep each block of the metric symmetric, so that s(x, y) = s(y, x).
+        fixed_heads: Leave the towers' last linear layers as they start: what they would learn, only the metric can.
         evaluations: How often the test set is looked at; the last one counts.
     """
 
@@ -54,6 +57,8 @@ class Settings:
     metric_pull: float = 0.0
     metric_start: float = 0.0
     normalize_after: bool = False
+    symmetric: bool = False
+    fixed_heads: bool = False
     evaluations: int = 4
 
 
@@ -112,7 +117,16 @@ class Column:
         with torch.no_grad():
             for weight in metric.parameters() if self.kind != "cosine" else ():
                 weight.add_(torch.randn(weight.shape, generator=generator), alpha=settings.metric_start)
+        if settings.symmetric and blocks:
+            parametrize.register_parametrization(metric, "W_blocks", Symmetric())
         return metric.requires_grad_(self.kind != "cosine")
+
+
+class Symmetric(nn.Module):
+    """The symmetric part of every block."""
+
+    def forward(self, W: Tensor) -> Tensor:
+        return (W + W.mT) / 2
 
 
 class NormalizedAfter(GSSF):
@@ -198,11 +212,16 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def is_of_metric(name: str) -> bool:
+    """Whether a parameter, by its name, is a weight of the metric (a symmetric one's is its parametrization's)."""
+    return not {"W_diag", "W_blocks"}.isdisjoint(name.split("."))
+
+
 def optimizer(task: Task) -> torch.optim.Optimizer:
     """AdamW in two groups: the towers, and the metric's weights at their own rate, which nothing pulls to zero."""
     settings = task.settings
     named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
-    metric = [p for name, p in named if name.rpartition(".")[2] in ("W_diag", "W_blocks")]
+    metric = [p for name, p in named if is_of_metric(name)]
     chosen = {id(p) for p in metric}
     groups: list[dict[str, Any]] = [
         {"params": [p for _, p in named if id(p) not in chosen], "rate": 1.0, "weight_decay": 1e-4, "is_metric": False},

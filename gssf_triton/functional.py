@@ -18,10 +18,16 @@ from gssf_triton import checks, ops, torch_backend
 from gssf_triton.backend import resolve_backend
 
 
+#: Asked once: torch 2.6 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
+)
+
+
 def autocast_features(*features: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast features are cast as matmul's operands are; float64 is left alone, as there."""
     device_type = features[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return features
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in features)

@@ -19,7 +19,8 @@ read once and each result written once, s bytes a feature, with a cache that hol
 pass starts from the results' gradients and reads its arguments again, for in training other work stands between the
 two; what a pass may compute anew instead of storing it is not credited. r is the side with fewer rows, which is cheaper
 to fold: F = r·D·(2·B + 2) FLOPs for T, W = D·B + D weights. Plain cosine has F = W = 0 in the same rows. A loss
-with a teacher has E channels of it, a search k results; images have R regions and captions L words each."""
+with a teacher has E channels of it, a search k results; images have R regions and captions L words
+each, attention H heads."""
 
 #: The one table: kind of mathematics → pass → (FLOPs, bytes).
 TABLE: dict[str, dict[str, tuple[str, str]]] = {
@@ -44,6 +45,10 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
     },
     "cross_attention": {
         "forward": ("4*M*R*N*L*D + 2*M*R*R*(D + N*L) + F", "s*(M*R*D + N*L*D + W) + 4*M*N"),
+    },
+    "attention": {
+        "forward": ("H*(4*M*N*D + F)", "s*H*(2*M*D + 2*N*D + W)"),
+        "backward": ("H*(8*M*N*D + 2*F)", "s*H*(3*M*D + 4*N*D + 2*W)"),
     },
 }
 METRICS = ("cosine", "gssf")

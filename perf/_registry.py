@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from _attention import ATTENTION
 from _cells import Cell, Shape, grid
 from _losses import LOSSES
 from _operation import Contender, Operation
@@ -16,11 +17,12 @@ from _region_word import CROSS_ATTENTION, LATE_INTERACTION
 from _retrieval import RANKS, TOPK
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation for operation in (PAIRWISE, *LOSSES, TOPK, RANKS, LATE_INTERACTION, CROSS_ATTENTION)
+    operation.name: operation
+    for operation in (PAIRWISE, *LOSSES, TOPK, RANKS, LATE_INTERACTION, CROSS_ATTENTION, ATTENTION)
 }
 
 #: In the order they are offered.
-SUITES = ("quick", "full", "losses", "retrieval")
+SUITES = ("quick", "full", "losses", "retrieval", "attention")
 
 
 def suites() -> list[str]:

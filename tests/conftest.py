@@ -35,6 +35,8 @@ from typing import Any  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from gssf_triton.backend import HAS_TRITON, TRITON_VERSION  # noqa: E402
+
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 
 # The interpreter takes milliseconds where a GPU takes microseconds: no deadline, and few, small examples.
@@ -53,7 +55,8 @@ torch.set_num_threads(1)
 
 def pytest_report_header(config: pytest.Config) -> str:
     where = "interpreter, CPU" if INTERPRETED else torch.cuda.get_device_name()
-    return f"gssf_triton: Triton on {where}; repeat this run's data with GSSF_TEST_SEED={SEED}"
+    triton = f"Triton {TRITON_VERSION} on {where}" if HAS_TRITON else f"NO KERNEL IS TESTED, Triton: {TRITON_VERSION}"
+    return f"gssf_triton: torch {torch.__version__}, {triton}; repeat this run's data with GSSF_TEST_SEED={SEED}"
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +65,9 @@ def device() -> str:
     return "cpu" if INTERPRETED else "cuda"
 
 
-@pytest.fixture(scope="session", params=["torch", "triton"])
+@pytest.fixture(scope="session", params=["torch", "triton"] if HAS_TRITON else ["torch"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Both backends, always: Triton's kernels run on the GPU, or in the interpreter."""
+    """Both backends wherever Triton is installed: its kernels run on the GPU, or in the interpreter."""
     return str(request.param)
 
 

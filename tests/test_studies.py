@@ -129,6 +129,39 @@ def test_the_metrics_own_rate_and_pull(change: str, tmp_path: Path) -> None:
     assert moved > 1e-3 if change == "metric_rate=1" else moved < (1e-3 if "pull" in change else 1e-12)
 
 
+def test_a_symmetric_metric_stays_symmetric(tmp_path: Path) -> None:
+    trained = task("both-4:symmetric=True", 0, tmp_path)
+    for _ in train(trained, {}):
+        pass
+    W = trained.metric.W_blocks
+    assert torch.equal(W, W.mT) and W.any()
+
+
+def test_fixed_heads_leave_the_rest_to_learn(tmp_path: Path) -> None:
+    trained = task("both-4:fixed_heads=True", 0, tmp_path)
+    before = {name: x.clone() for name, x in trained.named_parameters()}
+    for _ in train(trained, {}):
+        pass
+    moved = {name for name, x in trained.named_parameters() if not torch.equal(x, before[name])}
+    heads = {f"{tower}.head.{kind}" for tower in ("images", "texts") for kind in ("weight", "bias")}
+    assert heads < before.keys() and not heads & moved
+    assert {"metric.W_diag", "metric.W_blocks", "images.trunk.0.weight"} <= moved
+
+
+def test_results_from_before_a_setting_was_known_still_serve(tmp_path: Path) -> None:
+    study, argv = (
+        study_of("reid"),
+        ["--out", str(tmp_path), *TINY, *SMALL_GLYPHS, "--columns", "cosine", "--seeds", "1"],
+    )
+    assert study_runner.main(study, argv) == 0
+    path = tmp_path / "reid.json"
+    results = json.loads(path.read_text("utf-8"))
+    del results["settings"]["symmetric"]
+    path.write_text(json.dumps(results), "utf-8")
+    before = path.stat().st_mtime_ns
+    assert study_runner.main(study, argv) == 0 and path.stat().st_mtime_ns == before
+
+
 def test_normalizing_after_the_fold() -> None:
     metric = Column.parse("both-4").metric(Settings(dim=8, normalize_after=True, metric_start=0.3))
     assert isinstance(metric, NormalizedAfter)

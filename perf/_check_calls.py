@@ -1,0 +1,219 @@
+"""Calls that between them launch every kernel: what gpu_check.py holds to float64, captures, repeats and sanitizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gssf_triton
+from gssf_triton.autotune.plans import force_plan
+
+#: Modules of gssf_triton.kernels that hold a kernel called after them.
+KERNELS = (
+    "cross_attention", "fold", "gradient", "late_interaction", "paired", "pairwise", "rank", "stream", "topk",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the inputs: M and N rows or items, D channels in blocks of B, R regions, L words."""
+
+    M: int
+    N: int
+    D: int
+    B: int
+    R: int
+    L: int
+
+
+#: No size is a tile's. The interpreter takes a hundred thousand times as long as a GPU.
+SIZES = {"cuda": Size(1003, 1301, 480, 32, 36, 20), "cpu": Size(35, 41, 48, 16, 5, 3)}
+SCALE, K = 20.0, 10
+
+
+@dataclass(frozen=True)
+class Call:
+    """One public function on random inputs.
+
+    Attributes:
+        name: Of the call.
+        make: (normal, size) to the tensors that have a gradient and those that have none.
+        run: Of all tensors and `backend` to the result; it must not read a tensor's values on the host.
+        differentiable: Its backward pass runs, too.
+        exact: Its result is whole numbers, of inputs whose similarities every dtype holds exactly.
+    """
+
+    name: str
+    make: Callable[[Callable[..., Tensor], Size], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    run: Callable[..., Tensor]
+    differentiable: bool = True
+    exact: bool = False
+
+
+def _metric(normal: Callable[..., Tensor], s: Size) -> dict[str, Tensor]:
+    return {"W_diag": 1 + 0.3 * normal(s.D), "W_blocks": s.B**-0.5 * normal(s.D // s.B, s.B, s.B)}
+
+
+def _two(rows_of_b: str) -> Callable[[Callable[..., Tensor], Size], Any]:
+    """a (M, D), b (M or N, D) and a metric."""
+
+    def make(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"a": normal(s.M, s.D), "b": normal(getattr(s, rows_of_b), s.D), **_metric(normal, s)}, {}
+
+    return make
+
+
+def _one(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return {"x": normal(s.M, s.D), **_metric(normal, s)}, {}
+
+
+def _taught(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    student, _ = _two("M")(normal, s)
+    return student, {"teacher_a": normal(s.M, s.D), "teacher_b": normal(s.M, s.D)}
+
+
+def _words(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    items = {"regions": normal(max(2, s.M // 20), s.R, s.D), "words": normal(max(2, s.N // 20), s.L, s.D)}
+    return items | _metric(normal, s), {}
+
+
+def _retrieval(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Features and weights of 0 and ±1: sums of whole numbers, which bfloat16 products add exactly in float32."""
+
+    def coarse(*size: int) -> Tensor:
+        return normal(*size).sign() * (normal(*size) > 0)
+
+    tensors = {"queries": coarse(s.M, s.D), "gallery": coarse(s.N, s.D), "W_diag": coarse(s.D)}
+    tensors["W_blocks"] = coarse(s.D // s.B, s.B, s.B)
+    ids = {"query_ids": torch.arange(s.M) % 97, "gallery_ids": torch.arange(s.N) % 89}
+    return {}, tensors | {name: x.to(normal(1).device) for name, x in ids.items()}
+
+
+def _heads(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    H, D = 4, 4 * s.B
+    q, k, v = normal(H, s.M, D), normal(H, s.N, D), normal(H, s.N, D)
+    return {"q": q, "k": k, "v": v, "W_diag": 1 + 0.3 * normal(H, D), "W_blocks": 0.2 * normal(H, 4, s.B, s.B)}, {}
+
+
+def _planned(plan: str) -> Callable[..., Tensor]:
+    def run(**tensors: Any) -> Tensor:
+        with force_plan(plan):
+            return gssf_triton.pairwise_sim(**tensors)
+
+    return run
+
+
+def _topk(query_ids: Tensor, gallery_ids: Tensor, **tensors: Any) -> Tensor:
+    return gssf_triton.topk(**tensors, k=K)[1]
+
+
+def _fixed(function: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
+    def run(**tensors: Any) -> Tensor:
+        out: Tensor = function(**tensors, **options)
+        return out
+
+    return run
+
+
+CALLS = (
+    Call("pairwise_sim, one pass", _two("N"), _planned("one_pass")),
+    Call("pairwise_sim, fold + product", _two("N"), _planned("fold_product")),
+    Call("pairwise_sim, normalize", _two("N"), _fixed(gssf_triton.pairwise_sim, normalize=True)),
+    Call("paired_sim", _two("M"), _fixed(gssf_triton.paired_sim)),
+    Call("transform", _one, _fixed(gssf_triton.transform)),
+    Call("info_nce", _two("M"), _fixed(gssf_triton.info_nce, logit_scale=SCALE, normalize=True)),
+    Call(
+        "sigmoid_loss",
+        _two("M"),
+        _fixed(gssf_triton.sigmoid_loss, logit_scale=SCALE, logit_bias=-5.0, normalize=True),
+    ),
+    Call("triplet_loss, all", _two("M"), _fixed(gssf_triton.triplet_loss, hardest=False, normalize=True)),
+    # Which negative or region is the nearest is a matter of rounding in half precision: no gradient to compare.
+    Call("triplet_loss, hardest", _two("M"), _fixed(gssf_triton.triplet_loss, normalize=True), differentiable=False),
+    Call("late_interaction", _words, _fixed(gssf_triton.late_interaction, normalize=True), differentiable=False),
+    Call("distillation_loss", _taught, _fixed(gssf_triton.distillation_loss, logit_scale=SCALE, normalize=True)),
+    Call(
+        "late_interaction, lse-mean",
+        _words,
+        _fixed(gssf_triton.late_interaction, pooling="lse-mean", sharpness=6.0, normalize=True),
+    ),
+    Call("cross_attention_sim", _words, _fixed(gssf_triton.cross_attention_sim)),
+    Call("attention", _heads, _fixed(gssf_triton.attention)),
+    Call("topk", _retrieval, _topk, differentiable=False, exact=True),
+    Call("ranks", _retrieval, _fixed(gssf_triton.ranks), differentiable=False, exact=True),
+)
+
+
+@dataclass
+class Problem:
+    """A call on its inputs."""
+
+    call: Call
+    leaves: dict[str, Tensor]
+    fixed: dict[str, Tensor]
+
+    @classmethod
+    def make(cls, call: Call, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
+        """Random inputs, features in `dtype`, weights in float32 beside half precision."""
+        generator = torch.Generator(device=device).manual_seed(seed)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device)
+
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves, fixed = call.make(normal, SIZES[device.type])
+
+        def cast(name: str, x: Tensor) -> Tensor:
+            keeps = not x.is_floating_point()
+            return x if keeps else x.to(wide if "W_" in name and not call.name.startswith("attention") else dtype)
+
+        leaves = {name: cast(name, x).requires_grad_() for name, x in leaves.items()}
+        return cls(call, leaves, {name: cast(name, x) for name, x in fixed.items()})
+
+    def double(self) -> Problem:
+        """The same numbers in float64."""
+        leaves = {name: x.detach().double().requires_grad_() for name, x in self.leaves.items()}
+        fixed = {name: x.double() if x.is_floating_point() else x for name, x in self.fixed.items()}
+        return Problem(self.call, leaves, fixed)
+
+    def results(self, backend: str) -> dict[str, Tensor]:
+        """The result, "out", and a gradient a leaf, of an upstream gradient that a seed fixes."""
+        out = self.call.run(**self.leaves, **self.fixed, backend=backend)
+        if not self.call.differentiable:
+            return {"out": out}
+        upstream = torch.linspace(-1, 1, max(1, out.numel()), dtype=torch.float64, device=out.device)
+        upstream = (upstream * 37).sin().view(out.shape) if out.dim() else torch.ones_like(upstream).view(())
+        grads = torch.autograd.grad(out, tuple(self.leaves.values()), upstream.to(out.dtype))
+        return {"out": out.detach()} | {f"d{name}": g for name, g in zip(self.leaves, grads, strict=True)}
+
+
+class _Counted:
+    """A kernel that notes that it was launched."""
+
+    def __init__(self, kernel: Any, name: str, launched: set[str]) -> None:
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.add(self.name)
+        return self.kernel[grid]
+
+
+@contextmanager
+def launches() -> Iterator[set[str]]:
+    """The names of the kernels launched inside."""
+    launched: set[str] = set()
+    modules = {name: import_module(f"gssf_triton.kernels.{name}") for name in KERNELS}
+    kernels = {name: getattr(module, f"{name}_kernel") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            setattr(module, f"{name}_kernel", _Counted(kernels[name], name, launched))
+        yield launched
+    finally:
+        for name, module in modules.items():
+            setattr(module, f"{name}_kernel", kernels[name])

@@ -1,0 +1,126 @@
+"""Everything that only a GPU can show, in one run of under nine minutes; without a GPU, the parts that need none.
+
+    python perf/gpu_check.py                     # into perf/results/DEVICE/gpu_check.json; a CPU's into runs/
+    python perf/gpu_check.py --only errors graphs
+    python perf/gpu_check.py --resume            # the steps that a run cut short did not finish
+    TRITON_INTERPRET=1 python perf/gpu_check.py --device cpu    # what needs no GPU, in Triton's interpreter
+
+The steps, the most telling first: errors of every function in fp32, TF32, fp16 and bf16 against the contract; one
+launch of every kernel; the same bits from 100 repeats under load; forward and backward captured in CUDA graphs; S,
+features and searches past 2³¹ entries; compute-sanitizer's memcheck and racecheck; the sweep's suites; the whole test
+suite. The file is rewritten after each. Exit status: 0, or 1 where something failed, 2 for arguments that don't fit,
+130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import _machine
+import _results
+import torch
+from _check_steps import STEPS, Machine
+from sweep import RESULTS, now
+from tqdm import tqdm
+
+#: Seconds that a run may take.
+BUDGET = 530.0
+#: What a check without a GPU writes tells of this machine alone and is not kept with the results.
+WITHOUT_GPU = _machine.ROOT / "runs" / "gpu_check.json"
+
+
+def new_check(device: torch.device) -> dict[str, Any]:
+    return {
+        "schema": _results.SCHEMA,
+        "suite": "gpu_check",
+        "started": now(),
+        **_machine.describe(device),
+        "versions": _machine.versions(),
+        "commit": _machine.commit(),
+        "steps": {},
+    }
+
+
+def run_step(name: str, machine: Machine) -> dict[str, Any]:
+    """A step's findings, and whether all are as they should be; a step that breaks off keeps what it had."""
+    step, needs_gpu = STEPS[name]
+    if needs_gpu and machine.kind != "cuda":
+        return {"status": "needs a GPU", "findings": []}
+    if machine.left < 1:
+        return {"status": "no time left", "findings": []}
+    started = time.monotonic()
+    findings: list[dict[str, Any]] = []
+    status = "ok"
+    try:
+        for found in step(machine):
+            findings.append(found)
+    except Exception as error:  # the next step still has something to tell
+        status = f"{type(error).__name__}: {error}"
+    if status == "ok" and not all(found["ok"] for found in findings):
+        status = "failed"
+    return {"status": status, "seconds": round(time.monotonic() - started, 1), "findings": findings}
+
+
+def summary(check: dict[str, Any]) -> str:
+    """A line a step, and one for each finding that is not as it should be."""
+    lines = []
+    for name, step in check["steps"].items():
+        good = sum(found["ok"] for found in step["findings"])
+        lines.append(f"{name:16} {step['status']:12} {good} of {len(step['findings'])}")
+        lines += [f"    {found}" for found in step["findings"] if not found["ok"]]
+    return "\n".join(lines)
+
+
+def failed(check: dict[str, Any]) -> bool:
+    return any(step["status"] not in ("ok", "needs a GPU") for step in check["steps"].values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="perf/gpu_check.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    p.add_argument("--device", help="cpu, cuda, … (default: a GPU where there is one)")
+    p.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), metavar="STEP", help="these steps")
+    p.add_argument("--out", type=Path, metavar="JSON", help="default: perf/results/DEVICE/gpu_check.json")
+    p.add_argument("--resume", action="store_true", help="keep the steps of the file that went well")
+    p.add_argument("--budget", type=float, default=BUDGET, help="seconds in all (default: %(default)g)")
+    args = p.parse_args(argv)
+    machine = Machine(
+        torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), time.monotonic() + args.budget
+    )
+    if machine.kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        p.error("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
+    if machine.kind not in ("cpu", "cuda") or (machine.kind == "cuda" and not torch.cuda.is_available()):
+        p.error(f"--device {machine.device}: there is none to check")
+    check = new_check(machine.device)
+    usual = RESULTS / check["device"]["slug"] / "gpu_check.json" if machine.kind == "cuda" else WITHOUT_GPU
+    out = args.out or usual
+    if args.resume and out.exists():
+        try:
+            held = _results.read(out)
+        except ValueError as error:
+            p.error(str(error))
+        for name in ("device", "driver", "versions", "commit"):
+            if held[name] != check[name]:
+                p.error(f"--resume: {out} is of another {name}: {held[name]} then, {check[name]} now")
+        check["steps"] = {name: step for name, step in held["steps"].items() if step["status"] == "ok"}
+    try:
+        with tqdm([name for name in args.only if name not in check["steps"]], unit="step") as bar:
+            for name in bar:
+                bar.set_description(name)
+                check["steps"][name] = run_step(name, machine)
+                if out != Path(os.devnull):
+                    _results.write(out, check)
+    except KeyboardInterrupt:
+        print(f"interrupted; the finished steps are in {out}, --resume goes on", file=sys.stderr)
+        return 130
+    print(summary(check))
+    print(out)
+    return int(failed(check))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
