@@ -17,7 +17,6 @@ from torch import Tensor
 from gssf_triton import checks, ops, torch_backend
 from gssf_triton.backend import resolve_backend
 
-
 #: Asked once: torch 2.6 cannot trace the question.
 AUTOCAST_DEVICES = frozenset(
     kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
