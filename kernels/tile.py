@@ -39,7 +39,9 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in `dtype`, rounded to nearest even."""
+    """x in `dtype`, rounded to nearest even; float64 by way of float32, which the interpreter can round from."""
+    if dtype == tl.bfloat16 and x.dtype == tl.float64:
+        x = x.to(tl.float32)
     if INTERPRETER and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)

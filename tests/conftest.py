@@ -30,10 +30,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 SEED = int(os.environ.setdefault("GSSF_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 
 from collections.abc import Iterator  # noqa: E402
-from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from poison import poisoned_memory  # noqa: E402
 
 from gssf_triton.backend import HAS_TRITON, TRITON_VERSION  # noqa: E402
 
@@ -77,29 +77,8 @@ def _same_data_in_every_order() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def _poisoned(allocate: Any) -> Any:
-    def allocate_and_poison(*args: Any, **kwargs: Any) -> torch.Tensor:
-        buffer: torch.Tensor = allocate(*args, **kwargs)
-        with torch.no_grad():
-            if buffer.dtype.is_floating_point:
-                buffer.fill_(float("nan"))
-            elif buffer.dtype in (torch.int32, torch.int64):
-                buffer.fill_(torch.iinfo(buffer.dtype).max)
-        return buffer
-
-    return allocate_and_poison
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _poison_uninitialised_memory() -> Iterator[None]:
     """Fresh buffers hold NaN, not lucky zeros: an output element that no program writes fails its test."""
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in (
-            (torch, "empty"),
-            (torch, "empty_like"),
-            (torch, "empty_strided"),
-            (torch.Tensor, "new_empty"),
-            (torch.Tensor, "new_empty_strided"),
-        ):
-            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    with poisoned_memory():
         yield

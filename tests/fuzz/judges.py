@@ -1,0 +1,234 @@
+"""A differentiable call beside its float64 oracle: values, gradients, and everything a call must leave alone."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fuzz.draw import DEVICE
+from fuzz.rounding import moves
+from reference import assert_close, tolerance
+from torch import Tensor
+
+Tensors = dict[str, Tensor | None]
+Outputs = tuple[Tensor, ...]
+
+MODES = ("grad", "no_grad", "inference", "autocast")
+
+
+def always(tensors: Tensors) -> bool:
+    return True
+
+
+@dataclass
+class Case:
+    """One call. `call` and `oracle` take the tensors by name, the oracle in float64, and return a tuple.
+
+    `out_dtypes` are those wanted of the outputs; `cast` names the tensors that autocast casts; `incoming` are the
+    gradients that flow in, one an output, None for an output nobody uses. `decided(tensors)` is False where a maximum
+    or a hinge is so near a tie that rounding decides it: then the gradient has no right value.
+    """
+
+    function: str
+    backend: str
+    tags: set[str]
+    tensors: Tensors
+    call: Callable[[Tensors], Outputs]
+    oracle: Callable[[Tensors], Outputs]
+    out_dtypes: tuple[torch.dtype, ...]
+    needs: set[str] = field(default_factory=set)
+    incoming: tuple[Tensor | None, ...] = ()
+    mode: str = "grad"
+    cast: frozenset[str] = frozenset()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    decided: Callable[[Tensors], bool] = always
+    exact_ties: bool = False
+    twice: bool = False
+    repeat: bool = False
+    _attached: list[bool] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Raise an AssertionError where a promise is broken."""
+        with strict_warnings():
+            self._run()
+
+    # ------------------------------------------------------------ the call
+
+    def _run(self) -> None:
+        for name in self.needs:
+            x = self.tensors[name]
+            assert x is not None
+            x.requires_grad_()
+        held = {name: x for name, x in {**self.tensors, **self.fixed}.items() if isinstance(x, Tensor)}
+        before = {name: x.detach().clone() for name, x in held.items()}
+        outputs, grads, second = self._ours()
+        for name, x in held.items():
+            assert _same_bits(x.detach(), before[name]), f"{self.function} wrote to its input {name}"
+            assert x.grad is None, f"{self.function} left a .grad on {name}"
+        if self.repeat:
+            again = self._ours()
+            for x, y in zip((*outputs, *grads, *second), (*again[0], *again[1], *again[2]), strict=True):
+                assert _same_bits(x.detach(), y.detach()), f"{self.function}: the same call gave other bits"
+        self._judge(outputs, grads, second)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors that want a gradient, each once."""
+        found: dict[str, Tensor] = {}
+        for name, x in self.tensors.items():
+            if x is not None and x.requires_grad and all(x is not y for y in found.values()):
+                found[name] = x
+        return found
+
+    def _ours(self) -> tuple[Outputs, Outputs, Outputs]:
+        if self.mode == "no_grad":
+            with torch.no_grad():
+                outputs = self.call(self.tensors)
+        elif self.mode == "inference":
+            with torch.inference_mode():
+                outputs = self.call({name: None if x is None else x * 1 for name, x in self.tensors.items()})
+        elif self.mode == "autocast":
+            with torch.autocast(DEVICE, torch.bfloat16):
+                outputs = self.call(self.tensors)
+        else:
+            outputs = self.call(self.tensors)
+        wants = bool(self.needs) and self.mode in ("grad", "autocast")
+        for i, (out, dtype) in enumerate(zip(outputs, self.out_dtypes, strict=True)):
+            assert out.dtype == dtype, f"{self.function} output {i} is {out.dtype}, not {dtype}"
+            # What an output asks for that none of its leaves do is the oracle's to say: see `_judge`.
+            assert wants or not out.requires_grad, f"{self.function} output {i} wants a gradient"
+        return (outputs, *self._gradients(outputs, self.tensors, self.incoming if wants else ()))
+
+    def _gradients(
+        self, outputs: Outputs, tensors: Tensors, incoming: tuple[Tensor | None, ...]
+    ) -> tuple[Outputs, Outputs]:
+        """The leaves' gradients, and the gradients of those times fixed directions."""
+        leaves = [x for name in self.leaves() if (x := tensors[name]) is not None]
+        used = [(out, g) for out, g in zip(outputs, incoming, strict=False) if g is not None]
+        if not used or not leaves:
+            return (), ()
+        used = [(out, g) for out, g in used if out.requires_grad]
+        if not used:
+            nothing = tuple(torch.zeros_like(x) for x in leaves)
+            return nothing, nothing if self.twice else ()
+        grads = torch.autograd.grad(
+            [out for out, _ in used], leaves, [g for _, g in used], create_graph=self.twice, materialize_grads=True
+        )
+        if not self.twice:
+            return grads, ()
+        along = [torch.cos(torch.arange(g.numel(), dtype=torch.float64)).view(g.shape).to(g.device, g.dtype) for g in grads]
+        pairs = [(g, v) for g, v in zip(grads, along, strict=True) if g.requires_grad]
+        if not pairs:
+            return tuple(g.detach() for g in grads), tuple(torch.zeros_like(x) for x in leaves)
+        second = torch.autograd.grad(
+            [g for g, _ in pairs], leaves, [v for _, v in pairs], materialize_grads=True, allow_unused=True
+        )
+        return tuple(g.detach() for g in grads), second
+
+    # ------------------------------------------------------------ the judge
+
+    def _wide(self, rounded: Callable[[Tensor], Tensor] | None = None) -> Tensors:
+        """The tensors as the oracle takes them; one tensor under two names stays one."""
+        made: dict[int, Tensor] = {}
+        wide: Tensors = {}
+        for name, x in self.tensors.items():
+            if x is None:
+                wide[name] = None
+                continue
+            if id(x) not in made:
+                y = x.detach()
+                if self.mode == "autocast" and name in self.cast and y.dtype != torch.float64:
+                    y = y.to(torch.bfloat16)
+                y = y.double().cpu().clone()
+                made[id(x)] = (y if rounded is None else rounded(y)).requires_grad_(x.requires_grad)
+            wide[name] = made[id(x)]
+        return wide
+
+    def _exact(self, rounded: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        wide = self._wide(rounded)
+        outputs = self.oracle(wide)
+        self._attached = [out.requires_grad for out in outputs]
+        wants = bool(self.needs) and self.mode in ("grad", "autocast")
+        incoming = tuple(None if g is None else g.double().cpu() for g in self.incoming) if wants else ()
+        if wants:
+            # An empty sum has no graph: a gradient of nothing is 0.
+            anchor = torch.stack([(0 * x.nan_to_num()).sum() for x in wide.values() if x is not None]).sum()
+            outputs = tuple(out if out.requires_grad else out + anchor for out in outputs)
+        grads, second = self._gradients(outputs, wide, incoming)
+        return [*(out.detach() for out in outputs), *grads, *second]
+
+    def tolerance(self) -> float:
+        dtypes = {x.dtype for x in self.tensors.values() if x is not None} | set(self.out_dtypes)
+        if self.mode == "autocast" and any(x is not None and x.dtype != torch.float64 for x in self.tensors.values()):
+            dtypes.add(torch.bfloat16)
+        return tolerance(*dtypes)
+
+    def _judge(self, outputs: Outputs, grads: Outputs, second: Outputs) -> None:
+        wants = bool(self.needs) and self.mode in ("grad", "autocast")
+        tol, exact = self.tolerance(), self._exact()
+        sizes = [torch.zeros_like(x) for x in exact] if self.exact_ties else moves(self._exact, exact, tol)
+        found = [*outputs, *grads, *second]
+        names = [f"{self.function} output {i}" for i in range(len(outputs))]
+        for out, attached, name in zip(outputs, self._attached, names, strict=True):
+            assert out.requires_grad or not attached or not wants, f"{name} wants no gradient"
+        leaves = self.leaves()
+        if grads:
+            names += [f"{self.function} d{name}" for name in leaves]
+        if second:
+            names += [f"{self.function} second derivative, d{name}" for name in leaves]
+        decided = not grads or self.decided(self._wide())
+        if not decided:
+            self.tags.add("near tie: values only")
+        for x, y, size, name in zip(found, exact, sizes, names, strict=True):
+            if " d" in name and not decided:
+                continue
+            compare(x.detach().cpu(), y.detach(), size, tol, name, spreads=self.backend == "triton")
+        for grad, (name, x) in zip(grads, leaves.items(), strict=False):
+            assert grad.dtype == x.dtype and grad.shape == x.shape, f"d{name} is {grad.dtype} {tuple(grad.shape)}"
+
+
+#: How near to the largest number of a dtype a result must be for its rounding to decide whether it is finite.
+EDGE = 0.1
+
+
+def compare(actual: Tensor, exact: Tensor, size: Tensor, tol: float, name: str, *, spreads: bool) -> None:
+    """Finite where the exact result is, and near it there.
+
+    With `spreads` a row that holds something not finite need be finite nowhere: blocks that share a tile share it.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    limit = torch.finfo(actual.dtype).max
+    lost = ~exact.isfinite() | (exact.abs() > (1 + EDGE) * limit)
+    fine = exact.isfinite() & (exact.abs() < (1 - EDGE) * limit)
+    if spreads and actual.dim():
+        fine &= fine.all(-1, keepdim=True)
+    finite = actual.isfinite()
+    for wrong, what in ((fine & ~finite, "is not finite"), (lost & finite, "is finite")):
+        if wrong.any():
+            at = tuple(wrong.nonzero()[0].tolist())
+            raise AssertionError(
+                f"{name} {tuple(exact.shape)}: {int(wrong.sum())} entries wrongly so, the first {list(at)}, {what}: "
+                f"got {actual[at].item():.6g}, expected {exact[at].item():.6g}"
+            )
+    keep = fine & finite
+    # What is rounded to the dtype's smallest numbers is off by half of one.
+    size = size + torch.finfo(actual.dtype).smallest_normal
+    assert_close(actual[keep], exact[keep], tol, name=name, size=size[keep])
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    return bool(((x == y) | ((x != x) & (y != y))).all())
+
+
+@contextlib.contextmanager
+def strict_warnings() -> Iterator[None]:
+    """Any warning is a fault, but NumPy's of the NaN and Inf that the interpreter hands it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
+        yield
