@@ -54,6 +54,18 @@ def test_value_and_gradients(
     problem(loss, 53, ids=ids, reduction=reduction, normalize=ids, device=device, **options).check(backend, factor=3)
 
 
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "distillation_loss"])
+def test_ids_of_any_strides(loss: str, backend: str, device: str) -> None:
+    """Every other one of a list, and one for all: read where they lie, not one after the other."""
+    p = problem(loss, 53, device=device)
+    for ids in (torch.randint(0, 9, (53, 2), device=device)[:, 0], torch.zeros(1, device=device).long().expand(53)):
+        p.fixed["ids"] = ids
+        strided = p.call(backend)
+        p.fixed["ids"] = ids.contiguous()
+        assert strided.equal(p.call(backend))
+        assert p.fixed["ids"].equal(ids)
+
+
 @losses
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 def test_dtypes(loss: str, dtype: torch.dtype, backend: str, device: str) -> None:

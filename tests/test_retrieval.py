@@ -167,6 +167,21 @@ def test_ranks_with_exclusions(share: float, special: float | None, cut: str, ba
     assert (found == -1).any(), "the case has unmatched queries"
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8], ids=str)
+def test_integers_of_any_width(dtype: torch.dtype, cut: str, backend: str, device: str) -> None:
+    """Labels and places come as they are stored, also where the gallery has more items than they can count."""
+    call, labels = problem(9, 200, "diag", device), ids(9, 200, device)
+    exclude = torch.randint(-1, 100, (9,), device=device)
+    narrow = {name: x.to(dtype) for name, x in labels.items()}
+    for name, function, options in (
+        ("topk", gssf_triton.topk, {"k": 20}),
+        ("ranks", gssf_triton.ranks, None),
+    ):
+        found = function(**call, exclude=exclude.to(dtype), backend=backend, **(narrow if options is None else options))
+        expected = function(**call, exclude=exclude, backend=backend, **(labels if options is None else options))
+        assert repr(found) == repr(expected), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_ranks_agree_with_topk(dtype: torch.dtype, cut: str, backend: str, device: str) -> None:
     """On real numbers, to the last bit: the rank is where `topk`, asked for everything, has the first match."""

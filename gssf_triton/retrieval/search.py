@@ -57,6 +57,8 @@ def make_exclusions(
     """What is left out, checked; `labels` and `cameras` are (queries', gallery's)."""
     if exclude is not None:
         row_checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
+        # Places are counted from it and indexed with it: int16 cannot, int8 overflows.
+        exclude = exclude.long()
     if mask is not None:
         row_checks.check_pair_mask("mask", mask, (queries.shape[0], items), queries)
     if (cameras[0] is None) != (cameras[1] is None):

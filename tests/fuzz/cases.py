@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from fuzz import attention, losses, region_word, similarities
+from fuzz import attention, losses, region_word, retrieval, similarities
 from fuzz.draw import Draw
 
 
@@ -20,7 +20,7 @@ class Runnable(Protocol):
         """Raise where a promise is broken."""
 
 
-FAMILIES: dict[str, Callable[[Draw], Runnable]] = {**similarities.FAMILY, **losses.FAMILY, **region_word.FAMILY, **attention.FAMILY}
+FAMILIES: dict[str, Callable[[Draw], Runnable]] = {**similarities.FAMILY, **losses.FAMILY, **region_word.FAMILY, **attention.FAMILY, **retrieval.FAMILY}
 
 
 def case(seed: int, function: str | None = None) -> Runnable:

@@ -69,12 +69,12 @@ class Case:
         before = {name: x.detach().clone() for name, x in held.items()}
         outputs, grads, second = self._ours()
         for name, x in held.items():
-            assert _same_bits(x.detach(), before[name]), f"{self.function} wrote to its input {name}"
+            assert same_bits(x.detach(), before[name]), f"{self.function} wrote to its input {name}"
             assert x.grad is None, f"{self.function} left a .grad on {name}"
         if self.repeat:
             again = self._ours()
             for x, y in zip((*outputs, *grads, *second), (*again[0], *again[1], *again[2]), strict=True):
-                assert _same_bits(x.detach(), y.detach()), f"{self.function}: the same call gave other bits"
+                assert same_bits(x.detach(), y.detach()), f"{self.function}: the same call gave other bits"
         self._judge(outputs, grads, second)
 
     def leaves(self) -> dict[str, Tensor]:
@@ -222,7 +222,7 @@ def compare(actual: Tensor, exact: Tensor, size: Tensor, tol: float, name: str, 
     assert_close(actual[keep], exact[keep], tol, name=name, size=size[keep])
 
 
-def _same_bits(x: Tensor, y: Tensor) -> bool:
+def same_bits(x: Tensor, y: Tensor) -> bool:
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     return bool(((x == y) | ((x != x) & (y != y))).all())

@@ -33,6 +33,8 @@ REPEATS = 3
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     """As whoever streams has it: logits minus their log-sum-exp, each of which is rounded to its own size."""
+    if not x.numel():
+        return x.clone()
     top = x.amax(dim, keepdim=True)
     return x - (top + (x - top).exp().sum(dim, keepdim=True).log())
 
