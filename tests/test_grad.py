@@ -294,7 +294,13 @@ def test_float32_weights_beside_half_precision_features(
         (torch.float32, torch.float64),
         (torch.float64, torch.bfloat16),
     ],
-    ids=["bfloat16-to-float32", "float16-to-float32", "float32-to-bfloat16", "float32-to-float64", "float64-to-bfloat16"],
+    ids=[
+        "bfloat16-to-float32",
+        "float16-to-float32",
+        "float32-to-bfloat16",
+        "float32-to-float64",
+        "float64-to-bfloat16",
+    ],
 )
 @pytest.mark.parametrize("function", ["pairwise_sim", "pairwise_terms", "paired_sim"])
 def test_out_dtype(dtype: torch.dtype, out_dtype: torch.dtype, function: str, backend: str, device: str) -> None:

@@ -5,22 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from fuzz import attention, losses, region_word, retrieval, similarities
+from fuzz import attention, losses, modules, region_word, retrieval, similarities
 from fuzz.draw import Draw
 
 
 class Runnable(Protocol):
     """What every family's cases have in common."""
 
-    function: str
-    backend: str
-    tags: set[str]
+    @property
+    def backend(self) -> str:
+        """ "torch" or "triton"."""
+
+    @property
+    def tags(self) -> set[str]:
+        """The features of the case."""
+
+    @property
+    def function(self) -> str:
+        """What is called."""
 
     def run(self) -> None:
         """Raise where a promise is broken."""
 
 
-FAMILIES: dict[str, Callable[[Draw], Runnable]] = {**similarities.FAMILY, **losses.FAMILY, **region_word.FAMILY, **attention.FAMILY, **retrieval.FAMILY}
+FAMILIES: dict[str, Callable[[Draw], Runnable]] = {
+    **similarities.FAMILY,
+    **losses.FAMILY,
+    **region_word.FAMILY,
+    **attention.FAMILY,
+    **retrieval.FAMILY,
+    **modules.FAMILY,
+}
 
 
 def case(seed: int, function: str | None = None) -> Runnable:

@@ -154,7 +154,9 @@ class Draw:
         if kind == "stepped":
             step = self.choice((2, 3))
             shape[dim] = shape[dim] * step
-            view = torch.full(shape, junk, dtype=x.dtype, device=x.device)[(slice(None),) * dim + (slice(None, None, step),)]
+            view = torch.full(shape, junk, dtype=x.dtype, device=x.device)[
+                (slice(None),) * dim + (slice(None, None, step),)
+            ]
         else:
             extra = 1 if kind == "padded" else self.choice((2, 5, 16))
             start = 0 if kind == "padded" else self.random.randint(1, extra)

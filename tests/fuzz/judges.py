@@ -121,7 +121,9 @@ class Case:
         )
         if not self.twice:
             return grads, ()
-        along = [torch.cos(torch.arange(g.numel(), dtype=torch.float64)).view(g.shape).to(g.device, g.dtype) for g in grads]
+        along = [
+            torch.cos(torch.arange(g.numel(), dtype=torch.float64)).view(g.shape).to(g.device, g.dtype) for g in grads
+        ]
         pairs = [(g, v) for g, v in zip(grads, along, strict=True) if g.requires_grad]
         if not pairs:
             return tuple(g.detach() for g in grads), tuple(torch.zeros_like(x) for x in leaves)
@@ -187,7 +189,15 @@ class Case:
         for x, y, size, name in zip(found, exact, sizes, names, strict=True):
             if " d" in name and not decided:
                 continue
-            compare(x.detach().cpu(), y.detach(), size, tol, name, spreads=self.backend == "triton", dense=self.dense_gradients or " d" not in name)
+            compare(
+                x.detach().cpu(),
+                y.detach(),
+                size,
+                tol,
+                name,
+                spreads=self.backend == "triton",
+                dense=self.dense_gradients or " d" not in name,
+            )
         for grad, (name, x) in zip(grads, leaves.items(), strict=False):
             assert grad.dtype == x.dtype and grad.shape == x.shape, f"d{name} is {grad.dtype} {tuple(grad.shape)}"
 
@@ -196,7 +206,9 @@ class Case:
 EDGE = 0.1
 
 
-def compare(actual: Tensor, exact: Tensor, size: Tensor, tol: float, name: str, *, spreads: bool, dense: bool = True) -> None:
+def compare(
+    actual: Tensor, exact: Tensor, size: Tensor, tol: float, name: str, *, spreads: bool, dense: bool = True
+) -> None:
     """Finite where the exact result is, and near it there.
 
     With `spreads` a row that holds something not finite need be finite nowhere: blocks that share a tile share it.

@@ -47,7 +47,11 @@ class Retrieval:
             found = self.call()
             for name, before in self.kept.items():
                 now = self.tensors[name]
-                changed = not same_bits(now, before) if isinstance(now, Tensor) else not np.array_equal(now, before, equal_nan=True)
+                changed = (
+                    not same_bits(now, before)
+                    if isinstance(now, Tensor)
+                    else not np.array_equal(now, before, equal_nan=True)
+                )
                 assert not changed, f"{self.function} wrote to its input {name}"
             self.judge(found)
             if self.repeat:
@@ -190,9 +194,7 @@ def _judge_list(p: Problem, i: int, row: Sequence[float], at: Sequence[int], kee
     for x, j, other in zip(row, at[:count], best, strict=False):
         assert _near(x, S[j], p.slack), f"query {i}: value {x} of item {j}, expected {S[j]}"
         assert _near(S[j], S[other], 2 * p.slack), f"query {i}: item {j} of score {S[j]} stands where {S[other]} should"
-    for (x, j), (y, later) in zip(
-        zip(row, at, strict=True), list(zip(row, at, strict=True))[1:count], strict=False
-    ):
+    for (x, j), (y, later) in zip(zip(row, at, strict=True), list(zip(row, at, strict=True))[1:count], strict=False):
         ordered = (math.isnan(x) and (not math.isnan(y) or j < later)) or x > y or (x == y and j < later)
         assert ordered, f"query {i}: {x} at {j} stands before {y} at {later}"
 
@@ -216,9 +218,7 @@ def ranks(d: Draw) -> Retrieval:
     lists = {name: x.tolist() for name, x in names.items()}
 
     def same(i: int, j: int) -> bool:
-        return (
-            lists["query_ids"][i] == lists["gallery_ids"][j] and lists["query_cams"][i] == lists["gallery_cams"][j]
-        )
+        return lists["query_ids"][i] == lists["gallery_ids"][j] and lists["query_cams"][i] == lists["gallery_cams"][j]
 
     keep = _kept(given, Q, N, same if "query_cams" in lists else None)
 

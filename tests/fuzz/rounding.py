@@ -68,7 +68,9 @@ class Rounding(TorchDispatchMode):
         return self.rounded(out)
 
 
-def moves(compute: Callable[[Callable[[Tensor], Tensor]], list[Tensor]], exact: list[Tensor], eps: float) -> list[Tensor]:
+def moves(
+    compute: Callable[[Callable[[Tensor], Tensor]], list[Tensor]], exact: list[Tensor], eps: float
+) -> list[Tensor]:
     """The root mean square of what each of compute's results moves by, for each of its numbers, over eps.
 
     `compute(rounded)` makes the results from inputs that it passes through `rounded`.

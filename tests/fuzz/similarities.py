@@ -60,7 +60,9 @@ def choose_incoming(d: Draw, shapes: list[tuple[int, ...]], dtypes: list[torch.d
     return tuple(made) if any(g is not None for g in made) else (d.normal(*shapes[0], dtype=dtypes[0]), *made[1:])
 
 
-def _sides(d: Draw, batch_a: tuple[int, ...], M: int, batch_b: tuple[int, ...], N: int, D: int) -> tuple[Tensor, Tensor]:
+def _sides(
+    d: Draw, batch_a: tuple[int, ...], M: int, batch_b: tuple[int, ...], N: int, D: int
+) -> tuple[Tensor, Tensor]:
     """a and b; sometimes one tensor, or b a view of a, or one row expanded to all."""
     a = d.rows(*batch_a, M, D, scale=d.scale(), poison=0.05)
     if batch_a == batch_b and M == N and d.maybe(0.2, "a is b"):
