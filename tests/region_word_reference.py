@@ -29,9 +29,8 @@ def _loop(regions: Tensor, words: Tensor, region_mask: Mask, word_mask: Mask, sc
         row = []
         for t in range(len(words)):
             y = _valid(words, word_mask, t)
-            row.append(
-                score(x, y) if len(x) and len(y) else 0 * (x.nan_to_num(0, 0, 0).sum() + y.nan_to_num(0, 0, 0).sum())
-            )
+            nothing = 0 * (x.nan_to_num(0, 0, 0).sum() + y.nan_to_num(0, 0, 0).sum())
+            row.append(score(x, y) if len(x) and len(y) else nothing)
         rows.append(torch.stack(row) if row else regions.new_zeros(0))
     return torch.stack(rows) if rows else regions.new_zeros(0, len(words))
 

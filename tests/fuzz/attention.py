@@ -7,12 +7,12 @@ from typing import Any
 
 import reference
 import torch
-from fuzz.draw import Draw
-from fuzz.judges import Case, Outputs, Tensors
-from fuzz.similarities import choose_incoming, choose_mode, choose_needs
 from torch import Tensor
 
 import gssf_triton
+from fuzz.draw import Draw
+from fuzz.judges import Case, Outputs, Tensors
+from fuzz.similarities import choose_incoming, choose_mode, choose_needs
 
 
 def _head_weights(d: Draw, H: int, G: int, B: int) -> Tensors:

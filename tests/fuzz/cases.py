@@ -14,7 +14,7 @@ class Runnable(Protocol):
 
     @property
     def backend(self) -> str:
-        """ "torch" or "triton"."""
+        """What computes it."""
 
     @property
     def tags(self) -> set[str]:

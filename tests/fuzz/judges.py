@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fuzz.draw import DEVICE
-from fuzz.rounding import moves
 from reference import assert_close, tolerance
 from torch import Tensor
+
+from fuzz.draw import DEVICE
+from fuzz.rounding import moves
 
 Tensors = dict[str, Tensor | None]
 Outputs = tuple[Tensor, ...]
@@ -30,8 +31,8 @@ class Case:
 
     `out_dtypes` are those wanted of the outputs; `cast` names the tensors that autocast casts; `incoming` are the
     gradients that flow in, one an output, None for an output nobody uses. `decided(tensors)` is False where a maximum
-    or a hinge is so near a tie that rounding decides it: then the gradient has no right value. Where a NaN makes more of
-    the oracle's gradients NaN than it should (0 · NaN in a product), `dense_gradients` is False.
+    or a hinge is so near a tie that rounding decides it: then the gradient has no right value. Where a NaN makes more
+    of the oracle's gradients NaN than it should (0 · NaN in a product), `dense_gradients` is False.
     """
 
     function: str

@@ -17,9 +17,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from fuzz.cases import FAMILIES, case
 from poison import poisoned_memory
 from tqdm import tqdm
+
+from fuzz.cases import FAMILIES, case
 
 RUNS = Path("runs/fuzz")
 

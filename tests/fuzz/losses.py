@@ -8,12 +8,12 @@ from typing import Any
 import losses_reference
 import reference
 import torch
-from fuzz.draw import Draw
-from fuzz.judges import Case, Outputs, Tensors
-from fuzz.similarities import choose_incoming, choose_mode, choose_needs
 from torch import Tensor
 
 import gssf_triton
+from fuzz.draw import Draw
+from fuzz.judges import Case, Outputs, Tensors
+from fuzz.similarities import choose_incoming, choose_mode, choose_needs
 
 REDUCTIONS = ("mean", "sum", "none")
 #: Relative error of a similarity as the losses hold it: float32 throughout, but for half-precision features on Triton,

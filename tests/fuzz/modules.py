@@ -12,12 +12,12 @@ from typing import Any
 import losses_reference
 import reference
 import torch
+from torch import Tensor, nn
+
 from fuzz import attention
 from fuzz.draw import Draw
 from fuzz.judges import Case, Outputs, Tensors, same_bits, strict_warnings
 from fuzz.similarities import choose_incoming
-from torch import Tensor, nn
-
 from gssf_triton.nn import GSSF, DistillationLoss, GSSFAttention, InfoNCELoss, SigmoidLoss, TripletLoss
 
 

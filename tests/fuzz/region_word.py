@@ -7,13 +7,13 @@ from typing import Any
 
 import region_word_reference
 import torch
+from torch import Tensor
+
+import gssf_triton
 from fuzz.draw import Draw
 from fuzz.judges import Case, Outputs, Tensors
 from fuzz.losses import KEPT
 from fuzz.similarities import choose_incoming, choose_mode, choose_needs
-from torch import Tensor
-
-import gssf_triton
 
 POOLINGS = ("max-mean", "lse-mean", "max-sum")
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import retrieval_reference as naive
 import torch
-from fuzz.draw import Draw
-from fuzz.judges import same_bits, strict_warnings
 from reference import TOLERANCE
 from torch import Tensor
 
 import gssf_triton
+from fuzz.draw import Draw
+from fuzz.judges import same_bits, strict_warnings
 from gssf_triton import metrics
 
 Gallery = Tensor | np.ndarray[Any, Any]
@@ -270,10 +270,9 @@ def _metric_problem(d: Draw, **options: Any) -> Problem:
         d.dtype = torch.float64
     while True:
         p = _problem(d, arrays=False, **options)
-        if p.whole or d.dtype == torch.float64:
-            # Cosine of a set with itself has equal scores by symmetry that rounding tells apart.
-            if p.whole or p.call["queries"] is not p.call["gallery"]:
-                return p
+        # A set's cosines with itself are equal by symmetry, which rounding breaks.
+        if p.whole or (d.dtype == torch.float64 and p.call["queries"] is not p.call["gallery"]):
+            return p
         d.dtype = torch.float64
 
 

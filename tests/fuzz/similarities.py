@@ -7,11 +7,11 @@ from typing import Any
 
 import reference
 import torch
-from fuzz.draw import HALVES, Draw
-from fuzz.judges import Case, Outputs, Tensors
 from torch import Tensor
 
 import gssf_triton
+from fuzz.draw import HALVES, Draw
+from fuzz.judges import Case, Outputs, Tensors
 
 
 def _batches(d: Draw) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
