@@ -239,7 +239,8 @@ def _sigmoid(chunk: Chunk) -> Kept:
     else:
         chunk.matches(chunk.same).fill_(True)
         x = torch.where(chunk.same, -x, x)  # = −y·(scale·s + bias)
-    row = F.softplus(x).sum(1)
+    # By default everything above 20 is taken to be its own softplus, which costs float64 seven of its digits.
+    row = F.softplus(x, threshold=40.0).sum(1)
     slope = totals = None
     if chunk.wants_slope:
         slope = x.sigmoid_().mul_(chunk.rows[0].unsqueeze(-1))

@@ -103,7 +103,7 @@ def attention(d: Draw) -> Case:
     dtype = torch.bfloat16 if mode == "autocast" and d.dtype != torch.float64 else d.dtype
 
     def ours(given: Tensors) -> Outputs:
-        options: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": scale, "backend": d.backend}
+        options: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": scale, "backend": d.asked}
         return (gssf_triton.attention(**given, **options),)  # type: ignore[arg-type]
 
     def exact(given: Tensors) -> Outputs:

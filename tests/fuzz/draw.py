@@ -32,6 +32,8 @@ class Draw:
         self.tags: set[str] = set()
         # A share of the cases only: the interpreter is thousands of times slower.
         self.backend = "triton" if self.maybe(0.2) else "torch"
+        # How a user asks for it: on a CPU "auto" is torch.
+        self.asked = "auto" if self.backend == "torch" and DEVICE == "cpu" and self.maybe(0.3, "auto") else self.backend
         self.dtype = self.choice((torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16))
         self.tag(str(self.dtype).removeprefix("torch."))
 

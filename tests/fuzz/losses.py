@@ -64,10 +64,16 @@ def _loss(d: Draw, function: str) -> Case:
         fixed["ids"] = _ids(d, N)
     options: dict[str, Any] = {"reduction": d.choice(REDUCTIONS)}
     d.tag(options["reduction"])
+    numbers: dict[str, float] = {}
     if function != "triplet_loss":
-        tensors["logit_scale"] = _scalar(d, d.choice((1.0, 4.0, 14.3, 100.0, 0.0, -2.0, 0.01)), wide)
+        numbers["logit_scale"] = d.choice((1.0, 4.0, 14.3, 100.0, 0.0, -2.0, 0.01))
     if function == "sigmoid_loss":
-        tensors["logit_bias"] = _scalar(d, d.choice((-10.0, -1.5, 0.0, 3.0)), wide)
+        numbers["logit_bias"] = d.choice((-10.0, -1.5, 0.0, 3.0))
+    for name, value in numbers.items():
+        if d.maybe(0.2, "plain number"):
+            options[name] = value
+        else:
+            tensors[name] = _scalar(d, value, wide)
     if function == "info_nce":
         options["symmetric"] = d.maybe(0.7)
         options["label_smoothing"] = d.choice((0.0, 0.0, 0.1, 0.9))
@@ -102,7 +108,7 @@ def _case(
     call, oracle = getattr(gssf_triton, function), getattr(losses_reference, function)
 
     def ours(given: Tensors) -> Outputs:
-        return (call(**given, **fixed, **options, normalize=normalize, backend=d.backend),)
+        return (call(**given, **fixed, **options, normalize=normalize, backend=d.asked),)
 
     def exact(given: Tensors) -> Outputs:
         known = {name: x.detach().cpu() if isinstance(x, Tensor) else x for name, x in fixed.items()}
@@ -115,7 +121,10 @@ def _case(
             known = {"teacher": {name: None if x is None else x.double() for name, x in known.items()}}
         flat = {name: x.reshape(()) if x is not None and x.numel() == 1 and name.startswith("logit") else x
                 for name, x in given.items()}  # fmt: skip
-        return (oracle(**flat, **known, **options, normalize=normalize),)
+        plain = {
+            name: torch.tensor(x, dtype=torch.float64) if name.startswith("logit") else x for name, x in options.items()
+        }
+        return (oracle(**flat, **known, **plain, normalize=normalize),)
 
     dtype = wide if mode != "autocast" or wide == torch.float64 else torch.float32
     held = torch.bfloat16 if mode == "autocast" and wide != torch.float64 else d.dtype

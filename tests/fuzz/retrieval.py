@@ -40,11 +40,12 @@ class Retrieval:
         """Raise an AssertionError where a promise is broken."""
         with strict_warnings():
             self.kept = {
-                name: x.clone() if isinstance(x, Tensor) else np.array(x)
+                name: x.detach().clone() if isinstance(x, Tensor) else np.array(x)
                 for name, x in self.tensors.items()
                 if x is not None
             }
-            found = self.call()
+            with torch.inference_mode("inference" in self.tags):
+                found = self.call()
             for name, before in self.kept.items():
                 now = self.tensors[name]
                 changed = (
@@ -83,13 +84,18 @@ def _gallery_array(d: Draw, gallery: Tensor) -> Gallery:
     """The gallery as users bring theirs: a tensor, a NumPy view with negative steps or holes, a memory-mapped file."""
     if gallery.dtype == torch.bfloat16 or not d.maybe(0.2):
         return gallery
-    array = gallery.cpu().numpy()
-    form = d.choice(("negative steps", "fortran", "file", "read-only"))
+    array = gallery.detach().cpu().numpy()
+    form = d.choice(("negative steps", "fortran", "file", "unaligned", "read-only"))
     d.tag(f"numpy: {form}")
     if form == "negative steps":
         return np.ascontiguousarray(array[::-1, ::-1])[::-1, ::-1]
     if form == "fortran":
         return np.asfortranarray(array)
+    if form == "unaligned":
+        held = np.zeros(array.nbytes + 1, np.uint8)
+        off: Gallery = held[1:].view(array.dtype).reshape(array.shape)
+        off[...] = array
+        return off
     if form == "file" and array.size:
         folder = tempfile.mkdtemp(prefix="gssf-fuzz-")
         np.save(Path(folder) / "gallery.npy", array)
@@ -109,7 +115,8 @@ def _problem(d: Draw, *, same_set: bool = False, arrays: bool = True, most: int 
     Q, N = d.size(min(most, 40)), d.size(most)
     normalize = not whole and d.maybe(0.5, "normalize")
     scale = d.scale() if normalize else 1.0
-    queries = _rows(d, Q, G * B, whole, scale)
+    queries = _rows(d, Q, G * B, whole, scale).requires_grad_(d.maybe(0.1, "requires_grad"))
+    d.maybe(0.1, "inference")
     if same_set or d.maybe(0.1, "a is b"):
         gallery, N = queries, Q
     else:
@@ -122,7 +129,8 @@ def _problem(d: Draw, *, same_set: bool = False, arrays: bool = True, most: int 
             for name, w in weights.items()
         }
     wide = [None if w is None else w.cpu() for w in weights.values()]
-    exact = naive.scores_of(queries.cpu(), gallery.cpu(), *wide, normalize=normalize)
+    known = queries.detach().cpu(), gallery.detach().cpu()
+    exact = naive.scores_of(*known, *wide, normalize=normalize)
     finite = exact[exact.isfinite()]
     tol = max(TOLERANCE[x.dtype] for x in (queries, *weights.values()) if x is not None)
     slack = 0.0 if whole else 10 * tol * float(finite.square().mean().sqrt() if finite.numel() else 0.0)
@@ -131,7 +139,7 @@ def _problem(d: Draw, *, same_set: bool = False, arrays: bool = True, most: int 
         "gallery": _gallery_array(d, gallery) if arrays and not same_set else gallery,
         **weights,
         "normalize": normalize,
-        "backend": d.backend,
+        "backend": d.asked,
     }
     return Problem(call, exact.tolist(), slack, (Q, N), whole)
 

@@ -67,6 +67,8 @@ def _sides(
     a = d.rows(*batch_a, M, D, scale=d.scale(), poison=0.05)
     if batch_a == batch_b and M == N and d.maybe(0.2, "a is b"):
         return a, a
+    if batch_a == batch_b and M > 1 and N == (M + 1) // 2 and d.maybe(0.5, "b is a view of a"):
+        return a, a[..., ::2, :]
     b = d.rows(*batch_b, N, D, scale=d.scale(), poison=0.05)
     if b.shape[-2] and d.maybe(0.07):
         b = d.expanded(b, b.dim() - 2)
@@ -128,12 +130,14 @@ def _similarity(d: Draw, function: str) -> Case:
     batch_a, batch_b, batch = _batches(d)
     if function == "paired_sim" or d.maybe(0.1):
         N = M
+    elif d.maybe(0.05):
+        N = (M + 1) // 2
     a, b = _sides(d, batch_a, M, batch_b, N, G * B)
     kind = "diag+blocks" if function == "pairwise_terms" else d.kind()
     tensors: Tensors = {"a": a, "b": b, **d.weights(kind, G, B, scale=d.scale() ** 0.25)}
     shared = {"normalize": d.maybe(0.5, "normalize")}
     out_dtype = _out_dtype(d)
-    options: dict[str, Any] = {"backend": d.backend, "out_dtype": out_dtype}
+    options: dict[str, Any] = {"backend": d.asked, "out_dtype": out_dtype}
     shape = (*batch, M) if function == "paired_sim" else (*batch, M, N)
     shapes = [shape, shape] if function == "pairwise_terms" else [shape]
     case = _finish(
@@ -183,7 +187,7 @@ def transform(d: Draw) -> Case:
     tensors: Tensors = {"x": x, **d.weights(d.kind(), G, B, scale=d.scale() ** 0.25)}
     shared = {"side": d.choice(("a", "b")), "normalize": d.maybe(0.4, "normalize")}
     shape = [tuple(x.shape)]
-    return _finish(d, "transform", tensors, shape, {"backend": d.backend}, shared, twice=True, features=("x",))
+    return _finish(d, "transform", tensors, shape, {"backend": d.asked}, shared, twice=True, features=("x",))
 
 
 def dense_metric(d: Draw) -> Case:
