@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from losses_problem import LOSSES, problem
+from reference import tolerance
 from torch import Tensor
 
 import gssf_triton
@@ -61,6 +62,20 @@ def test_only_positives(backend: str, device: str) -> None:
         out.backward()
         assert float(out.detach()) == 0
         assert all(x.grad is not None and not x.grad.any() for x in p.leaves.values())
+
+
+@pytest.mark.parametrize("bias", [9.0, 16.0, 20.5, 24.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sigmoid_of_pairs_long_told_apart(bias: float, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Losses of 1e-4 to 1e-10 and, in float64, of 20 and more: every one with its own digits."""
+    p = problem("sigmoid_loss", 9, dtype=dtype, scale=0.5, reduction="none", normalize=True, device=device)
+    p.fixed["ids"] = torch.zeros(9, dtype=torch.int64, device=device)
+    for sign in (1, -1):
+        p.leaves["logit_bias"] = torch.tensor(sign * bias, dtype=dtype, device=device)
+        expected, _ = p.exact()
+        # softplus(x) is off by |x| times as much as x is.
+        relative = (bias + 2) * tolerance(dtype)
+        torch.testing.assert_close(p.call(backend).double().cpu(), expected.detach(), rtol=relative, atol=0)
 
 
 def test_all_equal(backend: str, device: str) -> None:

@@ -68,7 +68,7 @@ def _loss(d: Draw, function: str) -> Case:
     if function != "triplet_loss":
         numbers["logit_scale"] = d.choice((1.0, 4.0, 14.3, 100.0, 0.0, -2.0, 0.01))
     if function == "sigmoid_loss":
-        numbers["logit_bias"] = d.choice((-10.0, -1.5, 0.0, 3.0))
+        numbers["logit_bias"] = d.choice((-10.0, -1.5, 0.0, 3.0, 16.0))
     for name, value in numbers.items():
         if d.maybe(0.2, "plain number"):
             options[name] = value
@@ -151,9 +151,9 @@ def _decided(given: Tensors, ids: Tensor | None, options: dict[str, Any], normal
     if ids is not None:
         same |= ids.cpu()[:, None] == ids.cpu()[None, :]
     # The size of S if the terms of its sums had random signs, over the whole matrix.
-    near = 4 * kept * float((S.square().mean() + S.diagonal().square().mean()).sqrt())
+    near = 4 * kept * float((S.square().nanmean() + S.diagonal().square().nanmean()).sqrt())
     for hinge in (options["margin"] + S - S.diagonal()[:, None], (options["margin"] + S - S.diagonal()[None, :]).T):
-        hinge = hinge.masked_fill(same, float("-inf"))
+        hinge = hinge.masked_fill(same | hinge.isnan(), float("-inf"))
         best = hinge.sort(1, descending=True).values[:, :2]
         gap = (best[:, 0] - best[:, 1]).nan_to_num(torch.inf)[best[:, 0] > 0]
         edges = best[:, 0] if options["hardest"] else hinge

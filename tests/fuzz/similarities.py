@@ -68,7 +68,7 @@ def _sides(
     if batch_a == batch_b and M == N and d.maybe(0.2, "a is b"):
         return a, a
     if batch_a == batch_b and M > 1 and N == (M + 1) // 2 and d.maybe(0.5, "b is a view of a"):
-        return a, a[..., ::2, :]
+        return a, a.detach()[..., ::2, :]
     b = d.rows(*batch_b, N, D, scale=d.scale(), poison=0.05)
     if b.shape[-2] and d.maybe(0.07):
         b = d.expanded(b, b.dim() - 2)
