@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV ?= .venv
 # Worker processes of `make test`.
 TEST_JOBS ?= 2
-# More arguments for pytest, the demo, the studies and the benchmark, e.g. make demo DEMO_FLAGS="--metric diag --steps 500".
+# More arguments for pytest, the demo, the studies, the benchmark and the fuzzer, e.g. make demo DEMO_FLAGS="--metric diag --steps 500".
 TEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 STUDY_FLAGS ?=
 CHECK_FLAGS ?=
+FUZZ_FLAGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -23,7 +24,7 @@ RUNS := $(VENV)/.setup-runs-done
 # The package as a wheel lays it out, for mypy.
 TYPING := build/typing
 
-.PHONY: help setup test lint format aot demo studies bench gpu-check wheel audit check clean
+.PHONY: help setup test lint format aot fuzz demo studies bench gpu-check wheel audit check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,9 @@ format: $(STAMP) ## let ruff mend what it can
 
 aot: $(STAMP) ## compile every tile configuration for GPUs that need not be there
 	env -u TRITON_INTERPRET $(BIN)/python -m gssf_triton.autotune.compile_gate
+
+fuzz: $(STAMP) ## random cases of every public function against float64 until Ctrl-C, into runs/fuzz
+	$(BIN)/python tests/fuzz $(FUZZ_FLAGS)
 
 demo: $(RUNS) ## train and compare the metrics on glyph-name retrieval, into runs/demo
 	$(BIN)/python examples/glyph_retrieval.py --out runs/demo $(DEMO_FLAGS)

@@ -147,13 +147,16 @@ def _decided(given: Tensors, ids: Tensor | None, options: dict[str, Any], normal
     N = len(S)
     if N < 2:
         return True
+    if not bool(S.isfinite().all()):
+        # A hinge at NaN: torch's clamp passes no gradient there, its relu does.
+        return False
     same = torch.eye(N, dtype=torch.bool)
     if ids is not None:
         same |= ids.cpu()[:, None] == ids.cpu()[None, :]
     # The size of S if the terms of its sums had random signs, over the whole matrix.
-    near = 4 * kept * float((S.square().nanmean() + S.diagonal().square().nanmean()).sqrt())
+    near = 4 * kept * float((S.square().mean() + S.diagonal().square().mean()).sqrt())
     for hinge in (options["margin"] + S - S.diagonal()[:, None], (options["margin"] + S - S.diagonal()[None, :]).T):
-        hinge = hinge.masked_fill(same | hinge.isnan(), float("-inf"))
+        hinge = hinge.masked_fill(same, float("-inf"))
         best = hinge.sort(1, descending=True).values[:, :2]
         gap = (best[:, 0] - best[:, 1]).nan_to_num(torch.inf)[best[:, 0] > 0]
         edges = best[:, 0] if options["hardest"] else hinge
