@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Worker processes of `make test`.
 TEST_JOBS ?= 2
-# More arguments for pytest, the demo, the studies, the benchmark and the fuzzer, e.g. make demo DEMO_FLAGS="--metric diag --steps 500".
+# More arguments for pytest, the demo, the studies, the benchmark and the fuzzer, e.g.
+# make demo DEMO_FLAGS="--metric diag --steps 500", or make fuzz FUZZ_FLAGS="--minutes 30 --jobs 2".
 TEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from fuzz import attention, losses, modules, region_word, retrieval, similarities
 from fuzz.draw import Draw
+from fuzz.ways import Way
 
 
 class Runnable(Protocol):
@@ -38,9 +39,25 @@ FAMILIES: dict[str, Callable[[Draw], Runnable]] = {
 }
 
 
+class _AnyWay:
+    """A case run in the way drawn for it."""
+
+    def __init__(self, inner: Runnable, way: Way) -> None:
+        self.inner, self.way = inner, way
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def run(self) -> None:
+        with self.way.taken():
+            self.inner.run()
+
+
 def case(seed: int, function: str | None = None) -> Runnable:
     """The case of a seed: of any function, or of the one named."""
     d = Draw(seed)
+    way = Way(d)
     names = list(FAMILIES)
-    chosen = names[seed % len(names)]
-    return FAMILIES[function or chosen](d)
+    drawn: Any = _AnyWay(FAMILIES[function or names[seed % len(names)]](d), way)
+    made: Runnable = drawn
+    return made
