@@ -12,7 +12,7 @@ import torch
 from reference import assert_close, tolerance
 from torch import Tensor
 
-from fuzz.draw import DEVICE
+from fuzz.draw import DEVICE, HALVES
 from fuzz.rounding import moves
 
 Tensors = dict[str, Tensor | None]
@@ -33,6 +33,7 @@ class Case:
     gradients that flow in, one an output, None for an output nobody uses. `decided(tensors)` is False where a maximum
     or a hinge is so near a tie that rounding decides it: then the gradient has no right value. Where a NaN makes more
     of the oracle's gradients NaN than it should (0 · NaN in a product), `dense_gradients` is False.
+    `stages` is how many results in a row are rounded to half precision, where the contract's table counts one function.
     """
 
     function: str
@@ -50,6 +51,7 @@ class Case:
     decided: Callable[[Tensors], bool] = always
     exact_ties: bool = False
     dense_gradients: bool = True
+    stages: int = 1
     twice: bool = False
     repeat: bool = False
     _attached: list[bool] = field(default_factory=list)
@@ -169,7 +171,8 @@ class Case:
         dtypes = {x.dtype for x in self.tensors.values() if x is not None} | set(self.out_dtypes)
         if self.mode == "autocast" and any(x is not None and x.dtype != torch.float64 for x in self.tensors.values()):
             dtypes.add(torch.bfloat16)
-        return tolerance(*dtypes)
+        halves = self.stages**0.5 if dtypes & set(HALVES) else 1.0
+        return tolerance(*dtypes) * halves
 
     def _judge(self, outputs: Outputs, grads: Outputs, second: Outputs) -> None:
         wants = bool(self.needs) and self.mode in ("grad", "autocast")
@@ -184,6 +187,8 @@ class Case:
             names += [f"{self.function} d{name}" for name in leaves]
         if second:
             names += [f"{self.function} second derivative, d{name}" for name in leaves]
+        # Of nothing a gradient is 0, and 0 · NaN is NaN on the oracle's way to it.
+        dense = self.dense_gradients and all(out.numel() for out in outputs)
         decided = not grads or self.decided(self._wide())
         if not decided:
             self.tags.add("near tie: values only")
@@ -197,7 +202,7 @@ class Case:
                 tol,
                 name,
                 spreads=self.backend == "triton",
-                dense=self.dense_gradients or " d" not in name,
+                dense=dense or " d" not in name,
             )
         for grad, (name, x) in zip(grads, leaves.items(), strict=False):
             assert grad.dtype == x.dtype and grad.shape == x.shape, f"d{name} is {grad.dtype} {tuple(grad.shape)}"

@@ -39,10 +39,10 @@ def _features(d: Draw, N: int, D: int, whole: bool, scale: float, poison: float 
     return d.rows(N, D, scale=scale / max(D, 1) ** 0.5, poison=poison)
 
 
-def _sides(d: Draw, N: int, D: int, whole: bool, normalize: bool) -> tuple[Tensor, Tensor]:
+def _sides(d: Draw, N: int, D: int, whole: bool, normalize: bool, poison: float) -> tuple[Tensor, Tensor]:
     # Features of any size where they are normalised, and logits of many thousands where they are not.
     scale = d.scale() if normalize else d.choice((1.0, 1.0, 1.0, 0.01, 30.0))
-    a = _features(d, N, D, whole, scale, 0.04)
+    a = _features(d, N, D, whole, scale, poison)
     if d.maybe(0.07, "a is b"):
         return a, a
     return a, _features(d, N, D, whole, scale)
@@ -54,14 +54,14 @@ def _loss(d: Draw, function: str) -> Case:
     normalize = d.maybe(0.5, "normalize")
     # Whole numbers give exact ties, which go to the lowest index; the losses of one index have no others.
     whole = function == "triplet_loss" and not normalize and d.maybe(0.3, "exact ties")
-    a, b = _sides(d, N, G * B, whole, normalize)
+    fixed: dict[str, Any] = {} if function == "distillation_loss" else {"ids": _ids(d, N)}
+    # A hinge without a negative is 0 for the oracle, which never looks at such a pair's NaN.
+    unseen = function == "triplet_loss" and (N == 1 or fixed["ids"] is not None)
+    a, b = _sides(d, N, G * B, whole, normalize, 0.0 if unseen else 0.04)
     wide = torch.promote_types(d.dtype, torch.float32)
     tensors: Tensors = {"a": a, "b": b, **d.weights(d.kind(), G, B)}
     if whole:
         tensors |= {name: None if w is None else w.round() for name, w in tensors.items() if name.startswith("W")}
-    fixed: dict[str, Any] = {}
-    if function != "distillation_loss":
-        fixed["ids"] = _ids(d, N)
     options: dict[str, Any] = {"reduction": d.choice(REDUCTIONS)}
     d.tag(options["reduction"])
     numbers: dict[str, float] = {}

@@ -132,6 +132,9 @@ def _decided(given: Tensors, masks: dict[str, Tensor | None], normalize: bool, k
         regions, words = (torch.nn.functional.normalize(x, dim=-1) for x in (regions, words))
     metric = region_word_reference.dense_metric(*weights)
     S = torch.einsum("irm,mn,tln->itlr", regions, metric, words)
+    if not bool(S.isfinite().all()):
+        # Of similarities that are all infinite, or NaN, none is the best.
+        return False
     region_mask, word_mask = masks.values()
     if region_mask is not None:
         S = S.masked_fill((region_mask == 0)[:, None, None, :], float("-inf"))

@@ -29,9 +29,9 @@ class Way:
             self.fold_b = d.choice((None, False, True))
             d.tag(f"plan: {self.plan}")
         d.tag("small chunks")
-        self.chunk = d.choice(((1, 1), (5, 3), (16, 16), (37, 45), (64, 7)))
+        self.chunk = d.choice(((5, 3), (16, 16), (37, 45), (64, 7)) if not d.small else ((7, 16), (16, 37)))
         self.bytes = d.choice((1, 300, 2048, 20_000))
-        rows, columns = d.choice(((1, 1), (3, 5), (16, 64), (33, 17)))
+        rows, columns = d.choice(((2, 9), (7, 5), (16, 64), (33, 17)))
         self.stream = retrieval_configs.StreamChunks(rows, columns, d.choice((columns, 2 * columns, 100 * columns)))
 
     @contextlib.contextmanager
