@@ -72,7 +72,7 @@ def oracle(
             for h in range(q.shape[-3])
         ]
         metric = torch.stack(per_head)
-    scores = q @ metric @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = q @ metric.to(q.dtype) @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if mask is not None:

@@ -269,8 +269,7 @@ def attention_module(d: Draw) -> Module:
 
     shape = (N, L, E) if made["batch_first"] else (L, N, E)
     whole = _assemble(d, module, lambda: GSSFAttention(**made), inputs, use, oracle, [shape], [dtype])
-    # In half precision every stage rounds: the projection, the fold, the attention, the projection out.
-    whole.case.stages = 4
+    whole.case.chain = True
     return whole
 
 
