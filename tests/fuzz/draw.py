@@ -107,7 +107,9 @@ class Draw:
             elif zeros and self.maybe(0.05, "zero row"):
                 row.zero_()
             elif self.maybe(poison, "not finite"):
-                row[self.random.randrange(x.shape[-1])] = self.choice((math.nan, math.inf, -math.inf))
+                value = self.choice((math.nan, math.inf, -math.inf))
+                row[self.random.randrange(x.shape[-1])] = value
+                self.tag("NaN" if math.isnan(value) else "infinity")
         return self.lay(x)
 
     def weights(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from reference import assert_close, tolerance
+from region_word_reference import TIMES_THE_LOOPS_ERROR
 from torch import Tensor
 
 from fuzz.draw import DEVICE, HALVES
@@ -32,9 +33,10 @@ class Case:
     `out_dtypes` are those wanted of the outputs; `cast` names the tensors that autocast casts; `incoming` are the
     gradients that flow in, one an output, None for an output nobody uses. `decided(tensors)` is False where a maximum
     or a hinge is so near a tie that rounding decides it: then the gradient has no right value. Where a NaN makes more
-    of the oracle's gradients NaN than it should (0 · NaN in a product), `dense_gradients` is False.
+    of the oracle's gradients NaN than it should (0 · NaN in a product), `dense_gradients` is False, and
+    `dense_outputs` where an infinity makes more of its outputs NaN.
     `chain` is set where whole layers of torch's round to half precision too, where the contract's table is for one
-    function: then the oracle itself, run in that dtype, says what torch is off by, and twice that is allowed.
+    function: then the oracle itself, run in that dtype, says what torch is off by, and `TIMES_THE_LOOPS_ERROR` as much is allowed.
     """
 
     function: str
@@ -52,6 +54,7 @@ class Case:
     decided: Callable[[Tensors], bool] = always
     exact_ties: bool = False
     dense_gradients: bool = True
+    dense_outputs: bool = True
     chain: bool = False
     twice: bool = False
     repeat: bool = False
@@ -184,7 +187,7 @@ class Case:
             rough = self._exact(dtype=outputs[0].dtype)
             # `assert_close` allows tol times half of the size.
             sizes = [
-                size + 4 / tol * (x.double() - y).square().mean().sqrt()
+                size + 2 * TIMES_THE_LOOPS_ERROR / tol * (x.double() - y).square().mean().sqrt()
                 for size, x, y in zip(sizes, rough, exact, strict=True)
             ]
         found = [*outputs, *grads, *second]
@@ -215,7 +218,7 @@ class Case:
                 tol,
                 name,
                 spreads=self.backend == "triton",
-                dense=dense or " d" not in name,
+                dense=dense if " d" in name else self.dense_outputs,
             )
         for grad, (name, x) in zip(grads, leaves.items(), strict=False):
             assert grad.dtype == x.dtype and grad.shape == x.shape, f"d{name} is {grad.dtype} {tuple(grad.shape)}"
