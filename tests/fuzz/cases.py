@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 from fuzz import attention, losses, modules, region_word, retrieval, similarities
 from fuzz.draw import Draw
 from fuzz.ways import Way
@@ -55,6 +57,7 @@ class _AnyWay:
 
 def case(seed: int, function: str | None = None) -> Runnable:
     """The case of a seed: of any function, or of the one named."""
+    torch.manual_seed(seed)  # modules start from torch's own generator
     d = Draw(seed)
     way = Way(d)
     names = list(FAMILIES)

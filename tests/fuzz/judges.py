@@ -36,7 +36,8 @@ class Case:
     of the oracle's gradients NaN than it should (0 · NaN in a product), `dense_gradients` is False, and
     `dense_outputs` where an infinity makes more of its outputs NaN.
     `chain` is set where whole layers of torch's round to half precision too, where the contract's table is for one
-    function: then the oracle itself, run in that dtype, says what torch is off by, and `TIMES_THE_LOOPS_ERROR` as much is allowed.
+    function: then the oracle itself, run in that dtype, says what torch is off by, and `TIMES_THE_LOOPS_ERROR` as much
+    is allowed.
     """
 
     function: str
