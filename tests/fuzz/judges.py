@@ -268,5 +268,5 @@ def strict_warnings() -> Iterator[None]:
     """Any warning is a fault, but NumPy's of the NaN and Inf that the interpreter hands it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter|numpy\..*")
         yield
