@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gssf_triton.checks import check_choice
 from gssf_triton.data.files import DataError, existing_file, existing_folder, fault, numbered_lines
+from gssf_triton.options import check_choice
 
 NAMES = ("f30k", "coco")
 SPLITS = ("train", "dev", "test", "testall")

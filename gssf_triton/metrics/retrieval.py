@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gssf_triton import checks
+from gssf_triton import checks, options
 from gssf_triton.backend import resolve_backend
 from gssf_triton.metrics.common import percent, precisions, recalls, valid_places
 from gssf_triton.progress import progress_bar
@@ -72,6 +72,7 @@ def retrieval(
     N = embeddings.shape[0]
     row_checks.check_labels("labels", labels, N, "embeddings", embeddings)
     row_checks.check_ks(ks)
+    options.check_flags(normalize=normalize, progress=progress)
     itself = torch.arange(N, device=embeddings.device)
     exclusions = make_exclusions(embeddings, N, itself, None, (labels, labels))
     scores = Scores(embeddings, N, W_diag, W_blocks, normalize, resolve_backend(backend, embeddings, W_blocks))
