@@ -159,6 +159,8 @@ class HeadMetric(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """T(q), (..., H, L, D) to the same."""
+        checks.check_features("q", q)
+        checks.check_head_weights(q, self.W_diag, self.W_blocks)
         return fold_heads(q, self.W_diag, self.W_blocks)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -175,10 +177,8 @@ def check_head_options(
     """What a module with a metric a head is made with."""
     options.check_count("num_heads", num_heads, 1)
     options.check_count("head_dim", head_dim, 1)
-    options.check_flags(diag=diag, blocks=blocks)
+    options.check_terms(diag, blocks)
     options.check_place(device, dtype)
-    if not diag and not blocks:
-        raise ValueError("no term to learn: diag and blocks are both False, at least one of them is wanted")
     if blocks and block_size is not None:
         options.check_block_size("block_size", block_size, head_dim, f"the {head_dim} channels of a head")
 

@@ -234,7 +234,8 @@ class GSSFAttention(nn.MultiheadAttention):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != channels:
                 form = "(N, L, E)" if self.batch_first else "(L, N, E)"
                 raise ValueError(
-                    f"{name} must be {form} or (L, E) as query is, with E = {channels}, got {tuple(x.shape)}"
+                    f"{name} must be {form} or (L, E) as query {tuple(query.shape)} is, with E = {channels}, "
+                    f"got {tuple(x.shape)}"
                 )
             checks.check_same_device("query", query, name, x)
         batch_dim = 0 if self.batch_first else 1

@@ -59,10 +59,9 @@ class GSSF(nn.Module):
     ) -> None:
         super().__init__()
         options.check_count("dim", dim, 1)
-        options.check_flags(diag=diag, blocks=blocks, normalize=normalize)
+        options.check_terms(diag, blocks)
+        options.check_flags(normalize=normalize)
         options.check_place(device, dtype)
-        if not diag and not blocks:
-            raise ValueError("no term to learn: diag and blocks are both False, at least one of them is wanted")
         if blocks:
             options.check_block_size("block_size", block_size, dim, f"dim = {dim}")
         self.dim = dim

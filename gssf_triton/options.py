@@ -91,6 +91,13 @@ def check_block_size(name: str, value: object, channels: int, of: str) -> None:
         raise ValueError(f"{name} must divide {of}, got {value}")
 
 
+def check_terms(diag: object, blocks: object) -> None:
+    """Which terms of the metric a module learns."""
+    check_flags(diag=diag, blocks=blocks)
+    if not diag and not blocks:
+        raise ValueError("no term to learn: diag and blocks are both False, at least one of them is wanted")
+
+
 def check_dtype(name: str, dtype: object) -> None:
     """The dtype of something that is made: a floating-point one, or None for the default."""
     if dtype is None:

@@ -197,8 +197,8 @@ def similarity_histogram(
         b: (N, D).
         W_diag: As in `pairwise_sim`, and so are W_blocks and `normalize`.
         W_blocks: (G, B, B), or None.
-        a_ids: (M,), and
-        b_ids: (N,): pairs of equal ids match. Where neither is given, a[i] matches b[i].
+        a_ids: (M,) integers, and
+        b_ids: (N,) integers: pairs of equal ids match. Where neither is given, a[i] matches b[i].
         bins: Bins of equal width.
         normalize: Put both sides on the unit sphere first.
 
@@ -255,13 +255,15 @@ def _check_made_by(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} must be a gssf_triton.viz.{kind.__name__}, got {type(value).__name__}")
 
 
+def _check_axes(ax: object) -> None:
+    if ax is not None and not isinstance(ax, require("matplotlib.axes", "viz").Axes):
+        raise TypeError(f"ax must be a matplotlib.axes.Axes or None, got {type(ax).__name__}")
+
+
 def _axes(ax: Axes | None) -> Axes:
-    plots = require("matplotlib.pyplot", "viz")
     if ax is not None:
-        if not isinstance(ax, plots.Axes):
-            raise TypeError(f"ax must be a matplotlib.axes.Axes or None, got {type(ax).__name__}")
         return ax
-    new: Axes = plots.subplots(layout="constrained")[1]
+    new: Axes = require("matplotlib.pyplot", "viz").subplots(layout="constrained")[1]
     return new
 
 
@@ -284,6 +286,7 @@ def plot_metric(W_diag: Tensor | None = None, W_blocks: Tensor | None = None, *,
         >>> plot_metric(torch.ones(8), torch.randn(2, 4, 4)).get_xlabel()
         'channel of b'
     """
+    _check_axes(ax)
     metric = functional.dense_metric(W_diag, W_blocks).float().cpu()
     D = metric.shape[0]
     size = 1 if W_blocks is None else W_blocks.shape[-1]
@@ -309,6 +312,7 @@ def plot_parts(parts: ScoreParts, *, ax: Axes | None = None) -> Axes:
         ValueError: parts of several pairs.
     """
     _check_made_by("parts", parts, ScoreParts)
+    _check_axes(ax)
     if parts.channels.dim() != 1:
         raise ValueError(f"parts must be of one pair, (D,), got shape {tuple(parts.channels.shape)}")
     ax = _axes(ax)
@@ -333,6 +337,7 @@ def plot_similarities(histogram: SimilarityHistogram, *, ax: Axes | None = None)
         ax: Where to draw; a new figure where None.
     """
     _check_made_by("histogram", histogram, SimilarityHistogram)
+    _check_axes(ax)
     ax = _axes(ax)
     edges = histogram.edges.numpy()
     for label, counts in (("matches", histogram.positives), ("other pairs", histogram.negatives)):

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gssf_triton.options import check_count, check_flags
+
 IMAGE_SIZE = 32
 #: Point size at 72 dpi: leaves capitals about 15 of the 32 pixels and room for accents; the few larger are scaled down.
 FONT_SIZE = 20
@@ -61,8 +63,8 @@ class Glyphs:
         Raises:
             ValueError: `held_out` is not between 1 and the number of names less one.
         """
-        if not 0 < held_out < len(self.names):
-            raise ValueError(f"held_out must be from 1 to {len(self.names) - 1}, got {held_out}")
+        check_count("held_out", held_out, 1, len(self.names) - 1)
+        check_count("seed", seed, 0)
         order = np.random.default_rng(seed).permutation(len(self.names))
         return self.only(np.sort(order[held_out:])), self.only(np.sort(order[:held_out]))
 
@@ -184,6 +186,7 @@ def load_glyphs(progress: bool = True) -> Glyphs:
         >>> glyphs.images.shape[1:], "GREEK SMALL LETTER ALPHA WITH TONOS" in glyphs.names
         ((32, 32), True)
     """
+    check_flags(progress=progress)
     path = cache_path()
     if path.exists():
         try:

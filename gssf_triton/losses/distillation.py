@@ -147,7 +147,9 @@ def distillation_loss(
     for name, x, like, of in (("teacher_a", teacher_a, a, "a"), ("teacher_b", teacher_b, b, "b")):
         checks.check_same_device(of, like, name, x)
         if x.shape[0] != like.shape[0]:
-            raise ValueError(f"{name} must have {like.shape[0]} rows, as {of} has, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have {like.shape[0]} rows, as {of} {tuple(like.shape)} has, got {tuple(x.shape)}"
+            )
     options.check_scalar("logit_scale", logit_scale, "a", a)
     sides = fold_sides(inputs)
     with torch.no_grad():

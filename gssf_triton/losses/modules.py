@@ -118,9 +118,9 @@ class InfoNCELoss(_ScaledLoss):
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
         options.check_flags(symmetric=symmetric)
         options.check_fraction("label_smoothing", label_smoothing)
+        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
         self.symmetric = symmetric
         self.label_smoothing = label_smoothing
 
@@ -165,8 +165,8 @@ class SigmoidLoss(_ScaledLoss):
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
         options.check_number("logit_bias", logit_bias)
+        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
         self.logit_bias = nn.Parameter(torch.tensor([float(logit_bias)]), requires_grad=learn_scale)
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -86,8 +86,9 @@ def reid(
     row_checks.check_ks(ks)
     options.check_flags(normalize=normalize, progress=progress)
     exclusions = make_exclusions(queries, N, None, None, (query_ids, gallery_ids), (query_cams, gallery_cams))
+    backend = resolve_backend(backend, queries, W_blocks)
     exclusions = replace(exclusions, mask=(gallery_ids != JUNK).expand(Q, N))
-    scores = Scores(queries, N, W_diag, W_blocks, normalize, resolve_backend(backend, queries, W_blocks))
+    scores = Scores(queries, N, W_diag, W_blocks, normalize, backend)
     first, precision, penalty = [], [], []
     for _, ranks, counts in match_ranks(scores, gallery.detach(), exclusions, progress_bar(progress, "re-id")):
         matched = counts > 0
