@@ -49,8 +49,8 @@ def check_same_device(reference_name: str, reference: Tensor, name: str, x: Tens
         )
 
 
-def _check_weight_forms(W_diag: object, W_blocks: object, prefix: str = "") -> None:
-    """One weight at least; W_diag a float vector, W_blocks a float (G, B, B)."""
+def _check_weight_forms(W_diag: object, W_blocks: object, prefix: str = "", heads: bool = False) -> None:
+    """One weight at least; W_diag a float vector, W_blocks a float (G, B, B); with `heads` also one of each a head."""
     diag, blocks = f"{prefix}W_diag", f"{prefix}W_blocks"
     if W_diag is None and W_blocks is None:
         raise ValueError(f"no weight given: {diag} and {blocks} are both None, at least one of them is wanted")
@@ -58,32 +58,36 @@ def _check_weight_forms(W_diag: object, W_blocks: object, prefix: str = "") -> N
         check_tensor(diag, W_diag)
         assert isinstance(W_diag, Tensor)
         check_floating(diag, W_diag)
-        if W_diag.dim() != 1:
-            raise ValueError(f"{diag} must have shape (D,), got {shape_of(W_diag)}")
+        if W_diag.dim() not in (1, 1 + heads):
+            raise ValueError(f"{diag} must have shape (D,){' or (H, D)' * heads}, got {shape_of(W_diag)}")
     if W_blocks is not None:
         check_tensor(blocks, W_blocks)
         assert isinstance(W_blocks, Tensor)
         check_floating(blocks, W_blocks)
-        if W_blocks.dim() != 3 or W_blocks.shape[1] != W_blocks.shape[2] or W_blocks.shape[1] == 0:
-            raise ValueError(f"{blocks} must have shape (G, B, B) with B >= 1, got {shape_of(W_blocks)}")
+        shape = W_blocks.shape
+        if W_blocks.dim() not in (3, 3 + heads) or shape[-2] != shape[-1] or shape[-1] == 0:
+            form = f"(G, B, B){' or (H, G, B, B)' * heads} with B >= 1"
+            raise ValueError(f"{blocks} must have shape {form}, got {shape_of(W_blocks)}")
 
 
-def check_weights(name: str, x: Tensor, W_diag: object, W_blocks: object, prefix: str = "") -> None:
+def check_weights(
+    name: str, x: Tensor, W_diag: object, W_blocks: object, *, prefix: str = "", heads: bool = False
+) -> None:
     """W_diag (D,) and W_blocks (G, B, B) with G*B = D, at least one of them, on the features' device.
 
-    `prefix` is what the caller's arguments have before these names.
+    `prefix` is what the caller's arguments have before these names; with `heads` a weight may be one a head as well.
     """
-    _check_weight_forms(W_diag, W_blocks, prefix)
+    _check_weight_forms(W_diag, W_blocks, prefix, heads)
     channels = x.shape[-1]
     if isinstance(W_diag, Tensor):
-        if W_diag.shape[0] != channels:
+        if W_diag.shape[-1] != channels:
             raise ValueError(
-                f"{prefix}W_diag must have shape ({channels},), the channels of {name} {shape_of(x)}, "
-                f"got {shape_of(W_diag)}"
+                f"{prefix}W_diag must have shape ({channels},){f' or (H, {channels})' * heads}, the channels of "
+                f"{name} {shape_of(x)}, got {shape_of(W_diag)}"
             )
         check_same_device(name, x, f"{prefix}W_diag", W_diag)
     if isinstance(W_blocks, Tensor):
-        covered = W_blocks.shape[0] * W_blocks.shape[1]
+        covered = W_blocks.shape[-3] * W_blocks.shape[-2]
         if covered != channels:
             raise ValueError(
                 f"{prefix}W_blocks of shape {shape_of(W_blocks)} covers G*B = {covered} channels, "
@@ -152,22 +156,13 @@ def check_paired_rows(a: Tensor, b: Tensor) -> None:
 
 def check_head_weights(q: Tensor, W_diag: object, W_blocks: object) -> None:
     """Attention's metric: shared, (D,) and (G, B, B), or (H, D) and (H, G, B, B) one a head of q (..., H, L, D)."""
-    shared: list[object] = []
-    for name, weight, dims, form in (
-        ("W_diag", W_diag, 1, "(D,) or (H, D)"),
-        ("W_blocks", W_blocks, 3, "(G, B, B) or (H, G, B, B)"),
-    ):
-        if not isinstance(weight, Tensor) or weight.dim() != dims + 1:
-            shared.append(weight)
-            continue
-        heads = q.shape[-3] if q.dim() > 2 else None
-        if weight.shape[0] != heads:
+    check_weights("q", q, W_diag, W_blocks, heads=True)
+    heads = q.shape[-3] if q.dim() > 2 else None
+    for name, weight, dims, form in (("W_diag", W_diag, 2, "(H, D)"), ("W_blocks", W_blocks, 4, "(H, G, B, B)")):
+        if isinstance(weight, Tensor) and weight.dim() == dims and weight.shape[0] != heads:
             raise ValueError(
                 f"{name} must have shape {form} with the H, D of q (..., H, L, D) {shape_of(q)}, got {shape_of(weight)}"
             )
-        # Every head's weight has one form: with the heads left out it is a shared weight, and is checked as one.
-        shared.append(weight.new_empty(()).expand(weight.shape[1:]))
-    check_weights("q", q, *shared)
 
 
 def check_attention(q: object, k: object, v: object) -> None:

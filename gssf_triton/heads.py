@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gssf_triton import checks, functional, options
+from gssf_triton.backend import resolve_backend
 
 #: Blocks of a head's channels are at most as large as nn.GSSF's default block where no size is given.
 LARGEST_DEFAULT_BLOCK = 32
@@ -97,6 +98,7 @@ def attention(
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"q and {name} must have the same dtype: q is {q.dtype}, {name} is {x.dtype}")
+    backend = resolve_backend(backend, q, W_blocks)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(q.dtype)
     q = fold_heads(q, W_diag, W_blocks, backend)

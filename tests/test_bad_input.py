@@ -135,6 +135,7 @@ TOGETHER: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "neither term of a head": ("heads.HeadMetric", {"diag": False, "blocks": False}, ["diag", "blocks", "False"]),
     "neither term of heads": ("nn.GSSFAttention", {"diag": False, "blocks": False}, ["diag", "blocks", "False"]),
     "heads that do not divide": ("nn.GSSFAttention", {"num_heads": 5}, ["num_heads", "48", "5"]),
+    "values without keys": ("nn.GSSFAttention.forward", {"value": torch.ones(2, 4, D)}, ["key", "value", "(2, 4, 24)"]),
     "two masks": ("attention", {"is_causal": True}, ["attn_mask", "is_causal"]),
     "a camera alone": ("ranks", {"gallery_cams": None}, ["query_cams", "gallery_cams", "None"]),
     "ids alone": ("viz.similarity_histogram", {"a_ids": None}, ["a_ids", "b_ids", "None"]),

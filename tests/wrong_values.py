@@ -155,7 +155,11 @@ KINDS: dict[str, list[Wrong]] = {
     "labels or None": LABELS,
     "mask of pairs": [*MASK, *typed(torch.float32, torch.int64, torch.complex64, wanted="torch.bool")],
     "mask of rows": [*MASK, *typed(torch.float32, torch.complex64, wanted="bool")],
-    "mask of scores": [*MASK, *typed(torch.int64, torch.uint8, torch.complex64, wanted="bool")],
+    "mask of scores": [
+        *MASK,
+        shaped("larger", lambda x: x.expand(9, *x.shape)),
+        *typed(torch.int64, torch.uint8, torch.complex64, wanted="bool"),
+    ],
     "flag": of_types("True or False", None, 1, 0.0, "yes", [True], np.True_, torch.tensor(True)),
     "number": [*NUMBER, *values("finite", float("nan"), float("inf"))],
     "number or None": [*NUMBER[1:], *values("finite", float("nan"), float("-inf"))],

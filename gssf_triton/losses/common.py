@@ -51,7 +51,7 @@ def check_inputs(
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
     identity = may_lack_weights and W_diag is None and W_blocks is None
     if not identity:
-        checks.check_weights(names[0], a, W_diag, W_blocks, weight_prefix)
+        checks.check_weights(names[0], a, W_diag, W_blocks, prefix=weight_prefix)
     a, b = autocast_features(a, b)
     checks.check_same_dtype(a, b, names)
     return Inputs(a, b, W_diag, W_blocks, normalize, identity, resolve_backend(backend, a, W_blocks))
