@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import subprocess
 import sys
 from typing import Any
@@ -17,8 +16,7 @@ import pytest
 import torch
 from good_calls import FUNCTIONS, MODULES, OTHERS, D, G, M, distillation_call
 from reference import features, weights
-from torch.utils._python_dispatch import TorchDispatchMode
-from wrong_values import KINDS
+from wrong_values import KINDS, assert_says, complaint, faults_of
 
 import gssf_triton
 from gssf_triton import data, metrics, nn, viz
@@ -26,38 +24,6 @@ from gssf_triton.data import Glyphs
 
 CALLS = FUNCTIONS | MODULES | OTHERS
 ARGUMENTS = [(name, parameter) for name, call in CALLS.items() for parameter in call.kinds]
-
-#: Views, and buffers nobody has written to (but conftest, which poisons them): no kernel runs for them. And a loss
-#: module's own scale, one number.
-FREE = ("alias", "detach", "expand", "select", "slice", "t", "transpose", "unsqueeze", "view")
-POISONED = ("empty", "new_empty", "fill_")
-OWN_SCALE = ("exp", "clamp")
-
-
-class NothingRuns(TorchDispatchMode):
-    """Fails where an operator would do work, on whichever device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket.__name__ in FREE + POISONED + OWN_SCALE, f"{func} ran before the error"
-        return func(*args, **(kwargs or {}))
-
-
-def assert_says(message: str, wanted: list[str]) -> None:
-    for fragment in wanted:
-        whole_word = rf"(?<!\w){re.escape(fragment)}(?!\w)" if fragment.isidentifier() else re.escape(fragment)
-        assert re.search(whole_word, message), f"{fragment!r} is missing in: {message}"
-
-
-def complaint(function: Any, arguments: dict[str, Any]) -> Exception:
-    """The error of a call that must not have begun to compute."""
-    try:
-        with NothingRuns():
-            function(**arguments)
-    except AssertionError:
-        raise
-    except Exception as error:
-        return error
-    raise AssertionError("no error")
 
 
 @pytest.mark.parametrize(("name", "parameter"), ARGUMENTS, ids=[f"{n}-{p}" for n, p in ARGUMENTS])
@@ -67,17 +33,13 @@ def test_every_wrong_value_of_every_argument(name: str, parameter: str, device: 
     backends = ["torch", "triton"] if "backend" in call.kinds and parameter != "backend" else [None]
     if name.startswith("nn."):
         backends = [None]
-    faults = []
-    for wrong in KINDS[call.kinds[parameter]]:
-        value = wrong.make(good.get(parameter))
-        for backend in backends:
-            chosen = {} if backend is None else {"backend": backend}
-            try:
-                error = complaint(function, good | chosen | {parameter: value})
-                assert type(error) is wrong.error, f"{type(error).__name__}, not {wrong.error.__name__}: {error}"
-                assert_says(str(error), [parameter, *wrong.says(value)])
-            except AssertionError as fault:
-                faults.append(f"{wrong.name}: {fault}".splitlines()[0])
+    faults = [
+        fault
+        for backend in backends
+        for fault in faults_of(
+            function, good | ({} if backend is None else {"backend": backend}), parameter, call.kinds[parameter]
+        )
+    ]
     assert not faults, "\n".join(faults)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -218,5 +221,85 @@ KINDS: dict[str, list[Wrong]] = {
     "axes": of_types("Axes", 1, "ax", [None]),
     "score parts": of_types("ScoreParts", None, torch.ones(3), (1.0, 2.0)),
     "histogram": of_types("SimilarityHistogram", None, torch.ones(3), [1.0, 2.0]),
+    "features, one matrix or array": [
+        *(wrong for wrong in WITHOUT_PARTNER if wrong not in (NO_ARRAY, ELSEWHERE, FEWER_CHANNELS)),
+        *(
+            Wrong(f"{dtype} array", lambda x, d=dtype: _numpy(x).astype(d), ValueError, "dtype", ("float32",))
+            for dtype in ("i8", "?", "c8", "g", "O", "U3")
+        ),
+        Wrong("1-d array", lambda x: _numpy(x)[0], ValueError, "shape", ("D)",)),
+    ],
+    "features, array or None": [
+        *(wrong for wrong in WITHOUT_PARTNER if wrong not in (NO_ARRAY, ELSEWHERE, *NONE)),
+    ],
+    "query of references": [wrong for wrong in WITHOUT_PARTNER if wrong is not ELSEWHERE],
+    "reference": [wrong for wrong in WITHOUT_PARTNER if wrong not in (ELSEWHERE, *NONE)],
+    "W_diag, alone": [*(wrong for wrong in DIAG if wrong is not ELSEWHERE), shaped("2-d", lambda w: w[None], "(D,)")],
+    "W_blocks, alone": [wrong for wrong in BLOCKS if wrong is not ELSEWHERE],
+    "divisor of a head or None": [
+        *of_types("int", 8.0, "8", True, (8,), torch.tensor(8)),
+        *values("at least 1", 0, -8),
+        *values("must divide", 7),
+    ],
+    "embeddings": [
+        *of_types("torch.Tensor", None, "text", 1.0, (1.0, 2.0)),
+        *typed(torch.complex64, wanted="real"),
+        FEWER_CHANNELS,
+        Wrong("texts", lambda x: ["a", "b"], ValueError, "type", ("embeddings",)),
+        Wrong("ragged", lambda x: [torch.ones(24), torch.ones(23)], ValueError, "type", ("one length",)),
+    ],
+    "text": of_types("str", None, 3, ["Flat"]),
+    "index": of_types("faiss.Index", None, "index", torch.ones(2)),
+    "similarity": of_types("GSSFSimilarity", None, torch.cosine_similarity, nn.Linear(2, 2)),
+    "distance": of_types("GSSFDistance", None, torch.cosine_similarity, nn.Linear(2, 2)),
+    "model": of_types("PreTrainedModel", None, nn.Linear(2, 2), "bert"),
+    "inputs": of_types("mapping", [1], "text", torch.ones(2)),
     "path": of_types("path", None, 7, ["folder"], 1.5),
 }  # fmt: skip
+
+
+#: Views, and buffers nobody has written to (but conftest, which poisons them): no kernel runs for them. And a loss
+#: module's own scale, one number.
+FREE = ("alias", "detach", "expand", "select", "slice", "t", "transpose", "unsqueeze", "view")
+POISONED = ("empty", "new_empty", "fill_")
+OWN_SCALE = ("exp", "clamp")
+
+
+class NothingRuns(TorchDispatchMode):
+    """Fails where an operator would do work, on whichever device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ in FREE + POISONED + OWN_SCALE, f"{func} ran before the error"
+        return func(*args, **(kwargs or {}))
+
+
+def assert_says(message: str, wanted: list[str]) -> None:
+    for fragment in wanted:
+        whole_word = rf"(?<!\w){re.escape(fragment)}(?!\w)" if fragment.isidentifier() else re.escape(fragment)
+        assert re.search(whole_word, message), f"{fragment!r} is missing in: {message}"
+
+
+def complaint(function: Any, arguments: dict[str, Any], *, may_run: bool = False) -> Exception:
+    """The error of a call, which must not have begun to compute."""
+    try:
+        with nullcontext() if may_run else NothingRuns():
+            function(**arguments)
+    except AssertionError:
+        raise
+    except Exception as error:
+        return error
+    raise AssertionError("no error")
+
+
+def faults_of(function: Any, good: dict[str, Any], parameter: str, kind: str, *, may_run: bool = False) -> list[str]:
+    """What is wrong with the errors about each wrong value of one argument."""
+    faults = []
+    for wrong in KINDS[kind]:
+        value = wrong.make(good.get(parameter))
+        try:
+            error = complaint(function, good | {parameter: value}, may_run=may_run)
+            assert type(error) is wrong.error, f"{type(error).__name__}, not {wrong.error.__name__}: {error}"
+            assert_says(str(error), [parameter, *wrong.says(value)])
+        except AssertionError as fault:
+            faults.append(f"{wrong.name}: {fault}".splitlines()[0])
+    return faults

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gssf_triton.checks import check_pair
+from gssf_triton.checks import check_pair, check_same_dtype
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.functional import autocast_features
 from gssf_triton.nn import GSSF
 from gssf_triton.options import check_module
 
@@ -36,7 +37,8 @@ class GSSFLoss(nn.Module):
         >>> import torch
         >>> from open_clip.loss import ClipLoss
         >>> from gssf_triton.integrations.open_clip import GSSFLoss
-        >>> from gssf_triton.nn import GSSF
+        >>> from gssf_triton.functional import autocast_features
+    from gssf_triton.nn import GSSF
     from gssf_triton.options import check_module
         >>> images, texts = (torch.nn.functional.normalize(torch.randn(4, 64), dim=-1) for _ in range(2))
         >>> loss = GSSFLoss(ClipLoss(), GSSF(dim=64))
@@ -58,7 +60,9 @@ class GSSFLoss(nn.Module):
 
     def forward(self, image_features: Tensor, text_features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the loss returns; further arguments, `logit_scale` first, are the loss's."""
-        check_pair(image_features, text_features, ("image_features", "text_features"))
+        names = ("image_features", "text_features")
+        check_pair(image_features, text_features, names)
+        check_same_dtype(*autocast_features(image_features, text_features), names)
         if self.metric.normalize:
             text_features = nn.functional.normalize(text_features, dim=-1, eps=NORM_EPS)
         return self.loss(self.fold(image_features), text_features, *args, **kwargs)

@@ -141,8 +141,10 @@ class GSSFKNN:
             raise ValueError("reference must be given where train() or add() was not called before, got None")
         for name, x in (("query", query), ("reference", reference)):
             checks.check_features(name, x)
+        reference = reference.to(query)
+        checks.check_batches(("query", "reference"), query, reference, paired=False)
         W_diag, W_blocks = (None if w is None else w.detach().to(query.device) for w in self.distance.weights())
-        query, reference = (self.distance.maybe_normalize(x) for x in (query, reference.to(query)))
+        query, reference = (self.distance.maybe_normalize(x) for x in (query, reference))
         values, indices = topk(query, reference, W_diag, W_blocks, k=k + 1 if ref_includes_query else k)
         if not ref_includes_query:
             return values, indices
