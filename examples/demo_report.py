@@ -8,11 +8,12 @@ python examples/demo_report.py --check    # exit status 1 where README.md is not
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from glyph_retrieval import describe_runs
+
+from gssf_triton.storage import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path(__file__).resolve().parent / "figures"
@@ -34,7 +35,8 @@ def between(text: str, name: str, body: str) -> str:
 
 def demo_section(path: Path) -> str:
     """The measured table and what it was measured with."""
-    results = json.loads(path.read_text(encoding="utf-8"))
+    fields = ("settings", "versions", "test_names", "train_images", "train_names", "runs")
+    results = read_json(path, "a demo's results", fields)
     settings, versions = results["settings"], results["versions"]
     said = (
         f"R@K in percent on {results['test_names']:,} names never seen in training, one glyph each, after "

@@ -8,10 +8,8 @@ retrieving names never seen in training is possible, and hard.
 from __future__ import annotations
 
 import os
-import tempfile
 import unicodedata
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gssf_triton.options import check_count, check_flags
+from gssf_triton.storage import read_npz, replacing, unusable
 
 IMAGE_SIZE = 32
 #: Point size at 72 dpi: leaves capitals about 15 of the 32 pixels and room for accents; the few larger are scaled down.
@@ -134,13 +133,18 @@ def cache_path() -> Path:
 
 
 def _read(path: Path) -> Glyphs:
-    """Read a cache file; anything but a whole one raises ValueError, OSError, KeyError or BadZipFile."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in ("images", "name_ids", "typeface_ids", "names", "typefaces")}
-    images, name_ids, typeface_ids = arrays["images"], arrays["name_ids"], arrays["typeface_ids"]
-    names, typefaces = arrays["names"], arrays["typefaces"]
+    """Read a cache file; anything but a whole one raises ValueError or OSError."""
+    arrays = read_npz(path)
+    expected = "a whole glyph set"
+    keys = ("images", "name_ids", "typeface_ids", "names", "typefaces")
+    if missing := [key for key in keys if key not in arrays]:
+        raise unusable(path, expected, f"one without {', '.join(missing)}")
+    images, name_ids, typeface_ids, names, typefaces = (arrays[key] for key in keys)
     whole = (
         images.ndim == 3
+        and name_ids.ndim == typeface_ids.ndim == names.ndim == typefaces.ndim == 1
+        and name_ids.dtype == typeface_ids.dtype == np.int64
+        and names.dtype.kind == typefaces.dtype.kind == "U"
         and images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE)
         and images.dtype == np.uint8
         and len(images) == len(name_ids) == len(typeface_ids) > 0
@@ -150,28 +154,20 @@ def _read(path: Path) -> Glyphs:
         and typeface_ids.max() < len(typefaces)
     )
     if not whole:
-        raise ValueError(f"{path} does not hold a whole glyph set")
+        raise unusable(path, expected, "one of other shapes or types")
     return Glyphs(images, name_ids, typeface_ids, tuple(names.tolist()), tuple(typefaces.tolist()))
 
 
 def _write(path: Path, glyphs: Glyphs) -> None:
-    """Write whole or not at all: to a file beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                images=glyphs.images,
-                name_ids=glyphs.name_ids,
-                typeface_ids=glyphs.typeface_ids,
-                names=np.array(glyphs.names),
-                typefaces=np.array(glyphs.typefaces),
-            )
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        np.savez(
+            file,
+            images=glyphs.images,
+            name_ids=glyphs.name_ids,
+            typeface_ids=glyphs.typeface_ids,
+            names=np.array(glyphs.names),
+            typefaces=np.array(glyphs.typefaces),
+        )
 
 
 def load_glyphs(progress: bool = True) -> Glyphs:
@@ -191,7 +187,7 @@ def load_glyphs(progress: bool = True) -> Glyphs:
     if path.exists():
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as fault:
+        except (OSError, ValueError) as fault:
             aside = path.with_suffix(".bad")
             warnings.warn(f"the glyph cache {path} is unreadable ({fault}): set aside as {aside.name}", stacklevel=2)
             try:

@@ -43,7 +43,8 @@ def _features(path: Path) -> NDArray[np.floating]:
     existing_file(path, expected)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    # Whatever the first damaged field of the header leads to.
+    except Exception as error:
         # NumPy says of a file cut short that the map is larger than it, of a cut header that it cannot be parsed.
         raise fault(path, None, f"{expected}, whole", f"a file of {path.stat().st_size} bytes ({error})") from None
     if not isinstance(array, np.ndarray):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gssf_triton import checks, functional, options, torch_backend
 from gssf_triton.integrations import require
+from gssf_triton.storage import read_npz, reason, replacing, unusable
 
 Features = Tensor | NDArray[np.floating]
 
@@ -147,17 +148,28 @@ def save_arrays(
         checks.check_weights("gallery", rows.cpu(), *(None if w is None else w.cpu() for w in (W_diag, W_blocks)))
         arrays["gallery"] = gallery_rows(rows, normalize=normalize)
     if form == ".npz":
-        with Path(path).open("wb") as file:
+        with replacing(Path(path)) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     else:
-        require("safetensors.numpy", "safetensors").save_file(arrays, path)
+        content = require("safetensors.numpy", "safetensors").save(arrays)
+        with replacing(Path(path)) as file:
+            file.write(content)
 
 
 def load_arrays(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
-    """Read a file that `save_arrays` wrote: name → array."""
+    """Read a file that `save_arrays` wrote: name → array. Nothing in it is unpickled.
+
+    Raises:
+        ValueError: another ending, or a file that is not whole; it is named.
+        ModuleNotFoundError: `.safetensors` without the library.
+    """
     if _form(path) == ".npz":
-        # Opened here: NumPy leaves a file that is no archive to the garbage collector.
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return dict(file)
-    arrays: dict[str, NDArray[Any]] = require("safetensors.numpy", "safetensors").load_file(path)
+        return read_npz(Path(path))
+    load = require("safetensors.numpy", "safetensors").load
+    content = Path(path).read_bytes()
+    try:
+        arrays: dict[str, NDArray[Any]] = load(content)
+    # The library's own error, and NumPy's of a dtype that it lacks.
+    except Exception as error:
+        raise unusable(Path(path), "arrays as safetensors", f"a file that cannot be read ({reason(error)})") from error
     return arrays
