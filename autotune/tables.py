@@ -207,7 +207,7 @@ def _shipped(wanted: Callable[[Table], bool]) -> list[Table]:
             table, rows = _load(path.read_text(encoding="utf-8"))
             if wanted(table):
                 found.append(_fill(table, rows))
-        except TableError as fault:
+        except (TableError, UnicodeDecodeError) as fault:
             raise TableError(f"{path}: {fault}") from None
     return found
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from gssf_triton.storage import read_json, unusable
+from gssf_triton.storage import read_json, replacing, unusable
 
 SCHEMA = 1
 #: What a run holds, of what is looked at again.
@@ -24,17 +23,9 @@ CellRow = dict[str, Any]
 
 def write(path: Path, run: Run) -> None:
     """Replace `path` in one step: a run that is killed leaves the previous cell's file, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            json.dump(run, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    content = (json.dumps(run, indent=1) + "\n").encode()
+    with replacing(path) as file:
+        file.write(content)
 
 
 def read(path: Path) -> Run:
