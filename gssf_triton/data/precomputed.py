@@ -6,8 +6,9 @@ a line (Lee et al., "Stacked Cross Attention for Image-Text Matching", ECCV 2018
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,24 @@ class PrecomputedFeatures:
     captions: tuple[str, ...]
     image_ids: NDArray[np.int64]
 
+    #: The file of `images` and every how many of its rows, where it is one: what a process that is sent this opens.
+    _file: tuple[Path, int] | None = field(default=None, init=False, repr=False, compare=False)
+
     def __len__(self) -> int:
         return len(self.images)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A data loader's spawned workers map the file too, rather than being sent gigabytes."""
+        if self._file is None:
+            return PrecomputedFeatures, (self.images, self.captions, self.image_ids)
+        return _mapped, (*self._file, self.captions, self.image_ids)
+
+
+def _mapped(path: Path, every: int, captions: tuple[str, ...], image_ids: NDArray[np.int64]) -> PrecomputedFeatures:
+    """The split whose images are every so manieth row of a file."""
+    made = PrecomputedFeatures(_features(path)[::every], captions, image_ids)
+    object.__setattr__(made, "_file", (path, every))
+    return made
 
 
 def _features(path: Path) -> NDArray[np.floating]:
@@ -64,42 +81,45 @@ def _is_repeated(images: NDArray[np.floating]) -> bool:
 def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeatures:
     r"""Read one split of precomputed Flickr30K or COCO features; the features stay on disk until they are used.
 
-    Args:
-        root: The folder that has `{name}_precomp`, or that folder itself.
-        name: "f30k" or "coco".
-        split: "train", "dev", "test" or "testall" (COCO's 5,000 images).
+        Args:
+            root: The folder that has `{name}_precomp`, or that folder itself.
+            name: "f30k" or "coco".
+            split: "train", "dev", "test" or "testall" (COCO's 5,000 images).
 
-    Returns:
-        The split. Five captions an image, or one; where a copy of the set repeats each image's row five times, one a
-        caption, every fifth row is kept.
+        Returns:
+            The split. Five captions an image, or one; where a copy of the set repeats each image's row five times, one a
+            caption, every fifth row is kept.
 
-    Raises:
-        FileNotFoundError: a file or folder that is not there.
-        DataError: a file cut short, of another shape or type, a blank or undecodable caption (file and line are named),
-            or counts of images and captions that do not agree.
-        ValueError: an unknown name or split.
+        Raises:
+            FileNotFoundError: a file or folder that is not there.
+            DataError: a file cut short, of another shape or type, a blank or undecodable caption (file and line are named),
+                or counts of images and captions that do not agree.
+            ValueError: an unknown name or split.
 
-    Source:
-        Lee et al., Stacked Cross Attention, ECCV 2018 (arXiv 1803.08024), whose release fixed the layout.
+        Source:
+            Lee et al., Stacked Cross Attention, ECCV 2018 (arXiv 1803.08024), whose release fixed the layout.
 
-    Example:
-        >>> import tempfile, numpy as np
-        >>> from pathlib import Path
-        >>> from gssf_triton.data import load_precomputed
-        >>> root = tempfile.TemporaryDirectory()
-        >>> folder = Path(root.name) / "f30k_precomp"
-        >>> folder.mkdir()
-        >>> np.save(folder / "dev_ims.npy", np.zeros((2, 36, 2048), dtype=np.float32))
-        >>> _ = (folder / "dev_caps.txt").write_text("A dog runs .\n" * 10)
-        >>> dev = load_precomputed(root.name, "f30k", "dev")
-        >>> dev.images.shape, len(dev.captions), dev.image_ids.tolist()
-        ((2, 36, 2048), 10, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
-        >>> root.cleanup()
+        Example:
+            >>> import tempfile, numpy as np
+            >>> from pathlib import Path
+    from typing import Any
+            >>> from gssf_triton.data import load_precomputed
+            >>> root = tempfile.TemporaryDirectory()
+            >>> folder = Path(root.name) / "f30k_precomp"
+            >>> folder.mkdir()
+            >>> np.save(folder / "dev_ims.npy", np.zeros((2, 36, 2048), dtype=np.float32))
+            >>> _ = (folder / "dev_caps.txt").write_text("A dog runs .\n" * 10)
+            >>> dev = load_precomputed(root.name, "f30k", "dev")
+            >>> dev.images.shape, len(dev.captions), dev.image_ids.tolist()
+            ((2, 36, 2048), 10, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
+            >>> root.cleanup()
     """
     check_choice("name", name, NAMES)
     check_choice("split", split, SPLITS)
     folder = existing_folder(root, f"{name}_precomp", f"{split}_ims.npy")
-    images = _features(folder / f"{split}_ims.npy")
+    file = (folder / f"{split}_ims.npy").resolve()
+    images = _features(file)
+    every = 1
     path = folder / f"{split}_caps.txt"
     captions = tuple(text for _, text in numbered_lines(path, "a caption"))
     if len(captions) == CAPTIONS_PER_IMAGE * len(images):
@@ -111,7 +131,7 @@ def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeat
             f"got {len(captions)}"
         )
     elif _is_repeated(images):
-        images, per_image = images[::CAPTIONS_PER_IMAGE], CAPTIONS_PER_IMAGE
+        every = per_image = CAPTIONS_PER_IMAGE
     else:
         per_image = 1
-    return PrecomputedFeatures(images, captions, np.arange(len(captions), dtype=np.int64) // per_image)
+    return _mapped(file, every, captions, np.arange(len(captions), dtype=np.int64) // per_image)
