@@ -34,7 +34,6 @@ class PrecomputedFeatures:
     images: NDArray[np.floating]
     captions: tuple[str, ...]
     image_ids: NDArray[np.int64]
-
     #: The file of `images` and every how many of its rows, where it is one: what a process that is sent this opens.
     _file: tuple[Path, int] | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -49,7 +48,7 @@ class PrecomputedFeatures:
 
 
 def _mapped(path: Path, every: int, captions: tuple[str, ...], image_ids: NDArray[np.int64]) -> PrecomputedFeatures:
-    """The split whose images are every so manieth row of a file."""
+    """The split whose images are each `every`-th row of a file."""
     made = PrecomputedFeatures(_features(path)[::every], captions, image_ids)
     object.__setattr__(made, "_file", (path, every))
     return made
@@ -81,38 +80,37 @@ def _is_repeated(images: NDArray[np.floating]) -> bool:
 def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeatures:
     r"""Read one split of precomputed Flickr30K or COCO features; the features stay on disk until they are used.
 
-        Args:
-            root: The folder that has `{name}_precomp`, or that folder itself.
-            name: "f30k" or "coco".
-            split: "train", "dev", "test" or "testall" (COCO's 5,000 images).
+    Args:
+        root: The folder that has `{name}_precomp`, or that folder itself.
+        name: "f30k" or "coco".
+        split: "train", "dev", "test" or "testall" (COCO's 5,000 images).
 
-        Returns:
-            The split. Five captions an image, or one; where a copy of the set repeats each image's row five times, one a
-            caption, every fifth row is kept.
+    Returns:
+        The split. Five captions an image, or one; where a copy of the set repeats each image's row five times, one a
+        caption, every fifth row is kept.
 
-        Raises:
-            FileNotFoundError: a file or folder that is not there.
-            DataError: a file cut short, of another shape or type, a blank or undecodable caption (file and line are named),
-                or counts of images and captions that do not agree.
-            ValueError: an unknown name or split.
+    Raises:
+        FileNotFoundError: a file or folder that is not there.
+        DataError: a file cut short, of another shape or type, a blank or undecodable caption (file and line are named),
+            or counts of images and captions that do not agree.
+        ValueError: an unknown name or split.
 
-        Source:
-            Lee et al., Stacked Cross Attention, ECCV 2018 (arXiv 1803.08024), whose release fixed the layout.
+    Source:
+        Lee et al., Stacked Cross Attention, ECCV 2018 (arXiv 1803.08024), whose release fixed the layout.
 
-        Example:
-            >>> import tempfile, numpy as np
-            >>> from pathlib import Path
-    from typing import Any
-            >>> from gssf_triton.data import load_precomputed
-            >>> root = tempfile.TemporaryDirectory()
-            >>> folder = Path(root.name) / "f30k_precomp"
-            >>> folder.mkdir()
-            >>> np.save(folder / "dev_ims.npy", np.zeros((2, 36, 2048), dtype=np.float32))
-            >>> _ = (folder / "dev_caps.txt").write_text("A dog runs .\n" * 10)
-            >>> dev = load_precomputed(root.name, "f30k", "dev")
-            >>> dev.images.shape, len(dev.captions), dev.image_ids.tolist()
-            ((2, 36, 2048), 10, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
-            >>> root.cleanup()
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from pathlib import Path
+        >>> from gssf_triton.data import load_precomputed
+        >>> root = tempfile.TemporaryDirectory()
+        >>> folder = Path(root.name) / "f30k_precomp"
+        >>> folder.mkdir()
+        >>> np.save(folder / "dev_ims.npy", np.zeros((2, 36, 2048), dtype=np.float32))
+        >>> _ = (folder / "dev_caps.txt").write_text("A dog runs .\n" * 10)
+        >>> dev = load_precomputed(root.name, "f30k", "dev")
+        >>> dev.images.shape, len(dev.captions), dev.image_ids.tolist()
+        ((2, 36, 2048), 10, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
+        >>> root.cleanup()
     """
     check_choice("name", name, NAMES)
     check_choice("split", split, SPLITS)
