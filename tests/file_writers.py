@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
+import time
+import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -88,22 +90,25 @@ WRITERS: dict[str, tuple[Callable[[Path, str], None], Callable[[Path], str]]] = 
 }
 
 
-def write_for_ever(folder: Path, letter: str, pipe: Connection) -> None:
-    """Write every file, say so, and go on."""
-    torch.set_num_threads(1)
-    for name, (write, _) in WRITERS.items():
-        write(folder / name, letter)
-    pipe.send("written")
+def write_for_ever(letter: str, folder: str) -> None:
+    """Write every file over and over, in an order of the process's own."""
+    names = list(WRITERS)
+    random.Random(os.getpid()).shuffle(names)
     while True:
-        for name, (write, _) in WRITERS.items():
-            write(folder / name, letter)
+        for name in names:
+            WRITERS[name][0](Path(folder) / name, letter)
 
 
-def load_from_one_cache(folder: Path, pipe: Connection) -> None:
-    os.environ["GSSF_CACHE_DIR"] = str(folder)
+def load_from_one_cache(number: str, folder: str) -> None:
+    """Take the glyphs and two photographs from one cache, as soon as the other processes do, and say what came."""
+    os.environ["GSSF_CACHE_DIR"] = folder
+    warnings.simplefilter("ignore", UserWarning)  # of a broken cache, by whichever process met it
     glyphs.render = lambda progress=True: some_glyphs("A")  # type: ignore[assignment]
-    pipe.send("ready")
-    pipe.recv()
+    start = Path(folder) / "start"
+    while not start.exists():
+        time.sleep(0.001)
     found = glyphs.load_glyphs(progress=False)
-    photographs = study_data.photographs((folder / "a.png", folder / "b.png"), folder)
-    pipe.send((found.typefaces, int(found.images.sum()), photographs.tobytes()))
+    pictures = tuple(Path(folder) / f"{name}.png" for name in "ab")
+    photographs = study_data.photographs(pictures, Path(folder))
+    assert found.typefaces == ("A",) and (found.images == ord("A")).all()
+    assert [photographs[i].reshape(-1, 3).mean(0).tolist() for i in range(2)] == [[0, 100, 200], [1, 100, 200]]

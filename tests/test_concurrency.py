@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -21,19 +22,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from file_writers import LETTERS, WRITERS, load_from_one_cache, read_glyphs, some_glyphs, write_for_ever
-from gloo import METHOD
+from file_writers import LETTERS, WRITERS, read_glyphs
+from forks import forked
 from good_calls import FUNCTIONS, MODULES, Call
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "perf")]
-
-import study_data  # noqa: E402
-
-from gssf_triton.autotune import lookup  # noqa: E402
-from gssf_triton.autotune.configs import ChunkConfig  # noqa: E402
-from gssf_triton.data import glyphs  # noqa: E402
+from gssf_triton.autotune import lookup
+from gssf_triton.autotune.configs import ChunkConfig
+from gssf_triton.data import glyphs
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 THREADS, TIMES = 4, 3
@@ -45,6 +40,9 @@ def in_threads(work: Callable[[int], Any], count: int = THREADS) -> list[Any]:
 
     def run(number: int) -> None:
         try:
+            # PyTorch tells a new thread how many threads its products may use only when it first needs to know itself:
+            # the first product may be summed in another order, by as many threads as there are cores.
+            torch.set_num_threads(1)
             barrier.wait()
             results[number] = work(number)
         except BaseException as error:
@@ -175,25 +173,20 @@ def test_the_first_use_in_many_threads_at_once(tmp_path: Path, monkeypatch: pyte
     assert done.stdout.strip() == "1" and len(list(path.parent.glob("*.broken-*"))) == 1
 
 
-def test_look_ups_while_another_thread_tries_configurations_out() -> None:
-    """The tuner's override ends between a look at it and its reading: that is no KeyError."""
-    stop, tried, cpu = threading.Event(), ChunkConfig(512, 2048), torch.device("cpu")
+class Ending(dict[str, Any]):
+    """Overrides that another thread ends right after this one has looked whether there is one."""
 
-    def look(number: int) -> set[Any]:
-        if number == 0:
-            for _ in range(3000):
-                with lookup.use("chunk", tried):
-                    pass
-            stop.set()
-            return {tried}
-        found = set()
-        while not stop.is_set():
-            found.add(lookup.choose("chunk", cpu, torch.float32, 256, 0, 512, 512))
+    def __contains__(self, kernel: object) -> bool:
+        found = super().__contains__(kernel)
+        self.clear()
         return found
 
-    usual = lookup.choose("chunk", cpu, torch.float32, 256, 0, 512, 512)
-    assert set().union(*in_threads(look)) <= {usual, tried}
-    assert lookup.choose("chunk", cpu, torch.float32, 256, 0, 512, 512) == usual
+
+def test_a_look_up_while_another_threads_override_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = ("chunk", torch.device("cpu"), torch.float32, 256, 0, 512, 512)
+    usual, tried = lookup.choose(*where), ChunkConfig(512, 2048)
+    monkeypatch.setattr(lookup, "_overrides", Ending(chunk=tried))
+    assert lookup.choose(*where) in (usual, tried)
 
 
 if not INTERPRETED:  # there are streams on a GPU only: nowhere else is this a test
@@ -309,60 +302,49 @@ def test_a_fork_while_another_thread_tunes(tmp_path: Path) -> None:
 
 def test_writers_killed_at_any_moment_leave_whole_files(tmp_path: Path) -> None:
     """Two processes write the same files over and over, are killed, and are read all the while: always one content."""
-    context, chance = mp.get_context(METHOD), random.Random(torch.initial_seed())
+    chance = random.Random(torch.initial_seed())
+    for name, (write, _) in WRITERS.items():
+        write(tmp_path / name, "A")
 
-    def read_all() -> None:
-        for name, (_, read) in WRITERS.items():
-            assert read(tmp_path / name) in LETTERS, name
+    def read_all() -> set[str]:
+        found = {read(tmp_path / name) for name, (_, read) in WRITERS.items()}
+        assert found <= set(LETTERS)
+        return found
 
-    for _ in range(4):
-        processes = []
-        for letter in LETTERS:
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=write_for_ever, args=(tmp_path, letter, theirs))
-            process.start()
-            theirs.close()
-            processes.append((process, ours))
-        for _, pipe in processes:
-            assert pipe.poll(100) and pipe.recv() == "written"
-        for process, _ in processes:
-            deadline = time.monotonic() + chance.uniform(0.02, 0.2)
-            while time.monotonic() < deadline:
-                read_all()
-            process.kill()  # SIGKILL
-            process.join()
-            read_all()
+    seen: set[str] = set()
+    with forked("file_writers.write_for_ever", tmp_path) as nursery:
+        for _ in range(10):
+            for process in nursery.start(*LETTERS):
+                deadline = time.monotonic() + chance.uniform(0, 0.1)
+                while time.monotonic() < deadline:
+                    seen |= read_all()
+                os.kill(process, signal.SIGKILL)
+            assert nursery.end() == [-signal.SIGKILL] * 2
+            seen |= read_all()
+    assert seen == set(LETTERS), "they did write"
     for name, (write, read) in WRITERS.items():
         write(tmp_path / name, "B")
         assert read(tmp_path / name) == "B", "what a killed writer left is no obstacle"
 
 
-@pytest.mark.parametrize("broken", [False, True], ids=["no cache", "a broken cache"])
-def test_processes_that_build_one_cache_at_once(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_build_one_cache_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is none, or a broken one."""
     from PIL import Image
 
     monkeypatch.setenv("GSSF_CACHE_DIR", str(tmp_path))
     for number, name in enumerate("ab"):
         Image.new("RGB", (64, 64), (number, 100, 200)).save(tmp_path / f"{name}.png")
-    if broken:
-        glyphs.cache_path().write_bytes(b"half a file")
-    context, processes, pipes = mp.get_context(METHOD), [], []
-    for _ in range(4):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=load_from_one_cache, args=(tmp_path, theirs))
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(ours)
-    assert all(pipe.recv() == "ready" for pipe in pipes)
-    for pipe in pipes:
-        pipe.send("go")
-    wanted = some_glyphs("A")
-    photographs = bytes(x for number in range(2) for x in (number, 100, 200) * study_data.PHOTO_SIZE**2)
-    for pipe in pipes:
-        assert pipe.poll(60) and pipe.recv() == (wanted.typefaces, int(wanted.images.sum()), photographs)
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert read_glyphs(glyphs.cache_path()) == "A"
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "something half-written is left"
+    with forked("file_writers.load_from_one_cache", tmp_path) as nursery:
+        for attempt in range(6):
+            nursery.start(*range(4))
+            (tmp_path / "start").touch()
+            assert nursery.end() == [0] * 4
+            assert read_glyphs(glyphs.cache_path()) == "A"
+            assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "half-written files are left"
+            (tmp_path / "start").unlink()
+            (kept,) = tmp_path.glob("photographs-*")
+            for path in (kept, glyphs.cache_path()):
+                if attempt % 2:
+                    path.unlink()
+                else:
+                    path.write_bytes(b"half a file")
