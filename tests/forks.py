@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +49,16 @@ def forked(function: str, *arguments: object) -> Iterator[Nursery]:
     """Processes that run `module.function(word, *arguments)`, a word each, all of it text; warnings are errors."""
     command = [sys.executable, "-W", "error", __file__, function, *map(str, arguments)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=os.environ | ONE_THREAD, text=True, **pipes) as script:
-        yield Nursery(script)
-        assert script.stdin is not None and script.stderr is not None
-        script.stdin.close()
-        assert script.wait() == 0, script.stderr.read()
+    with subprocess.Popen(command, env=os.environ | ONE_THREAD, text=True, start_new_session=True, **pipes) as script:
+        try:
+            yield Nursery(script)
+            assert script.stdin is not None and script.stderr is not None
+            script.stdin.close()
+            assert script.wait(60) == 0, script.stderr.read()
+        finally:
+            # Where a test failed, its processes are still at work.
+            with suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
 
 
 def main(function: str, *arguments: str) -> None:
