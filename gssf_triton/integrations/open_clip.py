@@ -62,7 +62,8 @@ class GSSFLoss(nn.Module):
         """What the loss returns; further arguments, `logit_scale` first, are the loss's."""
         names = ("image_features", "text_features")
         check_pair(image_features, text_features, names)
-        check_same_dtype(*autocast_features(image_features, text_features), names)
+        images, texts = autocast_features(image_features, text_features)
+        check_same_dtype(images, texts, names)
         if self.metric.normalize:
             text_features = nn.functional.normalize(text_features, dim=-1, eps=NORM_EPS)
         return self.loss(self.fold(image_features), text_features, *args, **kwargs)
