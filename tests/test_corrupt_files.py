@@ -11,7 +11,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import _results  # noqa: E402
 import demo_report  # noqa: E402
 import studies  # noqa: E402
 import study_data  # noqa: E402
+import study_trainer  # noqa: E402
 from checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
 from glyph_training import STATE, Run, Settings, load_teacher, test_pairs  # noqa: E402
 from study_runner import RUN, Results  # noqa: E402
@@ -200,7 +201,13 @@ def checkpoint(folder: Path) -> Path:
     return folder / "both-0.pt"
 
 
-STUDY_HEADER = {"settings": {"steps": 4}, "data": "glyphs", "held_out": 10, "limit": 0, "tower_steps": 0}
+STUDY_HEADER = {
+    "settings": asdict(study_trainer.Settings()),
+    "data": "glyphs",
+    "held_out": 10,
+    "limit": 0,
+    "tower_steps": 0,
+}
 
 
 def study_results(folder: Path) -> Path:
@@ -262,7 +269,8 @@ READERS: dict[str, Reader] = {
     "a study's results": Reader(
         study_results, lambda path: Results.open(path, STUDY_HEADER), ValueError, "json",
         {"runs of another form": json.dumps(STUDY_HEADER | {"runs": [3]}).encode(),
-         "runs no list": json.dumps(STUDY_HEADER | {"runs": {}}).encode()},
+         "runs no list": json.dumps(STUDY_HEADER | {"runs": {}}).encode(),
+         "settings no object": json.dumps(STUDY_HEADER | {"settings": 3, "runs": []}).encode()},
     ),
     "a study to show": Reader(STUDY, lambda path: studies.stored(path.parent), ValueError, "json"),
     "the demo's results": Reader(DEMO, demo_report.demo_section, ValueError, "json"),
