@@ -37,9 +37,7 @@ class GSSFLoss(nn.Module):
         >>> import torch
         >>> from open_clip.loss import ClipLoss
         >>> from gssf_triton.integrations.open_clip import GSSFLoss
-        >>> from gssf_triton.functional import autocast_features
-    from gssf_triton.nn import GSSF
-    from gssf_triton.options import check_module
+        >>> from gssf_triton.nn import GSSF
         >>> images, texts = (torch.nn.functional.normalize(torch.randn(4, 64), dim=-1) for _ in range(2))
         >>> loss = GSSFLoss(ClipLoss(), GSSF(dim=64))
         >>> torch.allclose(loss(images, texts, torch.tensor(100.0)), ClipLoss()(images, texts, torch.tensor(100.0)))
