@@ -31,8 +31,8 @@ RESULTS = HERE / "results"
 README, COOKBOOK = HERE.parent / "README.md", HERE / "README.md"
 
 
-#: What a result file holds, of what is shown.
-RESULT = ("study", "title", "headline", "headline_title", "shown", "settings", "runs")
+#: What a result file holds, of what every table is made of.
+RESULT = ("title", "headline", "headline_title", "shown", "runs")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
