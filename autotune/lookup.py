@@ -7,6 +7,7 @@ dictionary. The same tables give the same answers always.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,17 @@ _lock = threading.RLock()
 _tuning = False
 #: What this process has tried to tune on first use: once is enough, whatever came of it.
 _tried: set[tuple[Device, Key]] = set()
+
+
+def _after_fork() -> None:
+    """In a child: whichever other thread of the parent held the lock, or was tuning, is not here to end it."""
+    global _lock, _tuning
+    _lock, _tuning = threading.RLock(), False
+    _overrides.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def forget() -> None:
@@ -191,8 +203,10 @@ def choose(
 
     `tf32`: float32 products may round to TF32; torch's setting where None.
     """
-    if _overrides and kernel in _overrides:
-        return _overrides[kernel]
+    # One look: another thread may end its override between two.
+    forced = _overrides.get(kernel)
+    if forced is not None:
+        return forced
     if tf32 is None:
         tf32 = torch.get_float32_matmul_precision() != "highest"
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -135,8 +135,11 @@ def read_shapes(path: Path) -> list[Shape]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+    except (ValueError, RecursionError) as fault:
         raise ValueError(f"{path} is no JSON: {fault}") from None
     if not isinstance(data, list) or not data:
         raise ValueError(f"{path} must hold a list of shapes")
-    return [check_shape(fields) for fields in data]
+    try:
+        return [check_shape(fields) for fields in data]
+    except ValueError as fault:
+        raise ValueError(f"{path}: {fault}") from None

@@ -141,7 +141,11 @@ class Store:
                     if time.monotonic() > deadline:
                         raise TimeoutError(f"{handle.name} was locked for {LOCK_PATIENCE_SECONDS:.0f} s") from None
                     time.sleep(LOCK_POLL_SECONDS)
-            yield
+            try:
+                yield
+            finally:
+                # Said, not left to the closing: a child forked meanwhile has the file open too and would keep the lock.
+                fcntl.flock(handle, fcntl.LOCK_UN)
 
     def read(self) -> dict[Key, Entry]:
         """The results there are; a file that cannot be used is set aside, with a warning."""

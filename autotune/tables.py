@@ -132,7 +132,7 @@ def _load(text: str) -> tuple[Table, list[Any]]:
     """A table without its entries, and those as they stand in the file."""
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as fault:
+    except (ValueError, RecursionError) as fault:
         raise TableError(f"no JSON: {fault}") from None
     _check(isinstance(data, dict), "no table: the file must hold an object")
     _check(data.get("format") == FORMAT, f"format must be {FORMAT}, got {data.get('format')!r}")
@@ -207,7 +207,7 @@ def _shipped(wanted: Callable[[Table], bool]) -> list[Table]:
             table, rows = _load(path.read_text(encoding="utf-8"))
             if wanted(table):
                 found.append(_fill(table, rows))
-        except TableError as fault:
+        except (TableError, UnicodeDecodeError) as fault:
             raise TableError(f"{path}: {fault}") from None
     return found
 

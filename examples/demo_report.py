@@ -8,11 +8,12 @@ python examples/demo_report.py --check    # exit status 1 where README.md is not
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from glyph_retrieval import describe_runs
+
+from gssf_triton.storage import read_json, reason, unusable
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = Path(__file__).resolve().parent / "figures"
@@ -34,16 +35,22 @@ def between(text: str, name: str, body: str) -> str:
 
 def demo_section(path: Path) -> str:
     """The measured table and what it was measured with."""
-    results = json.loads(path.read_text(encoding="utf-8"))
-    settings, versions = results["settings"], results["versions"]
-    said = (
-        f"R@K in percent on {results['test_names']:,} names never seen in training, one glyph each, after "
-        f"{settings['steps']} steps of {settings['batch_size']} pairs ({settings['loss']}, D = {settings['dim']}, "
-        f"B = {settings['block_size']}; {results['train_images']:,} glyphs of {results['train_names']:,} names; "
-        f"torch {versions['torch']}):"
-    )
+    fields = ("settings", "versions", "test_names", "train_images", "train_names", "runs")
+    results = read_json(path, "a demo's results", fields)
+    try:
+        settings, versions = results["settings"], results["versions"]
+        said = (
+            f"R@K in percent on {results['test_names']:,} names never seen in training, one glyph each, after "
+            f"{settings['steps']} steps of {settings['batch_size']} pairs ({settings['loss']}, D = {settings['dim']}, "
+            f"B = {settings['block_size']}; {results['train_images']:,} glyphs of {results['train_names']:,} names; "
+            f"torch {versions['torch']}):"
+        )
+        table = describe_runs(results["runs"])
+    # Deeper than `fields` looks.
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        raise unusable(path, "a demo's results", f"others ({reason(fault)})") from fault
     picture = "![rsum as training goes on](examples/figures/learning_curve.png)"
-    return f"{said}\n\n{describe_runs(results['runs'])}\n\n{picture}"
+    return f"{said}\n\n{table}\n\n{picture}"
 
 
 def main(argv: list[str] | None = None) -> int:

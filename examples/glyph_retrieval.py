@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 import gssf_triton
 from gssf_triton.data.glyphs import Glyphs, load_glyphs
+from gssf_triton.storage import replacing
 
 COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum")
 
@@ -88,9 +88,8 @@ def describe_runs(results: list[dict[str, Any]]) -> str:
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def train_all(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import load_checkpoint, restoring, save_checkpoint
 from glyph_model import ImageTower, TextTower, tokenize
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ LOSSES = ("info_nce", "sigmoid", "triplet", "distillation")
 METRICS = ("cosine", "diag", "bdiag", "both")
 TITLES = {"cosine": "cosine", "diag": "Diag", "bdiag": "B-Diag", "both": "both"}
 KS = (1, 5, 10)
+#: What a checkpoint holds.
+STATE = ("identity", "model", "optimizer", "generator", "step", "history")
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,14 @@ class Retriever(nn.Module):
 
 def load_teacher(checkpoint: str) -> Retriever:
     """A trained model of any metric, size and loss, frozen."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    identity = {name: value for name, value in state["identity"].items() if name != "seed"}
-    metric = identity.pop("metric")
-    # Whatever trained it: towers and metric are what it teaches with.
-    model = Retriever(metric, Settings(**identity | {"loss": "info_nce"}))
-    kept = {name: x for name, x in state["model"].items() if name.startswith(("images.", "texts.", "loss.metric."))}
-    model.load_state_dict(kept, strict=False)
+    state = load_checkpoint(Path(checkpoint), ("identity", "model"))
+    with restoring(Path(checkpoint)):
+        identity = {name: value for name, value in state["identity"].items() if name != "seed"}
+        metric = identity.pop("metric")
+        # Whatever trained it: towers and metric are what it teaches with.
+        model = Retriever(metric, Settings(**identity | {"loss": "info_nce"}))
+        kept = {name: x for name, x in state["model"].items() if name.startswith(("images.", "texts.", "loss.metric."))}
+        model.load_state_dict(kept, strict=False)
     return model.eval().requires_grad_(False)
 
 
@@ -150,14 +153,6 @@ def similarities(model: Retriever, images: Tensor, tokens: Tensor) -> Tensor:
     return S
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
 class Run:
     """One column's training with one seed: resumes from `checkpoint` where that holds the same settings."""
 
@@ -175,7 +170,7 @@ class Run:
         self.step = 0
         self.history: list[dict[str, float]] = []
         if checkpoint.exists():
-            self._resume(torch.load(checkpoint, map_location="cpu", weights_only=True))
+            self._resume(load_checkpoint(checkpoint, STATE))
 
     def _identity(self) -> dict[str, Any]:
         return asdict(self.settings) | {"metric": self.metric, "seed": self.seed}
@@ -187,13 +182,14 @@ class Run:
                 f"{self.checkpoint} holds a run with other settings ({', '.join(changed)}): "
                 "choose another --out, or start over with --fresh"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.generator.set_state(state["generator"])
+        with restoring(self.checkpoint):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.sampler.generator.set_state(state["generator"])
         self.step, self.history = state["step"], state["history"]
 
     def save(self) -> None:
-        save(
+        save_checkpoint(
             self.checkpoint,
             {
                 "identity": self._identity(),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,8 @@ from typing import Any
 
 from study_report import compare, markdown, plot, replace_between, summary
 
+from gssf_triton.storage import read_json
+
 STUDIES = ("image_text", "regions", "reid", "fine_grained", "distillation", "frozen", "attention")
 PARTS = ("columns", "remedies", "causes")
 HERE = Path(__file__).parent
@@ -30,8 +31,12 @@ RESULTS = HERE / "results"
 README, COOKBOOK = HERE.parent / "README.md", HERE / "README.md"
 
 
+#: What a result file holds, of what every table is made of.
+RESULT = ("title", "headline", "headline_title", "shown", "runs")
+
+
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_json(path, "a study's results", RESULT) if path.exists() else None
 
 
 #: Fewer seeds of any column are no result to publish.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gssf_triton.data import Glyphs, load_cub200, load_glyphs, load_market1501, load_precomputed, load_sop
+from gssf_triton.storage import reason, replacing, unusable
 
 #: Words of a caption that are looked at; a glyph's name has at most MAX_WORDS.
 CAPTION_WORDS = 24
@@ -195,18 +196,35 @@ def photographs(paths: tuple[Path, ...], cache: Path) -> NDArray[np.uint8]:
 
     key = hashlib.sha256("\n".join(f"{path} {path.stat().st_size}" for path in paths).encode()).hexdigest()[:16]
     kept = cache / f"photographs-{PHOTO_SIZE}-{key}.npy"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(".partial")
-        shape = (len(paths), PHOTO_SIZE, PHOTO_SIZE, 3)
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        for i, path in enumerate(tqdm(paths, desc="decoding images", unit="image", leave=False)):
+    shape = (len(paths), PHOTO_SIZE, PHOTO_SIZE, 3)
+    if kept.exists():
+        try:
+            return _kept_photographs(kept, shape)
+        except ValueError as fault:
+            warnings.warn(f"{fault}: decoded again", stacklevel=2)
+    with replacing(kept) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for path in tqdm(paths, desc="decoding images", unit="image", leave=False):
             with Image.open(path) as image:
-                array[i] = np.asarray(image.convert("RGB").resize((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.BOX))
-        array.flush()
-        del array
-        os.replace(partial, kept)
-    images: NDArray[np.uint8] = np.load(kept, mmap_mode="r", allow_pickle=False)
+                small = image.convert("RGB").resize((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.BOX)
+            file.write(small.tobytes())
+    return _kept_photographs(kept, shape)
+
+
+def _kept_photographs(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The cache, memory-mapped.
+
+    Raises:
+        ValueError: it is not whole, or of other images.
+    """
+    expected = f"the decoded photographs, bytes of shape {shape}"
+    try:
+        images: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+    # Whatever the first damaged field of the header leads to.
+    except Exception as error:
+        raise unusable(path, expected, f"a file that cannot be read ({reason(error)})") from error
+    if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.uint8:
+        raise unusable(path, expected, "something else")
     return images
 
 

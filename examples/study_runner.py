@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import sys
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 import gssf_triton
 from gssf_triton.data import DataError
+from gssf_triton.storage import read_json, replacing, unusable
 
 #: VSE++ and SCAN on Flickr30K: 30 epochs of 145,000 captions in batches of 128, margin 0.2, one epoch of all negatives.
 VSE_RECIPE = Settings(
@@ -90,6 +90,10 @@ class Study:
         return self.settings if data == "glyphs" or self.recipe is None else self.recipe
 
 
+#: What a run's result holds, of what is looked at again.
+RUN = {"column", "seed", "final", "history"}
+
+
 @dataclass
 class Results:
     """A study's result file: what was asked for, and the runs done so far."""
@@ -107,26 +111,32 @@ class Results:
         """
         if not path.exists():
             return cls(path, header)
-        found = json.loads(path.read_text(encoding="utf-8"))
+        decided = ("settings", "data", "held_out", "limit", "tower_steps")
+        found = read_json(path, "a study's results", (*decided, "runs"))
+        runs = found["runs"]
+        if not isinstance(runs, list) or not all(isinstance(run, dict) and run.keys() >= RUN for run in runs):
+            raise unusable(path, f"a study's results, each of its runs with {', '.join(sorted(RUN))}", "others")
+        if not isinstance(found["settings"], dict):
+            raise unusable(
+                path, "a study's results with its settings", f"a {type(found['settings']).__name__} for them"
+            )
         # A setting that the file does not know is one that came later, and was what it is by default.
         found["settings"] = asdict(Settings()) | found["settings"]
-        for key in ("settings", "data", "held_out", "limit", "tower_steps"):
+        for key in decided:
             if found[key] != header[key]:
                 raise ValueError(
                     f"{path} holds runs with other {key} ({found[key]}): choose another --out, or start over with "
                     "--fresh"
                 )
-        return cls(path, header, found["runs"])
+        return cls(path, header, runs)
 
     def done(self, column: str, seed: int) -> bool:
         return any(run["column"] == column and run["seed"] == seed for run in self.runs)
 
     def add(self, run: dict[str, Any]) -> None:
         self.runs.append(run)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as file:
+            file.write((json.dumps(self.content(), indent=1) + "\n").encode())
 
     def content(self) -> dict[str, Any]:
         return self.header | {"runs": self.runs}

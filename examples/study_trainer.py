@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import load_checkpoint, restoring, save_checkpoint
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -204,12 +204,8 @@ class Criterion(nn.Module):
         return out
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+#: What a checkpoint holds.
+STATE = ("identity", "model", "optimizer", "generator", "chance", "step", "history")
 
 
 def is_of_metric(name: str) -> bool:
@@ -244,17 +240,18 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
     history: list[dict[str, float]] = []
     step = 0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = load_checkpoint(checkpoint, STATE)
         if state["identity"] != identity:
             changed = [k for k, v in identity.items() if state["identity"].get(k) != v]
             raise ValueError(
                 f"{checkpoint} holds a run with other settings ({', '.join(changed)}): choose another --out, or start "
                 "over with --fresh"
             )
-        task.load_state_dict(state["model"])
-        opt.load_state_dict(state["optimizer"])
-        task.generator.set_state(state["generator"])
-        torch.set_rng_state(state["chance"])
+        with restoring(checkpoint):
+            task.load_state_dict(state["model"])
+            opt.load_state_dict(state["optimizer"])
+            task.generator.set_state(state["generator"])
+            torch.set_rng_state(state["chance"])
         step, history = state["step"], state["history"]
     if step >= settings.steps:
         yield history
@@ -281,7 +278,7 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
             with torch.no_grad():
                 history.append({"step": float(step), "loss": loss.item()} | task.evaluate())
             if checkpoint is not None:
-                save(
+                save_checkpoint(
                     checkpoint,
                     {
                         "identity": identity,

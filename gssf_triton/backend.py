@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gssf_triton.checks import check_choice
+from gssf_triton.options import check_choice
 
 BACKENDS = ("auto", "triton", "torch")
 

@@ -1,4 +1,4 @@
-"""Every check at the boundary: what came, what was wanted, before anything runs.
+"""Every check of a tensor at the boundary: what came, what was wanted, before anything runs.
 
 Each function raises `TypeError` for something that is not a tensor and `ValueError` for a tensor that does not fit; the
 message names the argument, what came and what was wanted. Nothing here reads a tensor's values, so no check ever waits
@@ -7,14 +7,13 @@ for a device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DTYPE_NAMES = "float16, bfloat16, float32 or float64"
+FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
@@ -29,7 +28,7 @@ def check_tensor(name: str, x: object) -> None:
 
 def check_floating(name: str, x: Tensor) -> None:
     if x.dtype not in FEATURE_DTYPES:
-        raise ValueError(f"{name} must be {_DTYPE_NAMES}, got {x.dtype}")
+        raise ValueError(f"{name} must be {FLOAT_NAMES}, got {x.dtype}")
 
 
 def check_features(name: str, x: object, min_dim: int = 2) -> None:
@@ -50,42 +49,51 @@ def check_same_device(reference_name: str, reference: Tensor, name: str, x: Tens
         )
 
 
-def _check_weight_forms(W_diag: object, W_blocks: object) -> None:
-    """One weight at least; W_diag a float vector, W_blocks a float (G, B, B)."""
+def _check_weight_forms(W_diag: object, W_blocks: object, prefix: str = "", heads: bool = False) -> None:
+    """One weight at least; W_diag a float vector, W_blocks a float (G, B, B); with `heads` also one of each a head."""
+    diag, blocks = f"{prefix}W_diag", f"{prefix}W_blocks"
     if W_diag is None and W_blocks is None:
-        raise ValueError("no weight given: W_diag and W_blocks are both None, at least one of them is wanted")
+        raise ValueError(f"no weight given: {diag} and {blocks} are both None, at least one of them is wanted")
     if W_diag is not None:
-        check_tensor("W_diag", W_diag)
+        check_tensor(diag, W_diag)
         assert isinstance(W_diag, Tensor)
-        check_floating("W_diag", W_diag)
-        if W_diag.dim() != 1:
-            raise ValueError(f"W_diag must have shape (D,), got {shape_of(W_diag)}")
+        check_floating(diag, W_diag)
+        if W_diag.dim() not in (1, 1 + heads):
+            raise ValueError(f"{diag} must have shape (D,){' or (H, D)' * heads}, got {shape_of(W_diag)}")
     if W_blocks is not None:
-        check_tensor("W_blocks", W_blocks)
+        check_tensor(blocks, W_blocks)
         assert isinstance(W_blocks, Tensor)
-        check_floating("W_blocks", W_blocks)
-        if W_blocks.dim() != 3 or W_blocks.shape[1] != W_blocks.shape[2] or W_blocks.shape[1] == 0:
-            raise ValueError(f"W_blocks must have shape (G, B, B) with B >= 1, got {shape_of(W_blocks)}")
+        check_floating(blocks, W_blocks)
+        shape = W_blocks.shape
+        if W_blocks.dim() not in (3, 3 + heads) or shape[-2] != shape[-1] or shape[-1] == 0:
+            form = f"(G, B, B){' or (H, G, B, B)' * heads} with B >= 1"
+            raise ValueError(f"{blocks} must have shape {form}, got {shape_of(W_blocks)}")
 
 
-def check_weights(name: str, x: Tensor, W_diag: object, W_blocks: object) -> None:
-    """W_diag (D,) and W_blocks (G, B, B) with G*B = D, at least one of them, on the features' device."""
-    _check_weight_forms(W_diag, W_blocks)
+def check_weights(
+    name: str, x: Tensor, W_diag: object, W_blocks: object, *, prefix: str = "", heads: bool = False
+) -> None:
+    """W_diag (D,) and W_blocks (G, B, B) with G*B = D, at least one of them, on the features' device.
+
+    `prefix` is what the caller's arguments have before these names; with `heads` a weight may be one a head as well.
+    """
+    _check_weight_forms(W_diag, W_blocks, prefix, heads)
     channels = x.shape[-1]
     if isinstance(W_diag, Tensor):
-        if W_diag.shape[0] != channels:
+        if W_diag.shape[-1] != channels:
             raise ValueError(
-                f"W_diag must have shape ({channels},), the channels of {name} {shape_of(x)}, got {shape_of(W_diag)}"
+                f"{prefix}W_diag must have shape ({channels},){f' or (H, {channels})' * heads}, the channels of "
+                f"{name} {shape_of(x)}, got {shape_of(W_diag)}"
             )
-        check_same_device(name, x, "W_diag", W_diag)
+        check_same_device(name, x, f"{prefix}W_diag", W_diag)
     if isinstance(W_blocks, Tensor):
-        covered = W_blocks.shape[0] * W_blocks.shape[1]
+        covered = W_blocks.shape[-3] * W_blocks.shape[-2]
         if covered != channels:
             raise ValueError(
-                f"W_blocks of shape {shape_of(W_blocks)} covers G*B = {covered} channels, "
+                f"{prefix}W_blocks of shape {shape_of(W_blocks)} covers G*B = {covered} channels, "
                 f"but {name} of shape {shape_of(x)} has D = {channels}"
             )
-        check_same_device(name, x, "W_blocks", W_blocks)
+        check_same_device(name, x, f"{prefix}W_blocks", W_blocks)
 
 
 def check_metric(W_diag: object, W_blocks: object) -> None:
@@ -148,22 +156,13 @@ def check_paired_rows(a: Tensor, b: Tensor) -> None:
 
 def check_head_weights(q: Tensor, W_diag: object, W_blocks: object) -> None:
     """Attention's metric: shared, (D,) and (G, B, B), or (H, D) and (H, G, B, B) one a head of q (..., H, L, D)."""
-    shared: list[object] = []
-    for name, weight, dims, form in (
-        ("W_diag", W_diag, 1, "(D,) or (H, D)"),
-        ("W_blocks", W_blocks, 3, "(G, B, B) or (H, G, B, B)"),
-    ):
-        if not isinstance(weight, Tensor) or weight.dim() != dims + 1:
-            shared.append(weight)
-            continue
-        heads = q.shape[-3] if q.dim() > 2 else None
-        if weight.shape[0] != heads:
+    check_weights("q", q, W_diag, W_blocks, heads=True)
+    heads = q.shape[-3] if q.dim() > 2 else None
+    for name, weight, dims, form in (("W_diag", W_diag, 2, "(H, D)"), ("W_blocks", W_blocks, 4, "(H, G, B, B)")):
+        if isinstance(weight, Tensor) and weight.dim() == dims and weight.shape[0] != heads:
             raise ValueError(
                 f"{name} must have shape {form} with the H, D of q (..., H, L, D) {shape_of(q)}, got {shape_of(weight)}"
             )
-        # Every head's weight has one form: with the heads left out it is a shared weight, and is checked as one.
-        shared.append(weight.new_empty(()).expand(weight.shape[1:]))
-    check_weights("q", q, *shared)
 
 
 def check_attention(q: object, k: object, v: object) -> None:
@@ -195,7 +194,7 @@ def check_mask(
     check_tensor(name, mask)
     assert isinstance(mask, Tensor)
     if mask.dtype != torch.bool and mask.dtype not in FEATURE_DTYPES:
-        raise ValueError(f"{name} must be bool, {_DTYPE_NAMES}, got {mask.dtype}")
+        raise ValueError(f"{name} must be bool, {FLOAT_NAMES}, got {mask.dtype}")
     wanted = [tuple(shape) for shape in shapes]
     if shape_of(mask) not in wanted:
         try:
@@ -205,32 +204,3 @@ def check_mask(
         if not fits:
             raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {shape_of(mask)}")
     check_same_device(reference_name, reference, name, mask)
-
-
-def check_out_dtype(out_dtype: object) -> None:
-    if out_dtype is None:
-        return
-    if not isinstance(out_dtype, torch.dtype):
-        raise TypeError(f"out_dtype must be a torch.dtype or None, got {type(out_dtype).__name__}")
-    if out_dtype not in FEATURE_DTYPES:
-        raise ValueError(f"out_dtype must be {_DTYPE_NAMES}, got {out_dtype}")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_fraction(name: str, value: object) -> None:
-    """A number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
-
-
-def check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, ops, torch_backend
+from gssf_triton import checks, ops, options, torch_backend
 from gssf_triton.backend import resolve_backend
 
 #: Asked once: torch 2.6 cannot trace the question.
@@ -46,12 +46,19 @@ def _as_matrices(a: Tensor, b: Tensor, batch: torch.Size | tuple[int, ...]) -> t
 
 
 def _check_pairwise(
-    a: Tensor, b: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, out_dtype: torch.dtype | None, backend: str
+    a: Tensor,
+    b: Tensor,
+    W_diag: Tensor | None,
+    W_blocks: Tensor | None,
+    normalize: bool,
+    out_dtype: torch.dtype | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, tuple[int, ...], torch.dtype, str]:
+    options.check_flags(normalize=normalize)
     checks.check_pair(a, b)
     checks.check_weights("a", a, W_diag, W_blocks)
     batch = tuple(checks.broadcast_batch(a, b))
-    checks.check_out_dtype(out_dtype)
+    options.check_dtype("out_dtype", out_dtype)
     a, b = autocast_features(a, b)
     checks.check_same_dtype(a, b)
     return a, b, batch, out_dtype or a.dtype, resolve_backend(backend, a, W_blocks)
@@ -102,7 +109,7 @@ def pairwise_sim(
         >>> gssf_triton.pairwise_sim(a, b, W_diag, W_blocks)
         tensor([[ 8., 15.]])
     """
-    a, b, batch, dtype, backend = _check_pairwise(a, b, W_diag, W_blocks, out_dtype, backend)
+    a, b, batch, dtype, backend = _check_pairwise(a, b, W_diag, W_blocks, normalize, out_dtype, backend)
     if backend == "torch":
         return torch_backend.pairwise(a, b, W_diag, W_blocks, normalize, dtype)
     S = ops.pairwise(*_as_matrices(a, b, batch), W_diag, W_blocks, normalize, dtype)
@@ -149,7 +156,7 @@ def pairwise_terms(
     """
     checks.check_tensor("W_diag", W_diag)
     checks.check_tensor("W_blocks", W_blocks)
-    a, b, batch, dtype, backend = _check_pairwise(a, b, W_diag, W_blocks, out_dtype, backend)
+    a, b, batch, dtype, backend = _check_pairwise(a, b, W_diag, W_blocks, normalize, out_dtype, backend)
     if backend == "torch":
         return torch_backend.pairwise_terms(a, b, W_diag, W_blocks, normalize, dtype)
     terms = ops.pairwise_terms(*_as_matrices(a, b, batch), W_diag, W_blocks, normalize, dtype)
@@ -195,11 +202,12 @@ def paired_sim(
         >>> gssf_triton.paired_sim(a, a, torch.tensor([2.0, 3.0]))
         tensor([2., 3.])
     """
+    options.check_flags(normalize=normalize)
     checks.check_pair(a, b)
     checks.check_paired_rows(a, b)
     checks.check_weights("a", a, W_diag, W_blocks)
     batch = checks.broadcast_batch(a, b)
-    checks.check_out_dtype(out_dtype)
+    options.check_dtype("out_dtype", out_dtype)
     a, b = autocast_features(a, b)
     checks.check_same_dtype(a, b)
     dtype = out_dtype or a.dtype
@@ -254,7 +262,8 @@ def transform(
     """
     checks.check_features("x", x, min_dim=1)
     checks.check_weights("x", x, W_diag, W_blocks)
-    checks.check_choice("side", side, ("a", "b"))
+    options.check_choice("side", side, ("a", "b"))
+    options.check_flags(normalize=normalize)
     (x,) = autocast_features(x)
     weight = W_blocks.mT if W_blocks is not None and side == "b" else W_blocks
     if resolve_backend(backend, x, W_blocks) == "torch":

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gssf_triton import checks, functional
+from gssf_triton import checks, functional, options
+from gssf_triton.backend import resolve_backend
 
 #: Blocks of a head's channels are at most as large as nn.GSSF's default block where no size is given.
 LARGEST_DEFAULT_BLOCK = 32
@@ -83,6 +84,10 @@ def attention(
         >>> torch.allclose(gssf_triton.attention(q, k, v, W_diag, W_blocks), plain, atol=1e-6)
         True
     """
+    options.check_flags(is_causal=is_causal)
+    options.check_probability("dropout_p", dropout_p)
+    if scale is not None:
+        options.check_number("scale", scale)
     checks.check_attention(q, k, v)
     checks.check_head_weights(q, W_diag, W_blocks)
     batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
@@ -93,6 +98,7 @@ def attention(
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"q and {name} must have the same dtype: q is {q.dtype}, {name} is {x.dtype}")
+    backend = resolve_backend(backend, q, W_blocks)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(q.dtype)
     q = fold_heads(q, W_diag, W_blocks, backend)
@@ -155,6 +161,8 @@ class HeadMetric(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """T(q), (..., H, L, D) to the same."""
+        checks.check_features("q", q)
+        checks.check_head_weights(q, self.W_diag, self.W_blocks)
         return fold_heads(q, self.W_diag, self.W_blocks)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -163,6 +171,18 @@ class HeadMetric(nn.Module):
 
     def extra_repr(self) -> str:
         return repr_of_weights(self)
+
+
+def check_head_options(
+    num_heads: object, head_dim: int, block_size: object, diag: object, blocks: object, device: object, dtype: object
+) -> None:
+    """What a module with a metric a head is made with."""
+    options.check_count("num_heads", num_heads, 1)
+    options.check_count("head_dim", head_dim, 1)
+    options.check_terms(diag, blocks)
+    options.check_place(device, dtype)
+    if blocks and block_size is not None:
+        options.check_block_size("block_size", block_size, head_dim, f"the {head_dim} channels of a head")
 
 
 def add_head_weights(
@@ -176,15 +196,9 @@ def add_head_weights(
     dtype: torch.dtype | None,
 ) -> None:
     """Give a module the parameters `W_diag` and `W_blocks`, a metric a head, at the identity."""
-    for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    if not diag and not blocks:
-        raise ValueError("no term to learn: diag and blocks are both False, at least one of them is wanted")
+    check_head_options(num_heads, head_dim, block_size, diag, blocks, device, dtype)
     if block_size is None:
         block_size = max(size for size in range(1, LARGEST_DEFAULT_BLOCK + 1) if head_dim % size == 0)
-    if blocks and (block_size < 1 or head_dim % block_size):
-        raise ValueError(f"block_size must divide the {head_dim} channels of a head, got {block_size}")
     module.register_parameter("W_diag", None)
     module.register_parameter("W_blocks", None)
     if diag:

@@ -10,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gssf_triton import checks
-from gssf_triton.heads import add_head_weights, complete_state_dict, fold_heads, repr_of_weights, reset_head_weights
+from gssf_triton import checks, options
+from gssf_triton.heads import (
+    add_head_weights,
+    check_head_options,
+    complete_state_dict,
+    fold_heads,
+    repr_of_weights,
+    reset_head_weights,
+)
 
 
 class GSSFAttention(nn.MultiheadAttention):
@@ -77,8 +84,16 @@ class GSSFAttention(nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+        options.check_count("embed_dim", embed_dim, 1)
+        options.check_count("num_heads", num_heads, 1)
+        for name, channels in (("kdim", kdim), ("vdim", vdim)):
+            if channels is not None:
+                options.check_count(name, channels, 1)
+        options.check_probability("dropout", dropout)
+        options.check_flags(bias=bias, batch_first=batch_first)
+        if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim = {embed_dim}, got {num_heads}")
+        check_head_options(num_heads, embed_dim // num_heads, block_size, diag, blocks, device, dtype)
         super().__init__(
             embed_dim,
             num_heads,
@@ -170,6 +185,7 @@ class GSSFAttention(nn.MultiheadAttention):
         Returns:
             The output, of query's form, and the weights, or None.
         """
+        options.check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
         batched = self._check_inputs(query, key, value)
         if not batched and isinstance(key_padding_mask, Tensor):
             key_padding_mask = key_padding_mask.unsqueeze(0)
@@ -218,7 +234,8 @@ class GSSFAttention(nn.MultiheadAttention):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != channels:
                 form = "(N, L, E)" if self.batch_first else "(L, N, E)"
                 raise ValueError(
-                    f"{name} must be {form} or (L, E) as query is, with E = {channels}, got {tuple(x.shape)}"
+                    f"{name} must be {form} or (L, E) as query {tuple(query.shape)} is, with E = {channels}, "
+                    f"got {tuple(x.shape)}"
                 )
             checks.check_same_device("query", query, name, x)
         batch_dim = 0 if self.batch_first else 1

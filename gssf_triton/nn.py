@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gssf_triton import functional
+from gssf_triton import functional, options
 from gssf_triton.losses.modules import DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
 from gssf_triton.multihead import GSSFAttention
 
@@ -58,12 +58,12 @@ class GSSF(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        if not diag and not blocks:
-            raise ValueError("no term to learn: diag and blocks are both False, at least one of them is wanted")
-        if blocks and (block_size < 1 or dim % block_size):
-            raise ValueError(f"block_size must divide dim = {dim}, got {block_size}")
+        options.check_count("dim", dim, 1)
+        options.check_terms(diag, blocks)
+        options.check_flags(normalize=normalize)
+        options.check_place(device, dtype)
+        if blocks:
+            options.check_block_size("block_size", block_size, dim, f"dim = {dim}")
         self.dim = dim
         self.block_size = block_size
         self.normalize = normalize

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, functional, torch_backend
+from gssf_triton import checks, functional, options, torch_backend
 from gssf_triton.integrations import require
+from gssf_triton.retrieval.checks import check_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,6 +95,7 @@ def score_parts(
         >>> parts.channels, parts.score
         (tensor([[ 7., 14.]]), tensor([21.]))
     """
+    options.check_flags(normalize=normalize)
     checks.check_pair(a, b)
     checks.check_paired_rows(a, b)
     checks.check_weights("a", a, W_diag, W_blocks)
@@ -142,8 +144,11 @@ def relevance(
         >>> relevance(x, x, torch.ones(3)).channels
         tensor([2., 0., 0.])
     """
-    checks.check_pair(a, b)
-    if a.dim() != 2 or a.shape[0] < 2:
+    options.check_flags(normalize=normalize)
+    checks.check_batches(("a", "b"), a, b, paired=True)
+    checks.check_weights("a", a, W_diag, W_blocks)
+    checks.check_same_dtype(a, b)
+    if a.shape[0] < 2:
         raise ValueError(f"a must have shape (N, D) with N of at least 2, got {tuple(a.shape)}")
     wide = torch_backend.accumulate_dtype(a.dtype)
     a, b = (torch_backend.prepare(x.to(wide), normalize) for x in (a, b))
@@ -192,8 +197,8 @@ def similarity_histogram(
         b: (N, D).
         W_diag: As in `pairwise_sim`, and so are W_blocks and `normalize`.
         W_blocks: (G, B, B), or None.
-        a_ids: (M,), and
-        b_ids: (N,): pairs of equal ids match. Where neither is given, a[i] matches b[i].
+        a_ids: (M,) integers, and
+        b_ids: (N,) integers: pairs of equal ids match. Where neither is given, a[i] matches b[i].
         bins: Bins of equal width.
         normalize: Put both sides on the unit sphere first.
 
@@ -208,21 +213,21 @@ def similarity_histogram(
         >>> found.positives, found.negatives
         (tensor([0, 3]), tensor([6, 0]))
     """
-    checks.check_pair(a, b)
-    if a.dim() != 2 or b.dim() != 2 or 0 in (a.shape[0], b.shape[0]):
+    options.check_flags(normalize=normalize)
+    checks.check_batches(("a", "b"), a, b, paired=False)
+    checks.check_weights("a", a, W_diag, W_blocks)
+    checks.check_same_dtype(a, b)
+    if 0 in (a.shape[0], b.shape[0]):
         raise ValueError(
             f"a and b must have shapes (M, D) and (N, D) with rows, got {tuple(a.shape)}, {tuple(b.shape)}"
         )
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+    options.check_count("bins", bins, 1)
     if (a_ids is None) != (b_ids is None):
         raise ValueError("a_ids and b_ids must be given together: one of them is None")
     if a_ids is None or b_ids is None:
         a_ids, b_ids = (torch.arange(x.shape[0], device=a.device) for x in (a, b))
-    for name, ids, x in (("a_ids", a_ids, a), ("b_ids", b_ids, b)):
-        checks.check_tensor(name, ids)
-        if tuple(ids.shape) != (x.shape[0],):
-            raise ValueError(f"{name} must have shape ({x.shape[0]},), got {tuple(ids.shape)}")
+    for side, ids, x in (("a", a_ids, a), ("b", b_ids, b)):
+        check_labels(f"{side}_ids", ids, x.shape[0], side, x)
     wide = torch_backend.accumulate_dtype(a.dtype)
 
     def chunk(start: int) -> Tensor:
@@ -243,6 +248,16 @@ def similarity_histogram(
         for row, chosen in enumerate((match, ~match)):
             counts[row] += torch.bincount(place[chosen.to(S.device)], minlength=bins).cpu()
     return SimilarityHistogram(edges, counts[0], counts[1])
+
+
+def _check_made_by(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a gssf_triton.viz.{kind.__name__}, got {type(value).__name__}")
+
+
+def _check_axes(ax: object) -> None:
+    if ax is not None and not isinstance(ax, require("matplotlib.axes", "viz").Axes):
+        raise TypeError(f"ax must be a matplotlib.axes.Axes or None, got {type(ax).__name__}")
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -271,6 +286,7 @@ def plot_metric(W_diag: Tensor | None = None, W_blocks: Tensor | None = None, *,
         >>> plot_metric(torch.ones(8), torch.randn(2, 4, 4)).get_xlabel()
         'channel of b'
     """
+    _check_axes(ax)
     metric = functional.dense_metric(W_diag, W_blocks).float().cpu()
     D = metric.shape[0]
     size = 1 if W_blocks is None else W_blocks.shape[-1]
@@ -295,6 +311,8 @@ def plot_parts(parts: ScoreParts, *, ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: parts of several pairs.
     """
+    _check_made_by("parts", parts, ScoreParts)
+    _check_axes(ax)
     if parts.channels.dim() != 1:
         raise ValueError(f"parts must be of one pair, (D,), got shape {tuple(parts.channels.shape)}")
     ax = _axes(ax)
@@ -318,6 +336,8 @@ def plot_similarities(histogram: SimilarityHistogram, *, ax: Axes | None = None)
         histogram: From `similarity_histogram`.
         ax: Where to draw; a new figure where None.
     """
+    _check_made_by("histogram", histogram, SimilarityHistogram)
+    _check_axes(ax)
     ax = _axes(ax)
     edges = histogram.edges.numpy()
     for label, counts in (("matches", histogram.positives), ("other pairs", histogram.negatives)):

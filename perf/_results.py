@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from gssf_triton.storage import read_json, replacing, unusable
+
 SCHEMA = 1
+#: What a run holds, of what is looked at again.
+RUN = ("schema", "suite", "device", "driver", "cpu", "versions", "settings", "commit", "complete", "cells")
 #: A median that moved by less than this is noise, however narrow the quartiles are.
 NOISE = {"cuda": 0.03, "cpu": 0.10}
 
@@ -20,17 +23,9 @@ CellRow = dict[str, Any]
 
 def write(path: Path, run: Run) -> None:
     """Replace `path` in one step: a run that is killed leaves the previous cell's file, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            json.dump(run, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    content = (json.dumps(run, indent=1) + "\n").encode()
+    with replacing(path) as file:
+        file.write(content)
 
 
 def read(path: Path) -> Run:
@@ -39,13 +34,10 @@ def read(path: Path) -> Run:
     Raises:
         ValueError: the file is not one, or of another schema.
     """
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not a run of schema {SCHEMA}")
-    return run
+    run: Run = read_json(path, "a run", ("schema",))
+    if run["schema"] != SCHEMA:
+        raise unusable(path, f"a run of schema {SCHEMA}", f"schema {run['schema']!r}")
+    return read_json(path, "a run", RUN)
 
 
 def may_resume(old: Run, new: Run) -> list[str]:

@@ -1,177 +1,146 @@
-"""Every kind of wrong input gets an error that names the argument, what came and what was wanted."""
+"""Every argument of everything public, with every wrong kind of value: the error's type, its words, and nothing run.
+
+`good_calls` has a call that works of each function and the kind of each of its arguments, `wrong_values` what is wrong
+for each kind.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from good_calls import FUNCTIONS, MODULES, OTHERS, D, G, M, distillation_call
 from reference import features, weights
-from torch import Tensor
+from wrong_values import KINDS, assert_says, complaint, faults_of
 
 import gssf_triton
+from gssf_triton import data, metrics, nn, viz
+from gssf_triton.data import Glyphs
 
-PAIR_FUNCTIONS = ["pairwise_sim", "pairwise_terms", "paired_sim"]
-
-Change = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-def good(device: str) -> dict[str, Any]:
-    """A call that works: a and b (4, 24), W_diag (24,), W_blocks (3, 8, 8)."""
-    return {"a": features(4, 24, device=device), "b": features(4, 24, device=device)} | weights(
-        "diag+blocks", 3, 8, device=device
-    )
+CALLS = FUNCTIONS | MODULES | OTHERS
+ARGUMENTS = [(name, parameter) for name, call in CALLS.items() for parameter in call.kinds]
 
 
-def replace(name: str, make: Callable[[Tensor], Any]) -> Change:
-    return lambda call: call | {name: make(call[name])}
+@pytest.mark.parametrize(("name", "parameter"), ARGUMENTS, ids=[f"{n}-{p}" for n, p in ARGUMENTS])
+def test_every_wrong_value_of_every_argument(name: str, parameter: str, device: str) -> None:
+    call = CALLS[name]
+    function, good = call.callable(device), call.arguments(device)
+    backends = ["torch", "triton"] if "backend" in call.kinds and parameter != "backend" else [None]
+    if name.startswith("nn."):
+        backends = [None]
+    faults = [
+        fault
+        for backend in backends
+        for fault in faults_of(
+            function, good | ({} if backend is None else {"backend": backend}), parameter, call.kinds[parameter]
+        )
+    ]
+    assert not faults, "\n".join(faults)
 
 
-#: What is wrong, what is done to a good call, the error, and what its message must hold, in any order.
-MISTAKES: list[tuple[str, Change, type[Exception], list[str]]] = [
-    ("a-list", replace("a", Tensor.tolist), TypeError, ["a", "Tensor", "list"]),
-    ("a-numpy", replace("a", lambda x: x.cpu().numpy()), TypeError, ["a", "Tensor", "ndarray"]),
-    ("a-None", replace("a", lambda x: None), TypeError, ["a", "Tensor", "NoneType"]),
-    ("b-list", replace("b", Tensor.tolist), TypeError, ["b", "Tensor", "list"]),
-    ("b-float", replace("b", lambda x: 1.0), TypeError, ["b", "Tensor", "float"]),
-    ("W_diag-list", replace("W_diag", Tensor.tolist), TypeError, ["W_diag", "Tensor", "list"]),
-    ("W_diag-number", replace("W_diag", lambda x: 1.0), TypeError, ["W_diag", "Tensor", "float"]),
-    ("W_blocks-numpy", replace("W_blocks", lambda x: x.cpu().numpy()), TypeError, ["W_blocks", "Tensor", "ndarray"]),
-    ("a-1d", replace("a", lambda x: x[0]), ValueError, ["a", "(24,)", "D)"]),
-    ("b-1d", replace("b", lambda x: x[0]), ValueError, ["b", "(24,)", "D)"]),
-    ("a-0d", replace("a", lambda x: x[0, 0]), ValueError, ["a", "()", "D)"]),
-    ("a-integer", replace("a", Tensor.long), ValueError, ["a", "int64", "float32"]),
-    ("a-complex", replace("a", lambda x: x.to(torch.complex64)), ValueError, ["a", "complex64", "float32"]),
-    ("a-bool", replace("a", Tensor.bool), ValueError, ["a", "bool", "float32"]),
-    ("a-float8", replace("a", lambda x: x.to(torch.float8_e4m3fn)), ValueError, ["a", "float8_e4m3fn", "float32"]),
-    ("b-integer", replace("b", Tensor.int), ValueError, ["b", "int32", "float32"]),
-    ("b-complex", replace("b", lambda x: x.to(torch.complex64)), ValueError, ["b", "complex64", "float32"]),
-    ("b-bool", replace("b", Tensor.bool), ValueError, ["b", "bool", "float32"]),
-    ("two-dtypes", replace("b", Tensor.half), ValueError, ["a", "b", "float32", "float16"]),
-    ("two-D", replace("b", lambda x: x[:, :16]), ValueError, ["a", "b", "(4, 24)", "(4, 16)"]),
-    (
-        "batches",
-        lambda call: call | {"a": call["a"].expand(2, 4, 24), "b": call["b"].expand(3, 4, 24)},
-        ValueError,
-        ["a", "b", "(2, 4, 24)", "(3, 4, 24)"],
-    ),
-    ("W_diag-short", replace("W_diag", lambda w: w[:8]), ValueError, ["W_diag", "(8,)", "(24,)"]),
-    ("W_diag-2d", replace("W_diag", lambda w: w[None]), ValueError, ["W_diag", "(1, 24)"]),
-    ("W_diag-integer", replace("W_diag", Tensor.int), ValueError, ["W_diag", "int32", "float32"]),
-    ("W_blocks-2d", replace("W_blocks", lambda w: w[0]), ValueError, ["W_blocks", "(8, 8)", "(G, B, B)"]),
-    ("W_blocks-4d", replace("W_blocks", lambda w: w[None]), ValueError, ["W_blocks", "(1, 3, 8, 8)", "(G, B, B)"]),
-    (
-        "W_blocks-not-square",
-        replace("W_blocks", lambda w: w[:, :, :4]),
-        ValueError,
-        ["W_blocks", "(3, 8, 4)", "(G, B, B)"],
-    ),
-    ("W_blocks-too-few", replace("W_blocks", lambda w: w[:2]), ValueError, ["W_blocks", "(2, 8, 8)", "16", "24"]),
-    ("W_blocks-integer", replace("W_blocks", Tensor.long), ValueError, ["W_blocks", "int64", "float32"]),
-    ("b-elsewhere", replace("b", lambda x: x.to("meta")), ValueError, ["a", "b", "meta", "DEVICE"]),
-    ("W_diag-elsewhere", replace("W_diag", lambda w: w.to("meta")), ValueError, ["W_diag", "meta", "DEVICE"]),
-    ("W_blocks-elsewhere", replace("W_blocks", lambda w: w.to("meta")), ValueError, ["W_blocks", "meta", "DEVICE"]),
-    (
-        "backend",
-        lambda call: call | {"backend": "cuda"},
-        ValueError,
-        ["backend", "'cuda'", "'auto'", "'triton'", "'torch'"],
-    ),
-    ("out_dtype-integer", lambda call: call | {"out_dtype": torch.int32}, ValueError, ["out_dtype", "int32"]),
-    ("out_dtype-str", lambda call: call | {"out_dtype": "float32"}, TypeError, ["out_dtype", "str"]),
-]
-
-
-def assert_says(message: str, wanted: list[str], device: str) -> None:
-    for fragment in wanted:
-        fragment = device if fragment == "DEVICE" else fragment
-        whole_word = rf"(?<!\w){re.escape(fragment)}(?!\w)" if fragment.isidentifier() else re.escape(fragment)
-        assert re.search(whole_word, message), f"{fragment!r} is missing in: {message}"
-
-
-@pytest.mark.parametrize("function", PAIR_FUNCTIONS)
-@pytest.mark.parametrize(("change", "error", "wanted"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
-def test_pair_functions(
-    function: str, change: Change, error: type[Exception], wanted: list[str], backend: str, device: str
-) -> None:
-    call = change({**good(device), "backend": backend})
-    with pytest.raises(error) as raised:
-        getattr(gssf_triton, function)(**call)
-    assert_says(str(raised.value), wanted, device)
-
-
-TRANSFORM_MISTAKES = [m for m in MISTAKES if m[0].startswith(("W_", "backend"))] + [
-    ("x-list", replace("x", Tensor.tolist), TypeError, ["x", "Tensor", "list"]),
-    ("x-0d", replace("x", lambda x: x[0, 0]), ValueError, ["x", "()", "D)"]),
-    ("x-integer", replace("x", Tensor.long), ValueError, ["x", "int64", "float32"]),
-    ("x-complex", replace("x", lambda x: x.to(torch.complex64)), ValueError, ["x", "complex64", "float32"]),
-    ("side", lambda call: call | {"side": "left"}, ValueError, ["side", "'left'", "'a'", "'b'"]),
-]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "wanted"), [m[1:] for m in TRANSFORM_MISTAKES], ids=[m[0] for m in TRANSFORM_MISTAKES]
-)
-def test_transform(change: Change, error: type[Exception], wanted: list[str], backend: str, device: str) -> None:
-    call = good(device)
-    call = change({"x": call["a"], "W_diag": call["W_diag"], "W_blocks": call["W_blocks"], "backend": backend})
-    with pytest.raises(error) as raised:
-        gssf_triton.transform(**call)
-    assert_says(str(raised.value), wanted, device)
-
-
-@pytest.mark.parametrize("function", ["pairwise_sim", "paired_sim", "transform", "dense_metric"])
-def test_no_weight(function: str, device: str) -> None:
-    x = features(4, 24, device=device)
-    tensors = {"transform": (x,), "dense_metric": ()}.get(function, (x, x))
-    with pytest.raises(ValueError, match=r"(?s)(?=.*W_diag)(?=.*W_blocks)"):
-        getattr(gssf_triton, function)(*tensors, None, None)
-
-
-@pytest.mark.parametrize("missing", ["W_diag", "W_blocks"])
-def test_pairwise_terms_wants_both_weights(missing: str, device: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=missing):
-        gssf_triton.pairwise_terms(**good(device) | {missing: None})
-
-
-def test_paired_sim_wants_as_many_rows(backend: str, device: str) -> None:
-    call = good(device)
-    with pytest.raises(ValueError) as raised:
-        gssf_triton.paired_sim(**call | {"b": call["b"][:3]}, backend=backend)
-    assert_says(str(raised.value), ["a", "b", "(4, 24)", "(3, 24)"], device)
-    with pytest.raises(ValueError):
-        gssf_triton.paired_sim(**call | {"b": call["b"][:1]}, backend=backend)  # rows pair up, they never broadcast
-
-
-DENSE_MISTAKES: list[tuple[str, Change, type[Exception], list[str]]] = [
-    ("W_diag-list", replace("W_diag", Tensor.tolist), TypeError, ["W_diag", "Tensor", "list"]),
-    ("W_blocks-list", replace("W_blocks", Tensor.tolist), TypeError, ["W_blocks", "Tensor", "list"]),
-    ("W_diag-2d", replace("W_diag", lambda w: w[None]), ValueError, ["W_diag", "(1, 24)"]),
-    ("W_blocks-2d", replace("W_blocks", lambda w: w[0]), ValueError, ["W_blocks", "(8, 8)", "(G, B, B)"]),
-    ("two-D", replace("W_diag", lambda w: w[:16]), ValueError, ["W_diag", "W_blocks", "(16,)", "(3, 8, 8)"]),
-    ("W_diag-integer", replace("W_diag", Tensor.int), ValueError, ["W_diag", "int32"]),
-    ("two-devices", replace("W_diag", lambda w: w.to("meta")), ValueError, ["W_diag", "W_blocks", "meta", "DEVICE"]),
-]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "wanted"), [m[1:] for m in DENSE_MISTAKES], ids=[m[0] for m in DENSE_MISTAKES]
-)
-def test_dense_metric(change: Change, error: type[Exception], wanted: list[str], device: str) -> None:
-    with pytest.raises(error) as raised:
-        gssf_triton.dense_metric(**change(weights("diag+blocks", 3, 8, device=device)))
-    assert_says(str(raised.value), wanted, device)
-
-
-@pytest.mark.parametrize("function", PAIR_FUNCTIONS)
-def test_a_good_call_passes(function: str, backend: str, device: str) -> None:
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_good_call_passes(name: str, backend: str, device: str) -> None:
     """What the tables change is a call that works, or their errors would mean nothing."""
-    getattr(gssf_triton, function)(**good(device), backend=backend)
+    call = CALLS[name]
+    call.callable(device)(**call.arguments(device), **({"backend": backend} if "backend" in call.kinds else {}))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES | OTHERS if not name.startswith("data.load")])
+def test_a_good_call_of_a_module_or_a_plot_passes(name: str, device: str) -> None:
+    call = CALLS[name]
+    call.callable(device)(**call.arguments(device))
+
+
+# ------------------------------------------------------------------------------------------------- nothing left out
+
+
+def parameters(function: Any) -> set[str]:
+    return {name for name in inspect.signature(function).parameters if name != "self"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_parameter_has_a_kind(name: str) -> None:
+    call = CALLS[name]
+    assert set(call.kinds) == parameters(call.function)
+    assert all(KINDS[kind] for kind in call.kinds.values())
+
+
+def test_everything_public_is_called() -> None:
+    functions = {name for name in gssf_triton.__all__ if callable(getattr(gssf_triton, name))}
+    assert functions | {f"metrics.{name}" for name in metrics.__all__} <= set(FUNCTIONS)
+    for name in nn.__all__:
+        methods = ["forward"] + (["paired", "transform"] if name == "GSSF" else [])
+        assert {f"nn.{name}", *(f"nn.{name}.{method}" for method in methods)} <= set(MODULES)
+    plots = {
+        name for name, thing in vars(viz).items()
+        if inspect.isfunction(thing) and thing.__module__ == viz.__name__ and not name.startswith("_")
+    }  # fmt: skip
+    readers = {name for name in data.__all__ if name.startswith("load_")}
+    assert {f"viz.{name}" for name in plots} | {f"data.{name}" for name in readers} <= set(OTHERS)
+    assert "data.Glyphs.split" in OTHERS and callable(Glyphs.split)
+
+
+# ------------------------------------------------------------------------------------- what several arguments make
+
+TOGETHER: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    **{
+        f"no weight, {name}": (name, {"W_diag": None, "W_blocks": None}, ["W_diag", "W_blocks", "None"])
+        for name, call in (FUNCTIONS | OTHERS).items()
+        if call.kinds.get("W_diag") == "W_diag" or name == "attention"
+    },
+    "neither term": ("nn.GSSF", {"diag": False, "blocks": False}, ["diag", "blocks", "False"]),
+    "neither term of a head": ("heads.HeadMetric", {"diag": False, "blocks": False}, ["diag", "blocks", "False"]),
+    "neither term of heads": ("nn.GSSFAttention", {"diag": False, "blocks": False}, ["diag", "blocks", "False"]),
+    "heads that do not divide": ("nn.GSSFAttention", {"num_heads": 5}, ["num_heads", "48", "5"]),
+    "values without keys": ("nn.GSSFAttention.forward", {"value": torch.ones(2, 4, D)}, ["key", "value", "(2, 4, 24)"]),
+    "two masks": ("attention", {"is_causal": True}, ["attn_mask", "is_causal"]),
+    "a camera alone": ("ranks", {"gallery_cams": None}, ["query_cams", "gallery_cams", "None"]),
+    "ids alone": ("viz.similarity_histogram", {"a_ids": None}, ["a_ids", "b_ids", "None"]),
+    "one pair": ("viz.relevance", {"a": torch.ones(1, D), "b": torch.ones(1, D)}, ["a", "(1, 24)", "at least 2"]),
+    "no rows": ("viz.similarity_histogram", {"a": torch.ones(0, D)}, ["a", "b", "(0, 24)", "rows"]),
+    "more folds than images": ("metrics.image_text", {"folds": M + 1}, ["folds", "between 1 and 4", "5"]),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_arguments_that_do_not_go_together(case: str, device: str) -> None:
+    name, change, wanted = TOGETHER[case]
+    call = CALLS[name]
+    change = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in change.items()}
+    if case.startswith("no rows"):
+        change["a_ids"] = torch.arange(0, device=device)
+    error = complaint(call.callable(device), call.arguments(device) | change)
+    assert type(error) is ValueError, error
+    assert_says(str(error), wanted)
+
+
+def test_rows_pair_up_and_never_broadcast(backend: str, device: str) -> None:
+    a = features(4, 24, device=device)
+    with pytest.raises(ValueError, match=r"(?s)\(4, 24\).*\(1, 24\)"):
+        gssf_triton.paired_sim(a, a[:1], **weights("diag+blocks", 3, 8, device=device), backend=backend)
+
+
+def test_weights_that_disagree(device: str) -> None:
+    metric = weights("diag+blocks", G, 8, device=device)
+    error = complaint(gssf_triton.dense_metric, metric | {"W_diag": torch.ones(16, device=device)})
+    assert_says(str(error), ["W_diag", "W_blocks", "(16,)", "(3, 8, 8)"])
+
+
+def test_a_tensor_scalar_may_lie_on_the_cpu_and_have_any_one_element_shape(backend: str, device: str) -> None:
+    call = distillation_call(device) | {"backend": backend}
+    expected = gssf_triton.distillation_loss(**call)
+    for scale in (torch.tensor(5.0), torch.tensor([[5.0]]), torch.tensor(5.0, dtype=torch.float64)):
+        assert torch.equal(gssf_triton.distillation_loss(**call | {"logit_scale": scale}), expected)
+
+
+def test_what_is_not_looked_at_need_not_fit() -> None:
+    assert nn.GSSF(40, 32, blocks=False).W_blocks is None
+    assert nn.InfoNCELoss(nn.GSSF(8, 8), max_logit_scale=float("inf")).logit_scale > 0
 
 
 def test_triton_on_the_cpu_says_how_to_get_the_interpreter() -> None:

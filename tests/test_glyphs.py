@@ -64,7 +64,7 @@ def test_split_shares_no_name_and_loses_no_image(glyphs: Glyphs) -> None:
 
 @pytest.mark.parametrize("held_out", [0, -1, 10**6])
 def test_split_says_what_it_takes(glyphs: Glyphs, held_out: int) -> None:
-    with pytest.raises(ValueError, match=f"held_out must be from 1 to .* got {held_out}"):
+    with pytest.raises(ValueError, match=f"held_out must lie between 1 and .* got {held_out}"):
         glyphs.split(held_out)
 
 

@@ -63,19 +63,6 @@ def test_parameters_have_the_functions_names(diag: bool, blocks: bool) -> None:
     assert set(metric.state_dict()) == set(shapes)
 
 
-def test_block_size_must_divide_dim() -> None:
-    with pytest.raises(ValueError, match=r"(?s)(?=.*block_size)(?=.*40)(?=.*32)"):
-        GSSF(40)
-    with pytest.raises(ValueError, match=r"(?s)(?=.*block_size)(?=.*0)"):
-        GSSF(40, block_size=0)
-    assert GSSF(40, blocks=False).W_blocks is None  # no blocks, nothing to divide
-
-
-def test_neither_term() -> None:
-    with pytest.raises(ValueError, match=r"(?s)(?=.*diag)(?=.*blocks)"):
-        GSSF(64, diag=False, blocks=False)
-
-
 @TERMS
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "as-is"])
 def test_methods_are_the_functions(diag: bool, blocks: bool, normalize: bool, device: str) -> None:

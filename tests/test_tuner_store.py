@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from forks import forked
+from store_writers import DEVICE, reported
 from tuner_kit import a_chunk, measured, stream_key
 
 from gssf_triton.autotune import store as store_module
@@ -22,7 +24,6 @@ from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry, parse
 
-DEVICE = Device("cpu-1", "a CPU", "cpu")
 KEY = stream_key()
 
 
@@ -197,63 +198,52 @@ def test_a_lock_that_is_never_released_costs_a_warning(path: Path, monkeypatch: 
 
 # -------------------------------------------------------------------------------------------------- many processes
 
-# torch takes seconds to import and is not looked at: the processes are forked from one that has it.
-WRITERS = """
-import os, sys
-from pathlib import Path
-from gssf_triton.autotune.configs import ChunkConfig
-from gssf_triton.autotune.devices import Device
-from gssf_triton.autotune.keys import Key
-from gssf_triton.autotune.store import Store
-from gssf_triton.autotune.tables import Entry
 
-path, processes, each = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-children = []
-for writer in range(processes):
-    child = os.fork()
-    if child == 0:
-        store = Store(Device("cpu-1", "a CPU", "cpu"), path)
-        for number in range(each):
-            key = Key("chunk", "fp32", 1 + writer * each + number, 0, 64, 64)
-            store.add({key: Entry(ChunkConfig(512, 4096), "measured", 0.5, 0.1, "t", "t", "c")})
-            print(key.D, flush=True)
-        os._exit(0)
-    children.append(child)
-print("children", *children, file=sys.stderr, flush=True)
-assert all(os.waitpid(child, 0)[1] == 0 for child in children)
-"""
+def look(path: Path) -> set[int]:
+    """The D of all results, as a reader meets the file at any moment: whole."""
+    try:
+        return {key.D for key in parse(path.read_text(encoding="utf-8")).entries}
+    except FileNotFoundError:
+        return set()
 
 
 def test_eight_processes_lose_nothing(path: Path) -> None:
-    command = [sys.executable, "-W", "error", "-c", WRITERS, str(path), "8", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert {key.D for key in Store(DEVICE, path).read()} == set(range(1, 8 * 12 + 1))
+    """Each adds results of its own; all are there afterwards, and at every moment the file is whole and only grows."""
+    path.parent.mkdir()
+    with forked("store_writers.add_results", path, 12) as nursery:
+        nursery.start(*range(1, 97, 12))
+        seen: set[int] = set()
+        while len(seen) < 96:
+            before = reported(path)
+            now = look(path)
+            assert seen | before <= now
+            seen = now
+        assert nursery.end() == [0] * 8
+    assert {key.D for key in Store(DEVICE, path).read()} == set(range(1, 97))
+    assert not list(path.parent.glob("*.broken-*"))
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_file(path: Path) -> None:
-    """SIGKILL while it writes, again and again: all that was reported is there, and the next writer goes on."""
+    """SIGKILL while they write, again and again: all that was reported is there, and the others go on."""
     path.parent.mkdir()
-    for attempt in range(3):
-        command = [sys.executable, "-c", WRITERS, str(path), "1", "100000"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None and writer.stderr is not None
-            child = int(writer.stderr.readline().split()[1])
-            reported = 0
-            while reported < 3 + attempt:
-                reported = int(writer.stdout.readline())
-            time.sleep(0.003 * attempt)
-            os.kill(child, signal.SIGKILL)
-            rest = [int(line) for line in writer.stdout.read().split()]
-            reported = max([reported, *rest])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            held = {key.D for key in Store(DEVICE, path).read()}
-            assert set(range(1, reported + 1)) <= held
-            path.unlink()
-            Store(DEVICE, path).add({KEY: a_chunk()})
-            assert Store(DEVICE, path).read() == {KEY: a_chunk()}
-            path.unlink()
+    chance = random.Random(torch.initial_seed())
+    with forked("store_writers.add_results", path, 0) as nursery:
+        for attempt in range(12):
+            children = nursery.start(*(1000 * (3 * attempt + writer) + 1 for writer in range(3)))
+            for child in children:
+                deadline = time.monotonic() + chance.uniform(0, 0.06)
+                while time.monotonic() < deadline:
+                    before = reported(path)
+                    assert before <= look(path)
+                os.kill(child, signal.SIGKILL)
+            assert nursery.end() == [-signal.SIGKILL] * 3
+            assert reported(path) <= look(path)
+    assert len(reported(path)) > 12, "they did write"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reported(path) <= {key.D for key in Store(DEVICE, path).read()}
+        assert KEY in Store(DEVICE, path).add({KEY: a_chunk()})
+    assert not list(path.parent.glob("*.broken-*"))
 
 
 def test_a_rest_of_a_killed_writer_is_no_obstacle(path: Path) -> None:

@@ -126,21 +126,6 @@ def test_bars_and_histograms() -> None:
     matplotlib.pyplot.close("all")
 
 
-def test_mistakes() -> None:
-    a, ids, W_diag = features(3, 4), torch.arange(3), torch.ones(4)
-    for call, match in (
-        (lambda: viz.score_parts(a, a), "no weight"),
-        (lambda: viz.score_parts(a, a[:2], W_diag), "rows"),
-        (lambda: viz.relevance(a[:1], a[:1], W_diag), r"at least 2, got \(1, 4\)"),
-        (lambda: viz.similarity_histogram(a, a, W_diag, bins=0), "bins"),
-        (lambda: viz.similarity_histogram(a, a, W_diag, a_ids=ids), "together"),
-        (lambda: viz.similarity_histogram(a, a, W_diag, a_ids=ids, b_ids=ids[:2]), r"b_ids must have shape \(3,\)"),
-        (lambda: viz.similarity_histogram(a[:0], a, W_diag), "rows"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            call()
-
-
 def test_numbers_need_no_matplotlib() -> None:
     program = (
         "import sys; sys.modules['matplotlib'] = None\n"

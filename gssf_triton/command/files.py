@@ -5,7 +5,6 @@ Every error names the option, the file, what was expected and what came. Nothing
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from gssf_triton.command.usage import UsageError
 from gssf_triton.data.files import DataError, image_file, numbered_lines
 from gssf_triton.integrations.arrays import load_arrays
+from gssf_triton.storage import reason
 
 FEATURE_DTYPES = ("float16", "float32", "float64")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -40,9 +40,10 @@ def load_array(option: str, path: Path, what: str) -> NDArray[Any]:
     _existing(option, path, what)
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as fault:
-        reason = str(fault).splitlines()[0]
-        raise UsageError(f"{option}: {path}: expected {what}, got a file that NumPy cannot read ({reason})") from None
+    # Whatever the first damaged field of the header leads to.
+    except Exception as fault:
+        why = reason(fault)
+        raise UsageError(f"{option}: {path}: expected {what}, got a file that NumPy cannot read ({why})") from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise UsageError(f"{option}: {path}: expected {what}, got an .npz archive")
@@ -73,9 +74,8 @@ def load_weights(option: str, path: Path) -> Weights:
     _existing(option, path, what)
     try:
         arrays = load_arrays(path)
-    except (ValueError, EOFError, OSError, TypeError, zipfile.BadZipFile) as fault:
-        reason = str(fault).splitlines()[0]
-        raise UsageError(f"{option}: {path}: expected {what}, got a file that cannot be read ({reason})") from None
+    except (ValueError, OSError) as fault:
+        raise UsageError(f"{option}: {path}: expected {what}, got a file that cannot be read ({fault})") from None
     found = {name: arrays[name] for name in Weights._fields if name in arrays}
     if not found:
         raise UsageError(f"{option}: {path}: expected {what}, got {', '.join(arrays) or 'nothing'}")

@@ -9,12 +9,12 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gssf_triton.command.usage import UsageError
+from gssf_triton.storage import replacing
 
 FORMATS = ("json", "csv")
 
@@ -71,16 +71,8 @@ def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def replace_file(option: str, path: Path, content: bytes) -> None:
     """Whole, or not at all."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with replacing(path) as file:
             file.write(content)
-        try:
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(file.name, 0o666 & ~umask)
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise
     except OSError as fault:
         raise UsageError(f"{option}: {path} cannot be written ({fault.strerror})") from None
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gssf_triton.options import check_path
+
 
 class DataError(ValueError):
     """A data set's file is truncated, malformed or at odds with another; names the file, the line and what was wanted.
@@ -41,6 +43,7 @@ def fault(path: Path, line: int | None, expected: str, got: str) -> DataError:
 
 def existing_folder(root: str | Path, usual_name: str, holds: str) -> Path:
     """`root` itself, or the folder of the data set's usual name in it: the one that has `holds`."""
+    check_path("root", root)
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected the {usual_name} data set there")

@@ -8,15 +8,16 @@ retrieving names never seen in training is possible, and hard.
 from __future__ import annotations
 
 import os
-import tempfile
 import unicodedata
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gssf_triton.options import check_count, check_flags
+from gssf_triton.storage import read_npz, replacing, unusable
 
 IMAGE_SIZE = 32
 #: Point size at 72 dpi: leaves capitals about 15 of the 32 pixels and room for accents; the few larger are scaled down.
@@ -61,8 +62,8 @@ class Glyphs:
         Raises:
             ValueError: `held_out` is not between 1 and the number of names less one.
         """
-        if not 0 < held_out < len(self.names):
-            raise ValueError(f"held_out must be from 1 to {len(self.names) - 1}, got {held_out}")
+        check_count("held_out", held_out, 1, len(self.names) - 1)
+        check_count("seed", seed, 0)
         order = np.random.default_rng(seed).permutation(len(self.names))
         return self.only(np.sort(order[held_out:])), self.only(np.sort(order[:held_out]))
 
@@ -132,13 +133,18 @@ def cache_path() -> Path:
 
 
 def _read(path: Path) -> Glyphs:
-    """Read a cache file; anything but a whole one raises ValueError, OSError, KeyError or BadZipFile."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in ("images", "name_ids", "typeface_ids", "names", "typefaces")}
-    images, name_ids, typeface_ids = arrays["images"], arrays["name_ids"], arrays["typeface_ids"]
-    names, typefaces = arrays["names"], arrays["typefaces"]
+    """Read a cache file; anything but a whole one raises ValueError or OSError."""
+    arrays = read_npz(path)
+    expected = "a whole glyph set"
+    keys = ("images", "name_ids", "typeface_ids", "names", "typefaces")
+    if missing := [key for key in keys if key not in arrays]:
+        raise unusable(path, expected, f"one without {', '.join(missing)}")
+    images, name_ids, typeface_ids, names, typefaces = (arrays[key] for key in keys)
     whole = (
         images.ndim == 3
+        and name_ids.ndim == typeface_ids.ndim == names.ndim == typefaces.ndim == 1
+        and name_ids.dtype == typeface_ids.dtype == np.int64
+        and names.dtype.kind == typefaces.dtype.kind == "U"
         and images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE)
         and images.dtype == np.uint8
         and len(images) == len(name_ids) == len(typeface_ids) > 0
@@ -148,28 +154,20 @@ def _read(path: Path) -> Glyphs:
         and typeface_ids.max() < len(typefaces)
     )
     if not whole:
-        raise ValueError(f"{path} does not hold a whole glyph set")
+        raise unusable(path, expected, "one of other shapes or types")
     return Glyphs(images, name_ids, typeface_ids, tuple(names.tolist()), tuple(typefaces.tolist()))
 
 
 def _write(path: Path, glyphs: Glyphs) -> None:
-    """Write whole or not at all: to a file beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                images=glyphs.images,
-                name_ids=glyphs.name_ids,
-                typeface_ids=glyphs.typeface_ids,
-                names=np.array(glyphs.names),
-                typefaces=np.array(glyphs.typefaces),
-            )
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        np.savez(
+            file,
+            images=glyphs.images,
+            name_ids=glyphs.name_ids,
+            typeface_ids=glyphs.typeface_ids,
+            names=np.array(glyphs.names),
+            typefaces=np.array(glyphs.typefaces),
+        )
 
 
 def load_glyphs(progress: bool = True) -> Glyphs:
@@ -184,11 +182,12 @@ def load_glyphs(progress: bool = True) -> Glyphs:
         >>> glyphs.images.shape[1:], "GREEK SMALL LETTER ALPHA WITH TONOS" in glyphs.names
         ((32, 32), True)
     """
+    check_flags(progress=progress)
     path = cache_path()
     if path.exists():
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as fault:
+        except (OSError, ValueError) as fault:
             aside = path.with_suffix(".bad")
             warnings.warn(f"the glyph cache {path} is unreadable ({fault}): set aside as {aside.name}", stacklevel=2)
             try:

@@ -6,14 +6,15 @@ a line (Lee et al., "Stacked Cross Attention for Image-Text Matching", ECCV 2018
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gssf_triton.checks import check_choice
 from gssf_triton.data.files import DataError, existing_file, existing_folder, fault, numbered_lines
+from gssf_triton.options import check_choice
 
 NAMES = ("f30k", "coco")
 SPLITS = ("train", "dev", "test", "testall")
@@ -33,9 +34,24 @@ class PrecomputedFeatures:
     images: NDArray[np.floating]
     captions: tuple[str, ...]
     image_ids: NDArray[np.int64]
+    #: The file of `images` and every how many of its rows, where it is one: what a process that is sent this opens.
+    _file: tuple[Path, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A data loader's spawned workers map the file too, rather than being sent gigabytes."""
+        if self._file is None:
+            return PrecomputedFeatures, (self.images, self.captions, self.image_ids)
+        return _mapped, (*self._file, self.captions, self.image_ids)
+
+
+def _mapped(path: Path, every: int, captions: tuple[str, ...], image_ids: NDArray[np.int64]) -> PrecomputedFeatures:
+    """The split whose images are each `every`-th row of a file."""
+    made = PrecomputedFeatures(_features(path)[::every], captions, image_ids)
+    object.__setattr__(made, "_file", (path, every))
+    return made
 
 
 def _features(path: Path) -> NDArray[np.floating]:
@@ -43,7 +59,8 @@ def _features(path: Path) -> NDArray[np.floating]:
     existing_file(path, expected)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    # Whatever the first damaged field of the header leads to.
+    except Exception as error:
         # NumPy says of a file cut short that the map is larger than it, of a cut header that it cannot be parsed.
         raise fault(path, None, f"{expected}, whole", f"a file of {path.stat().st_size} bytes ({error})") from None
     if not isinstance(array, np.ndarray):
@@ -98,7 +115,9 @@ def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeat
     check_choice("name", name, NAMES)
     check_choice("split", split, SPLITS)
     folder = existing_folder(root, f"{name}_precomp", f"{split}_ims.npy")
-    images = _features(folder / f"{split}_ims.npy")
+    file = (folder / f"{split}_ims.npy").resolve()
+    images = _features(file)
+    every = 1
     path = folder / f"{split}_caps.txt"
     captions = tuple(text for _, text in numbered_lines(path, "a caption"))
     if len(captions) == CAPTIONS_PER_IMAGE * len(images):
@@ -110,7 +129,7 @@ def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeat
             f"got {len(captions)}"
         )
     elif _is_repeated(images):
-        images, per_image = images[::CAPTIONS_PER_IMAGE], CAPTIONS_PER_IMAGE
+        every = per_image = CAPTIONS_PER_IMAGE
     else:
         per_image = 1
-    return PrecomputedFeatures(images, captions, np.arange(len(captions), dtype=np.int64) // per_image)
+    return _mapped(file, every, captions, np.arange(len(captions), dtype=np.int64) // per_image)

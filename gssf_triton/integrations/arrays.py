@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gssf_triton import checks, functional, torch_backend
+from gssf_triton import checks, functional, options, torch_backend
 from gssf_triton.integrations import require
+from gssf_triton.storage import read_npz, reason, replacing, unusable
 
 Features = Tensor | NDArray[np.floating]
 
@@ -23,8 +24,14 @@ Features = Tensor | NDArray[np.floating]
 def _matrix(name: str, x: Features) -> Tensor:
     """Features as a float32 (n, D) tensor."""
     if isinstance(x, np.ndarray):
-        # PyTorch warns of arrays that it could not write to, memory-mapped ones: nothing here writes.
-        x = torch.from_numpy(x if x.flags.writeable else np.array(x))
+        if x.dtype.kind != "f" or x.dtype.itemsize > 8:
+            raise ValueError(f"{name} must be {checks.FLOAT_NAMES}, got an array of {x.dtype}")
+        # PyTorch takes no array whose bytes are swapped or whose strides are negative, and warns of one that it could
+        # not write to, such as a memory-mapped one: nothing here writes.
+        plain = x.dtype.isnative and x.flags.writeable and all(stride >= 0 for stride in x.strides)
+        x = torch.from_numpy(x if plain else np.array(x, dtype=x.dtype.newbyteorder("="), order="C"))
+    elif not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(x).__name__}")
     checks.check_features(name, x)
     if x.dim() != 2:
         raise ValueError(f"{name} must have shape (n, D), got {tuple(x.shape)}")
@@ -36,7 +43,7 @@ def _plain(x: Tensor) -> NDArray[np.float32]:
 
 
 def _weight(weight: Tensor | None) -> Tensor | None:
-    return weight.detach().float() if isinstance(weight, Tensor) else weight
+    return None if weight is None else weight.detach().float()
 
 
 def folded_queries(
@@ -67,7 +74,9 @@ def folded_queries(
         >>> folded_queries(queries, torch.tensor([1.0, 10.0])) @ gallery_rows(gallery).T
         array([[ 83., 125.]], dtype=float32)
     """
+    options.check_flags(normalize=normalize)
     x = _matrix("queries", queries)
+    checks.check_weights("queries", x, W_diag, W_blocks)
     return _plain(functional.transform(x, _weight(W_diag), _weight(W_blocks), normalize=normalize))
 
 
@@ -80,10 +89,12 @@ def gallery_rows(gallery: Features, *, normalize: bool = False) -> NDArray[np.fl
         >>> gallery_rows(torch.tensor([[3.0, 4.0]]), normalize=True)
         array([[0.6, 0.8]], dtype=float32)
     """
+    options.check_flags(normalize=normalize)
     return _plain(torch_backend.prepare(_matrix("gallery", gallery), normalize))
 
 
 def _form(path: str | PathLike[str]) -> str:
+    options.check_path("path", path)
     suffix = Path(path).suffix
     if suffix not in (".npz", ".safetensors"):
         raise ValueError(f"path must end in .npz or .safetensors, got {str(path)!r}")
@@ -124,6 +135,7 @@ def save_arrays(
         {'W_diag': (4,), 'gallery': (10, 4)}
     """
     form = _form(path)
+    options.check_flags(normalize=normalize)
     checks.check_metric(W_diag, W_blocks)
     arrays: dict[str, NDArray[np.float32]] = {}
     for name, weight in (("W_diag", _weight(W_diag)), ("W_blocks", _weight(W_blocks))):
@@ -136,17 +148,28 @@ def save_arrays(
         checks.check_weights("gallery", rows.cpu(), *(None if w is None else w.cpu() for w in (W_diag, W_blocks)))
         arrays["gallery"] = gallery_rows(rows, normalize=normalize)
     if form == ".npz":
-        with Path(path).open("wb") as file:
+        with replacing(Path(path)) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     else:
-        require("safetensors.numpy", "safetensors").save_file(arrays, path)
+        content = require("safetensors.numpy", "safetensors").save(arrays)
+        with replacing(Path(path)) as file:
+            file.write(content)
 
 
 def load_arrays(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
-    """Read a file that `save_arrays` wrote: name → array."""
+    """Read a file that `save_arrays` wrote: name → array. Nothing in it is unpickled.
+
+    Raises:
+        ValueError: another ending, or a file that is not whole; it is named.
+        ModuleNotFoundError: `.safetensors` without the library.
+    """
     if _form(path) == ".npz":
-        # Opened here: NumPy leaves a file that is no archive to the garbage collector.
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return dict(file)
-    arrays: dict[str, NDArray[Any]] = require("safetensors.numpy", "safetensors").load_file(path)
+        return read_npz(Path(path))
+    load = require("safetensors.numpy", "safetensors").load
+    content = Path(path).read_bytes()
+    try:
+        arrays: dict[str, NDArray[Any]] = load(content)
+    # The library's own error, and NumPy's of a dtype that it lacks.
+    except Exception as error:
+        raise unusable(Path(path), "arrays as safetensors", f"a file that cannot be read ({reason(error)})") from error
     return arrays

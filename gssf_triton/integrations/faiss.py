@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gssf_triton.integrations import require
 from gssf_triton.integrations.arrays import Features, folded_queries, gallery_rows
+from gssf_triton.options import check_count
 
 
 def build_index(gallery: Features, factory: str = "Flat", *, normalize: bool = False) -> Any:
@@ -46,6 +47,8 @@ def build_index(gallery: Features, factory: str = "Flat", *, normalize: bool = F
         tensor([[0]])
     """
     faiss = require("faiss", "faiss")
+    if not isinstance(factory, str):
+        raise TypeError(f"factory must be a str, got {type(factory).__name__}")
     rows = gallery_rows(gallery, normalize=normalize)
     try:
         index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
@@ -88,9 +91,12 @@ def search(
         ValueError: shapes that do not agree, no weight, an index of another metric, or k beyond the gallery.
     """
     faiss = require("faiss", "faiss")
+    if not isinstance(index, faiss.Index):
+        raise TypeError(f"index must be a faiss.Index, got {type(index).__name__}")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise ValueError("index must be one for inner products (faiss.METRIC_INNER_PRODUCT), got another metric")
-    if not 1 <= k <= index.ntotal:
+    check_count("k", k, 1)
+    if k > index.ntotal:
         raise ValueError(f"k must be from 1 to the gallery's size, {index.ntotal}, got {k}")
     folded = folded_queries(queries, W_diag, W_blocks, normalize=normalize)
     if folded.shape[1] != index.d:

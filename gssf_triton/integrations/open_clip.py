@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gssf_triton.checks import check_pair, check_same_dtype
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.functional import autocast_features
 from gssf_triton.nn import GSSF
+from gssf_triton.options import check_module
 
 
 class GSSFLoss(nn.Module):
@@ -43,6 +46,7 @@ class GSSFLoss(nn.Module):
 
     def __init__(self, loss: nn.Module, metric: GSSF) -> None:
         super().__init__()
+        check_module("loss", loss)
         if not isinstance(metric, GSSF):
             raise TypeError(f"metric must be a gssf_triton.nn.GSSF, got {type(metric).__name__}")
         self.loss = loss
@@ -54,6 +58,10 @@ class GSSFLoss(nn.Module):
 
     def forward(self, image_features: Tensor, text_features: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the loss returns; further arguments, `logit_scale` first, are the loss's."""
+        names = ("image_features", "text_features")
+        check_pair(image_features, text_features, names)
+        images, texts = autocast_features(image_features, text_features)
+        check_same_dtype(images, texts, names)
         if self.metric.normalize:
             text_features = nn.functional.normalize(text_features, dim=-1, eps=NORM_EPS)
         return self.loss(self.fold(image_features), text_features, *args, **kwargs)

@@ -12,7 +12,7 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
-from gssf_triton import functional
+from gssf_triton import checks, functional, options
 from gssf_triton.nn import GSSF
 
 
@@ -62,6 +62,7 @@ class GSSFDistance(BaseDistance):
         symmetric: bool = False,
         **kwargs: Any,
     ) -> None:
+        options.check_flags(symmetric=symmetric)
         super().__init__(is_inverted=True, **kwargs)
         self.metric = GSSF(dim, block_size, diag, blocks, normalize=False)
         self.symmetric = symmetric
@@ -133,11 +134,17 @@ class GSSFKNN:
         """
         from gssf_triton import topk
 
+        options.check_count("k", k, 0)
+        options.check_flags(ref_includes_query=ref_includes_query)
         reference = self.reference if reference is None else reference
         if reference is None:
             raise ValueError("reference must be given where train() or add() was not called before, got None")
+        for name, x in (("query", query), ("reference", reference)):
+            checks.check_features(name, x)
+        reference = reference.to(query)
+        checks.check_batches(("query", "reference"), query, reference, paired=False)
         W_diag, W_blocks = (None if w is None else w.detach().to(query.device) for w in self.distance.weights())
-        query, reference = (self.distance.maybe_normalize(x) for x in (query, reference.to(query)))
+        query, reference = (self.distance.maybe_normalize(x) for x in (query, reference))
         values, indices = topk(query, reference, W_diag, W_blocks, k=k + 1 if ref_includes_query else k)
         if not ref_includes_query:
             return values, indices

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gssf_triton.nn import GSSF
+from gssf_triton.options import check_flags, check_module, check_positive
 
 Embeddings = Tensor | NDArray[np.floating] | list[Any]
 
@@ -48,28 +49,41 @@ class GSSFSimilarity(GSSF):
     #: The library's model cards print a similarity's name.
     __name__ = "GSSFSimilarity"
 
-    def _batch(self, x: Embeddings) -> Tensor:
-        """Embeddings as the library hands them over: tensors, arrays lists of them; one embedding is a batch of 1."""
+    def _batch(self, name: str, x: Embeddings) -> Tensor:
+        """Embeddings as the library hands them over: tensors, arrays, lists of them; one embedding is a batch of 1."""
         weight = next(self.parameters())
-        if isinstance(x, list) and x and isinstance(x[0], (Tensor, np.ndarray)):
-            x = torch.stack([torch.as_tensor(row) for row in x])
-        batch = torch.as_tensor(x).to(weight.device)
+        if not isinstance(x, (Tensor, np.ndarray, list)):
+            raise TypeError(f"{name} must be a torch.Tensor, a numpy.ndarray or a list of them, got {type(x).__name__}")
+        try:
+            if isinstance(x, list) and x and isinstance(x[0], (Tensor, np.ndarray)):
+                x = torch.stack([torch.as_tensor(row) for row in x])
+            batch = torch.as_tensor(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must hold embeddings of one length, got a {type(x).__name__}: {error}") from None
+        if batch.is_complex():
+            raise ValueError(f"{name} must hold real numbers, got {batch.dtype}")
+        batch = batch.to(weight.device)
         if not batch.is_floating_point():
             batch = batch.to(weight.dtype)
         return batch.unsqueeze(0) if batch.dim() == 1 else batch
 
     def forward(self, a: Embeddings, b: Embeddings) -> Tensor:
         """(M, N) similarities of a (M, D) and b (N, D): for ranking losses."""
-        return super().forward(self._batch(a), self._batch(b))
+        return super().forward(self._batch("a", a), self._batch("b", b))
 
     def pairwise(self, a: Embeddings, b: Embeddings) -> Tensor:
         """(N,) similarities of a[i] and b[i]; a loss learns the metric where it is given `PairwiseSimilarity`."""
-        return self.paired(self._batch(a), self._batch(b))
+        return self.paired(self._batch("a", a), self._batch("b", b))
 
     @torch.no_grad()
     def score(self, a: Embeddings, b: Embeddings) -> Tensor:
         """`forward` without a gradient: for evaluators' `score_functions` and `util.semantic_search`."""
         return self(a, b)
+
+
+def _check_similarity(similarity: object) -> None:
+    if not isinstance(similarity, GSSFSimilarity):
+        raise TypeError(f"similarity must be a GSSFSimilarity, got {type(similarity).__name__}")
 
 
 class PairwiseSimilarity(nn.Module):
@@ -83,6 +97,7 @@ class PairwiseSimilarity(nn.Module):
 
     def __init__(self, similarity: GSSFSimilarity) -> None:
         super().__init__()
+        _check_similarity(similarity)
         self.similarity = similarity
 
     def forward(self, a: Embeddings, b: Embeddings) -> Tensor:
@@ -114,8 +129,10 @@ class FusedRankingLoss(nn.Module):
         self, model: nn.Module, similarity: GSSFSimilarity, scale: float = 20.0, symmetric: bool = False
     ) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale must be greater than 0, got {scale}")
+        check_module("model", model)
+        _check_similarity(similarity)
+        check_positive("scale", scale)
+        check_flags(symmetric=symmetric)
         self.model = model
         self.similarity = similarity
         self.scale = scale

@@ -12,6 +12,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from gssf_triton.heads import HeadMetric
+from gssf_triton.options import check_count, check_terms
 
 
 class NormThenMetric(HeadMetric):
@@ -68,6 +69,11 @@ class GSSFAttention(Attention):
         blocks: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_count("dim", dim, 1)
+        check_count("num_heads", num_heads, 1)
+        check_terms(diag, blocks)
+        if block_size is not None:
+            check_count("block_size", block_size, 1)
         super().__init__(dim, num_heads, *args, **kwargs)
         weight = self.qkv.weight
         self.q_norm = NormThenMetric(

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from gssf_triton.heads import HeadMetric
+from gssf_triton.options import check_count, check_terms
 
 #: The attention's name, for `attn_implementation`; also the name of the metric in each attention layer.
 NAME = "gssf"
@@ -96,6 +97,13 @@ def add_metric(
         ...     print(name, tuple(metric.W_diag.shape))
         encoder.layer.0.attention.self (2, 16)
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
+    if example_inputs is not None and not isinstance(example_inputs, Mapping):
+        raise TypeError(f"example_inputs must be a mapping of names to inputs, got {type(example_inputs).__name__}")
+    check_terms(diag, blocks)
+    if block_size is not None:
+        check_count("block_size", block_size, 1)
     if any(isinstance(module, HeadMetric) for module in model.modules()):
         raise ValueError(f"model must be one without a metric, got a {type(model).__name__} that has one already")
     AttentionInterface.register(NAME, gssf_attention)

@@ -7,12 +7,60 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, ops, torch_backend
+from gssf_triton import checks, ops, options, torch_backend
 from gssf_triton.backend import resolve_backend
 from gssf_triton.functional import autocast_features
 from gssf_triton.losses.ranks import Ranks
+from gssf_triton.retrieval.checks import check_labels
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Features and weights that passed every check, the features as autocast has them; nothing has run yet.
+
+    `identity`: there is no weight, and none is wanted: the plain dot product.
+    """
+
+    a: Tensor
+    b: Tensor
+    W_diag: Tensor | None
+    W_blocks: Tensor | None
+    normalize: bool
+    identity: bool
+    backend: str
+
+
+def check_inputs(
+    a: object,
+    b: object,
+    W_diag: Tensor | None,
+    W_blocks: Tensor | None,
+    normalize: bool,
+    backend: str,
+    *,
+    names: tuple[str, str] = ("a", "b"),
+    weight_prefix: str = "",
+    paired: bool = True,
+    may_lack_weights: bool = False,
+) -> Inputs:
+    """Check the features and the weights: `paired` wants as many rows on both sides."""
+    options.check_flags(normalize=normalize)
+    checks.check_batches(names, a, b, paired)
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    identity = may_lack_weights and W_diag is None and W_blocks is None
+    if not identity:
+        checks.check_weights(names[0], a, W_diag, W_blocks, prefix=weight_prefix)
+    a, b = autocast_features(a, b)
+    checks.check_same_dtype(a, b, names)
+    return Inputs(a, b, W_diag, W_blocks, normalize, identity, resolve_backend(backend, a, W_blocks))
+
+
+def check_reduction(reduction: str, group: object) -> None:
+    """What all losses take besides their inputs."""
+    options.check_choice("reduction", reduction, REDUCTIONS)
+    options.check_group(group)
 
 
 @dataclass(frozen=True)
@@ -28,46 +76,22 @@ class Sides:
     backend: str
 
 
-def prepare(
-    a: object,
-    b: object,
-    W_diag: Tensor | None,
-    W_blocks: Tensor | None,
-    normalize: bool,
-    backend: str,
-    *,
-    names: tuple[str, str] = ("a", "b"),
-    paired: bool = True,
-    identity: bool = False,
-) -> Sides:
-    """Check the features and the weights, and fold once: T(a) and b, normalised where asked for.
-
-    `paired` wants as many rows on both sides; `identity` allows no weight at all, which is then the plain dot product.
-    """
-    checks.check_batches(names, a, b, paired)
-    assert isinstance(a, Tensor) and isinstance(b, Tensor)
-    plain = identity and W_diag is None and W_blocks is None
-    if not plain:
-        checks.check_weights(names[0], a, W_diag, W_blocks)
-    a, b = autocast_features(a, b)
-    checks.check_same_dtype(a, b, names)
-    backend = resolve_backend(backend, a, W_blocks)
+def fold_sides(x: Inputs) -> Sides:
+    """Fold once: T(a) and b, normalised where asked for."""
     # Half-precision features are folded in float32 and rounded once, to the product's operands.
-    wide = torch_backend.accumulate_dtype(a.dtype)
-    rows, y = a.to(wide), b.to(wide)
-    if backend == "torch":
-        if plain:
-            t = torch_backend.unit_rows(rows) if normalize else rows
-        else:
-            t = torch_backend.fold(rows, W_diag, W_blocks, normalize)
-        y = torch_backend.unit_rows(y) if normalize else y
+    wide = torch_backend.accumulate_dtype(x.a.dtype)
+    t, y = x.a.to(wide), x.b.to(wide)
+    if x.backend == "torch":
+        if not x.identity:
+            t = torch_backend.fold(t, x.W_diag, x.W_blocks, x.normalize)
+        elif x.normalize:
+            t = torch_backend.unit_rows(t)
+        y = torch_backend.unit_rows(y) if x.normalize else y
     else:
-        if not plain or normalize:
-            t = ops.fold(rows, W_diag, W_blocks, normalize)
-        else:
-            t = rows
-        y = ops.fold(y, None, None, True) if normalize else y
-    return Sides(t, y, a.dtype.itemsize == 2, backend)
+        if not x.identity or x.normalize:
+            t = ops.fold(t, x.W_diag, x.W_blocks, x.normalize)
+        y = ops.fold(y, None, None, True) if x.normalize else y
+    return Sides(t, y, x.a.dtype.itemsize == 2, x.backend)
 
 
 @dataclass(frozen=True)
@@ -95,32 +119,17 @@ def operand(x: Tensor, half: bool, backend: str) -> Operand:
     return Operand((x / unit).to(torch.float16), unit)
 
 
-def scalar(name: str, value: object, like: Tensor) -> Tensor:
+def scalar(value: Tensor | float, like: Tensor) -> Tensor:
     """A number or a tensor of one element as a 0-d tensor of like's dtype and device; differentiable."""
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-        if not value.dtype.is_floating_point:
-            raise ValueError(f"{name} must be floating point, got {value.dtype}")
         return value.reshape(()).to(like.device, like.dtype)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(value).__name__}")
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
-def check_ids(ids: object, rows: int, device: torch.device) -> Tensor | None:
-    """Integer ids, one a pair, as int64 on the features' device."""
-    if ids is None:
-        return None
-    checks.check_tensor("ids", ids)
-    assert isinstance(ids, Tensor)
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise ValueError(f"ids must be integers, got {ids.dtype}")
-    if ids.shape != (rows,):
-        raise ValueError(f"ids must have shape ({rows},), one a pair, got {tuple(ids.shape)}")
-    if ids.device != device:
-        raise ValueError(f"ids must be on the features' device {device}, got {ids.device}")
-    return ids.to(torch.int64)
+def check_ids(ids: object, a: Tensor) -> None:
+    """Integer ids, one a pair, on the features' device; or None."""
+    if ids is not None:
+        check_labels("ids", ids, a.shape[0], "a", a)
 
 
 def reduce(values: Tensor, reduction: str, pairs: int) -> Tensor:

@@ -9,8 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gssf_triton import checks
-from gssf_triton.losses.common import REDUCTIONS, described, incoming, operand, prepare, reduce, scalar
+from gssf_triton import checks, options
+from gssf_triton.losses.common import (
+    check_inputs,
+    check_reduction,
+    described,
+    fold_sides,
+    incoming,
+    operand,
+    reduce,
+    scalar,
+)
 from gssf_triton.losses.ranks import Ranks, gather_rows, spread
 from gssf_triton.streaming.epilogues import log_sum_exp
 from gssf_triton.streaming.op import stream_op
@@ -129,19 +138,23 @@ def distillation_loss(
         >>> gssf_triton.distillation_loss(a, a, torch.ones(3), teacher_a=a, teacher_b=a.flip(0), logit_scale=1.0)
         tensor(0.2428)
     """
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-    sides = prepare(a, b, W_diag, W_blocks, normalize, backend, paired=False)
-    names = ("teacher_a", "teacher_b")
-    with torch.no_grad():
-        teacher = prepare(
-            teacher_a, teacher_b, teacher_W_diag, teacher_W_blocks, normalize, backend,
-            names=names, paired=False, identity=True,
-        )  # fmt: skip
+    check_reduction(reduction, group)
+    inputs = check_inputs(a, b, W_diag, W_blocks, normalize, backend, paired=False)
+    taught = check_inputs(
+        teacher_a, teacher_b, teacher_W_diag, teacher_W_blocks, normalize, backend,
+        names=("teacher_a", "teacher_b"), weight_prefix="teacher_", paired=False, may_lack_weights=True,
+    )  # fmt: skip
     for name, x, like, of in (("teacher_a", teacher_a, a, "a"), ("teacher_b", teacher_b, b, "b")):
         checks.check_same_device(of, like, name, x)
         if x.shape[0] != like.shape[0]:
-            raise ValueError(f"{name} must have {like.shape[0]} rows, as {of} has, got shape {tuple(x.shape)}")
-    scale = scalar("logit_scale", logit_scale, sides.t)
+            raise ValueError(
+                f"{name} must have {like.shape[0]} rows, as {of} {tuple(like.shape)} has, got {tuple(x.shape)}"
+            )
+    options.check_scalar("logit_scale", logit_scale, "a", a)
+    sides = fold_sides(inputs)
+    with torch.no_grad():
+        teacher = fold_sides(taught)
+    scale = scalar(logit_scale, sides.t)
     same = described("distillation_loss", a, sides, teacher_D=teacher_a.shape[1], reduction=reduction)
     ranks, columns = spread(group, (a.shape[0], b.shape[0]), a.device, same)
     loss: Tensor = _Distillation.apply(

@@ -9,8 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gssf_triton import checks
-from gssf_triton.losses.common import REDUCTIONS, check_ids, described, incoming, operand, prepare, reduce, scalar
+from gssf_triton import options
+from gssf_triton.losses.common import (
+    check_ids,
+    check_inputs,
+    check_reduction,
+    described,
+    fold_sides,
+    incoming,
+    operand,
+    reduce,
+    scalar,
+)
 from gssf_triton.losses.ranks import Ranks, gather_rows, spread
 from gssf_triton.streaming.epilogues import log_sum_exp, merge_softmax
 from gssf_triton.streaming.op import stream_op
@@ -161,16 +171,20 @@ def info_nce(
         >>> gssf_triton.info_nce(a, a, torch.ones(3), logit_scale=0.0, reduction="none")
         tensor([1.0986, 1.0986, 1.0986])
     """
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-    checks.check_fraction("label_smoothing", label_smoothing)
-    sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
-    ids = check_ids(ids, a.shape[0], a.device)
-    scale = scalar("logit_scale", logit_scale, sides.t)
+    check_reduction(reduction, group)
+    options.check_flags(symmetric=symmetric)
+    options.check_fraction("label_smoothing", label_smoothing)
+    inputs = check_inputs(a, b, W_diag, W_blocks, normalize, backend)
+    check_ids(ids, a)
+    options.check_scalar("logit_scale", logit_scale, "a", a)
+    sides = fold_sides(inputs)
+    scale = scalar(logit_scale, sides.t)
     same = described(
         "info_nce", a, sides, ids=ids is not None, symmetric=symmetric, label_smoothing=label_smoothing,
         reduction=reduction,
     )  # fmt: skip
     (ranks,) = spread(group, (a.shape[0],), a.device, same)
+    ids = None if ids is None else ids.to(torch.int64)
     column_ids = None if ids is None else ranks.gather(ids)
     loss: Tensor = _InfoNCE.apply(
         sides.t, gather_rows(sides.y, ranks), scale, ids, column_ids, sides.half, symmetric, float(label_smoothing),

@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gssf_triton import options
+from gssf_triton.backend import BACKENDS
+from gssf_triton.losses.common import check_reduction
 from gssf_triton.losses.distillation import distillation_loss
 from gssf_triton.losses.info_nce import info_nce
 from gssf_triton.losses.sigmoid import sigmoid_loss
@@ -23,9 +26,22 @@ class Metric(Protocol):
     normalize: bool
 
 
+def check_metric_module(name: str, metric: object) -> None:
+    """Something that has what `Metric` names."""
+    missing = [part for part in ("W_diag", "W_blocks", "normalize") if not hasattr(metric, part)]
+    if missing:
+        raise TypeError(
+            f"{name} must be a gssf_triton.nn.GSSF, or have its W_diag, W_blocks and normalize, "
+            f"got {type(metric).__name__}"
+        )
+
+
 class _MetricLoss(nn.Module):
     def __init__(self, metric: Metric, reduction: str, group: dist.ProcessGroup | None, backend: str) -> None:
         super().__init__()
+        check_metric_module("metric", metric)
+        check_reduction(reduction, group)
+        options.check_choice("backend", backend, BACKENDS)
         self.metric = metric
         self.reduction = reduction
         self.group = group
@@ -56,8 +72,9 @@ class _ScaledLoss(_MetricLoss):
         backend: str,
     ) -> None:
         super().__init__(metric, reduction, group, backend)
-        if not logit_scale > 0:
-            raise ValueError(f"logit_scale must be positive, got {logit_scale}")
+        options.check_positive("logit_scale", logit_scale)
+        options.check_positive("max_logit_scale", max_logit_scale, finite=False)
+        options.check_flags(learn_scale=learn_scale)
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(logit_scale)]), requires_grad=learn_scale)
         self.max_logit_scale = max_logit_scale
 
@@ -101,6 +118,8 @@ class InfoNCELoss(_ScaledLoss):
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
+        options.check_flags(symmetric=symmetric)
+        options.check_fraction("label_smoothing", label_smoothing)
         super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
         self.symmetric = symmetric
         self.label_smoothing = label_smoothing
@@ -146,6 +165,7 @@ class SigmoidLoss(_ScaledLoss):
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
+        options.check_number("logit_bias", logit_bias)
         super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
         self.logit_bias = nn.Parameter(torch.tensor([float(logit_bias)]), requires_grad=learn_scale)
 
@@ -198,6 +218,8 @@ class TripletLoss(_MetricLoss):
         backend: str = "auto",
     ) -> None:
         super().__init__(metric, reduction, group, backend)
+        options.check_number("margin", margin)
+        options.check_flags(hardest=hardest)
         self.margin = margin
         self.hardest = hardest
         self.register_buffer("violations", torch.zeros(2, dtype=torch.int64), persistent=False)
@@ -242,6 +264,9 @@ class DistillationLoss(_MetricLoss):
         backend: str = "auto",
     ) -> None:
         super().__init__(metric, reduction, group, backend)
+        if teacher is not None:
+            check_metric_module("teacher", teacher)
+        options.check_positive("logit_scale", logit_scale)
         self.teacher = teacher
         self.logit_scale = logit_scale
 

@@ -9,14 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gssf_triton import checks
+from gssf_triton import options
 from gssf_triton.losses.common import (
-    REDUCTIONS,
     check_ids,
+    check_inputs,
+    check_reduction,
     described,
+    fold_sides,
     incoming,
     operand,
-    prepare,
     reduce,
     scalar,
     wants_gradient,
@@ -134,12 +135,16 @@ def sigmoid_loss(
         >>> gssf_triton.sigmoid_loss(a, a, torch.ones(3), logit_scale=10.0, logit_bias=-5.0)
         tensor(0.0201)
     """
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-    sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
-    ids = check_ids(ids, a.shape[0], a.device)
-    scale, bias = scalar("logit_scale", logit_scale, sides.t), scalar("logit_bias", logit_bias, sides.t)
+    check_reduction(reduction, group)
+    inputs = check_inputs(a, b, W_diag, W_blocks, normalize, backend)
+    check_ids(ids, a)
+    options.check_scalar("logit_scale", logit_scale, "a", a)
+    options.check_scalar("logit_bias", logit_bias, "a", a)
+    sides = fold_sides(inputs)
+    scale, bias = scalar(logit_scale, sides.t), scalar(logit_bias, sides.t)
     same = described("sigmoid_loss", a, sides, ids=ids is not None, reduction=reduction)
     (ranks,) = spread(group, (a.shape[0],), a.device, same)
+    ids = None if ids is None else ids.to(torch.int64)
     column_ids = None if ids is None else ranks.gather(ids)
     loss: Tensor = _Sigmoid.apply(
         sides.t, gather_rows(sides.y, ranks), scale, bias, ids, column_ids, sides.half, reduction != "none",

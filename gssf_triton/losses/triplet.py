@@ -9,14 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gssf_triton import checks
+from gssf_triton import options
 from gssf_triton.losses.common import (
-    REDUCTIONS,
     check_ids,
+    check_inputs,
+    check_reduction,
     described,
+    fold_sides,
     incoming,
     operand,
-    prepare,
     reduce,
     wants_gradient,
 )
@@ -253,13 +254,15 @@ def triplet_loss(
         >>> gssf_triton.triplet_loss(a, b, torch.ones(2), margin=0.2, return_violations=True)
         (tensor(0.2000), tensor([1, 1]))
     """
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"margin must be a number, got {type(margin).__name__}")
-    sides = prepare(a, b, W_diag, W_blocks, normalize, backend)
-    ids = check_ids(ids, a.shape[0], a.device)
+    check_reduction(reduction, group)
+    options.check_number("margin", margin)
+    options.check_flags(hardest=hardest, return_violations=return_violations)
+    inputs = check_inputs(a, b, W_diag, W_blocks, normalize, backend)
+    check_ids(ids, a)
+    sides = fold_sides(inputs)
     same = described("triplet_loss", a, sides, ids=ids is not None, margin=margin, hardest=hardest, reduction=reduction)
     (ranks,) = spread(group, (a.shape[0],), a.device, same)
+    ids = None if ids is None else ids.to(torch.int64)
     column_ids = None if ids is None else ranks.gather(ids)
     y, summed = gather_rows(sides.y, ranks), reduction != "none"
     shared = (float(margin), ids, column_ids, sides.half, summed)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gssf_triton import checks
+from gssf_triton import checks, options
 from gssf_triton.autotune.retrieval_configs import stream_chunks
+from gssf_triton.backend import resolve_backend
 from gssf_triton.metrics.common import recalls
 from gssf_triton.progress import progress_bar
 from gssf_triton.retrieval import checks as row_checks
@@ -88,7 +89,9 @@ def image_text(
     row_checks.check_labels("image_ids", image_ids, images.shape[0], "images", images)
     row_checks.check_labels("text_ids", text_ids, texts.shape[0], "texts", texts)
     row_checks.check_ks(ks)
-    row_checks.check_count("folds", folds, 1, max(images.shape[0], 1))
+    options.check_count("folds", folds, 1, max(images.shape[0], 1))
+    options.check_flags(normalize=normalize, progress=progress)
+    resolve_backend(backend, images, W_blocks)
     transposed = None if W_blocks is None else W_blocks.mT
     parts = _folds(image_ids, text_ids, folds)
     results = []

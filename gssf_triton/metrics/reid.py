@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gssf_triton import checks
+from gssf_triton import checks, options
 from gssf_triton.backend import resolve_backend
 from gssf_triton.metrics.common import percent, precisions, recalls, valid_places
 from gssf_triton.progress import progress_bar
@@ -84,9 +84,11 @@ def reid(
     for name, cams in (("query_cams", query_cams), ("gallery_cams", gallery_cams)):
         checks.check_tensor(name, cams)
     row_checks.check_ks(ks)
+    options.check_flags(normalize=normalize, progress=progress)
     exclusions = make_exclusions(queries, N, None, None, (query_ids, gallery_ids), (query_cams, gallery_cams))
+    backend = resolve_backend(backend, queries, W_blocks)
     exclusions = replace(exclusions, mask=(gallery_ids != JUNK).expand(Q, N))
-    scores = Scores(queries, N, W_diag, W_blocks, normalize, resolve_backend(backend, queries, W_blocks))
+    scores = Scores(queries, N, W_diag, W_blocks, normalize, backend)
     first, precision, penalty = [], [], []
     for _, ranks, counts in match_ranks(scores, gallery.detach(), exclusions, progress_bar(progress, "re-id")):
         matched = counts > 0

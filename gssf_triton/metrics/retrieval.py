@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gssf_triton import checks
+from gssf_triton import checks, options
 from gssf_triton.backend import resolve_backend
 from gssf_triton.metrics.common import percent, precisions, recalls, valid_places
 from gssf_triton.progress import progress_bar
@@ -72,9 +72,11 @@ def retrieval(
     N = embeddings.shape[0]
     row_checks.check_labels("labels", labels, N, "embeddings", embeddings)
     row_checks.check_ks(ks)
+    options.check_flags(normalize=normalize, progress=progress)
+    backend = resolve_backend(backend, embeddings, W_blocks)
     itself = torch.arange(N, device=embeddings.device)
     exclusions = make_exclusions(embeddings, N, itself, None, (labels, labels))
-    scores = Scores(embeddings, N, W_diag, W_blocks, normalize, resolve_backend(backend, embeddings, W_blocks))
+    scores = Scores(embeddings, N, W_diag, W_blocks, normalize, backend)
     first, average, precision = [], [], []
     for _, ranks, counts in match_ranks(scores, embeddings.detach(), exclusions, progress_bar(progress, "retrieval")):
         if ranks.shape[1] == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, torch_backend
+from gssf_triton import checks, options, torch_backend
 from gssf_triton import ops as metric_ops
 from gssf_triton.autotune.configs import (
     CROSS_ATTENTION_REGIONS,
@@ -26,18 +26,23 @@ def _check(
     W_blocks: Tensor | None,
     region_mask: Tensor | None,
     word_mask: Tensor | None,
+    normalize: bool,
     out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The features as autocast has them, and the masks as booleans."""
+) -> tuple[Tensor, Tensor]:
+    """The features as autocast has them."""
     row_checks.check_regions_and_words(regions, words)
     checks.check_weights("regions", regions, W_diag, W_blocks)
     row_checks.check_mask("region_mask", region_mask, "regions", regions)
     row_checks.check_mask("word_mask", word_mask, "words", words)
-    checks.check_out_dtype(out_dtype)
+    options.check_flags(normalize=normalize)
+    options.check_dtype("out_dtype", out_dtype)
     regions, words = autocast_features(regions, words)
     row_checks.check_regions_and_words_dtype(regions, words)
-    region_mask, word_mask = (None if mask is None else mask != 0 for mask in (region_mask, word_mask))
-    return regions, words, region_mask, word_mask
+    return regions, words
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask != 0
 
 
 def _folded(
@@ -115,11 +120,12 @@ def late_interaction(
         >>> gssf_triton.late_interaction(regions, words, torch.ones(2), region_mask=second_only, pooling="max-sum")
         tensor([[3.]])
     """
-    checks.check_choice("pooling", pooling, POOLINGS)
-    checks.check_positive("sharpness", sharpness)
-    regions, words, region_mask, word_mask = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, out_dtype)
+    options.check_choice("pooling", pooling, POOLINGS)
+    options.check_positive("sharpness", sharpness)
+    regions, words = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, normalize, out_dtype)
     dtype = out_dtype or regions.dtype
     backend = resolve_backend(backend, regions, W_blocks)
+    region_mask, word_mask = _as_bool(region_mask), _as_bool(word_mask)
     fold_words = words.shape[0] * words.shape[1] < regions.shape[0] * regions.shape[1]
     with full_precision(regions):
         if fold_words:
@@ -207,9 +213,10 @@ def cross_attention_sim(
         >>> gssf_triton.cross_attention_sim(regions, words, torch.ones(2), smooth=1.0)
         tensor([[0.9385]])
     """
-    checks.check_positive("smooth", smooth)
-    regions, words, region_mask, word_mask = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, out_dtype)
+    options.check_positive("smooth", smooth)
+    regions, words = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, normalize, out_dtype)
     backend = _cross_attention_backend(backend, regions, words, W_blocks)
+    region_mask, word_mask = _as_bool(region_mask), _as_bool(word_mask)
     with full_precision(regions):
         folded = _folded(regions, region_mask, W_diag, W_blocks, True, backend)
         scores = ops.cross_attention(regions, folded, words, region_mask, word_mask, float(smooth), backend)

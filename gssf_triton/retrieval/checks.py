@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gssf_triton.checks import check_same_device, check_tensor, shape_of
+from gssf_triton.options import check_count
 
 
 def check_matrix(name: str, x: Tensor, wanted: str) -> None:
@@ -53,23 +54,19 @@ def check_pair_mask(name: str, mask: object, shape: tuple[int, int], queries: Te
     check_same_device("queries", queries, name, mask)
 
 
-def check_k(k: object, gallery: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if not 0 <= k <= gallery:
+def check_k(k: object, gallery: int | None = None) -> None:
+    """k of a gallery whose size is known, or may still have to be asked for."""
+    check_count("k", k, 0)
+    assert isinstance(k, int)
+    if gallery is not None and k > gallery:
         raise ValueError(f"k must lie between 0 and the gallery's {gallery} items, got {k}")
-
-
-def check_count(name: str, value: object, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
 
 
 def check_ks(ks: object) -> None:
     """The cut-offs of a metric: positive ints."""
-    if not isinstance(ks, Sequence) or not ks:
+    if not isinstance(ks, Sequence):
+        raise TypeError(f"ks must be a sequence of ints, got {type(ks).__name__}")
+    if not ks:
         raise ValueError(f"ks must be a sequence of at least one int, got {ks!r}")
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, int):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gssf_triton import checks
+from gssf_triton import checks, options
 from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K
 from gssf_triton.backend import resolve_backend
 from gssf_triton.progress import counting
@@ -131,8 +131,9 @@ def topk(
     """
     Q, items = check_call(queries, gallery, W_diag, W_blocks)
     exclusions = make_exclusions(queries, items, exclude, mask)
-    if group is None:
-        row_checks.check_k(k, items)
+    row_checks.check_k(k, items if group is None else None)
+    options.check_flags(normalize=normalize, progress=progress)
+    options.check_group(group)
     backend = resolve_backend(backend, queries, W_blocks)
     offset, total = sharding.place(queries, items, k, group)
     row_checks.check_k(k, total)
@@ -214,6 +215,8 @@ def ranks(
     """
     Q, items = check_call(queries, gallery, W_diag, W_blocks)
     exclusions = make_exclusions(queries, items, exclude, mask, (query_ids, gallery_ids), (query_cams, gallery_cams))
+    options.check_flags(normalize=normalize, progress=progress)
+    options.check_group(group)
     backend = resolve_backend(backend, queries, W_blocks)
     offset, _ = sharding.place(queries, items, 0, group)
     scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)

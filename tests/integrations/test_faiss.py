@@ -145,23 +145,16 @@ def test_arrays_of_the_weights_alone(tmp_path: Path) -> None:
         assert list(file) == ["W_blocks"] and file["W_blocks"].shape == (2, 4, 4)
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
     index, queries = build_index(features(6, 8)), features(2, 8)
-    for k in (0, 7):
-        with pytest.raises(ValueError, match=f"k must be from 1 to the gallery's size, 6, got {k}"):
-            search(index, queries, torch.ones(8), k=k)
+    with pytest.raises(ValueError, match=r"k must be from 1 to the gallery's size, 6, got 7"):
+        search(index, queries, torch.ones(8), k=7)
     with pytest.raises(ValueError, match="D = 8"):
         search(index, features(2, 4), torch.ones(4), k=1)
-    with pytest.raises(ValueError, match="W_diag"):
-        search(index, queries, torch.ones(4), k=1)
     with pytest.raises(ValueError, match="inner products"):
         search(faiss.IndexFlatL2(8), queries, torch.ones(8), k=1)
     with pytest.raises(ValueError, match="'Flood'"):
         build_index(features(6, 8), "Flood")
-    with pytest.raises(TypeError, match=r"gallery must be a torch\.Tensor, got list"):
-        build_index([[1.0]])
-    with pytest.raises(ValueError, match=re.escape("queries must have shape (n, D), got (2, 2, 2)")):
-        folded_queries(torch.ones(2, 2, 2), torch.ones(2))
     with pytest.raises(ValueError, match=r"\.npz or \.safetensors"):
         save_arrays(tmp_path / "a.bin", W_diag=torch.ones(2))
     with pytest.raises(ValueError, match="no weight"):

@@ -159,5 +159,5 @@ def test_semantic_search(model: SentenceTransformer) -> None:
 
 
 def test_fused_loss_mistakes(model: SentenceTransformer) -> None:
-    with pytest.raises(ValueError, match="scale must be greater than 0, got 0"):
+    with pytest.raises(ValueError, match="scale must be positive and finite, got 0"):
         FusedRankingLoss(model, GSSFSimilarity(DIM, BLOCK), scale=0)

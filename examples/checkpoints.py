@@ -1,0 +1,56 @@
+"""Checkpoints that are written whole or not at all, and are only ever read as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gssf_triton.storage import reason, replacing, unusable
+
+REMEDY = "remove it, choose another --out, or start over with --fresh"
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all."""
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path, fields: Sequence[str]) -> dict[str, Any]:
+    """A checkpoint that has `fields`, on the CPU: tensors and plain values, nothing that could run.
+
+    Raises:
+        ValueError: any other file; it names the file and what to do.
+    """
+    expected = f"a checkpoint with {', '.join(fields)}"
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        # Whatever the first damaged field leads to.
+        except Exception as error:
+            found = f"a file that cannot be read ({reason(error)}): {REMEDY}"
+            raise unusable(path, expected, found) from error
+    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+        raise unusable(path, expected, f"one of another form: {REMEDY}")
+    if missing := [name for name in fields if name not in state]:
+        raise unusable(path, expected, f"one without {', '.join(missing)}: {REMEDY}")
+    return state
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Around taking a checkpoint's state: one that does not fit is named.
+
+    Raises:
+        ValueError: whatever did not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise unusable(
+            path, "a checkpoint of this run", f"one that does not fit ({reason(error)}): {REMEDY}"
+        ) from error
