@@ -48,7 +48,8 @@ def in_torch(q: Tensor, k: Tensor, v: Tensor, W_diag: Tensor, W_blocks: Tensor) 
 
 def _plain(inputs: Inputs) -> Program:
     leaves = inputs.leaves(*FEATURES)
-    return Program(lambda: scaled_dot_product_attention(*leaves.values()), leaves, inputs.upstream)
+    q, k, v = leaves.values()
+    return Program(lambda: scaled_dot_product_attention(q, k, v), leaves, inputs.upstream)
 
 
 def _program(function: Callable[..., Tensor]) -> Callable[[Inputs], Program]:

@@ -51,6 +51,10 @@ class Ranks:
 
     @property
     def own(self) -> slice:
+        """This process's rows of the whole batch."""
+        if self.group is None:
+            # No size in it: up to torch 2.10 the compiler cannot carry one from a forward pass to its backward pass.
+            return slice(0, None)
         return slice(self.offset, self.offset + self.sizes[self.index])
 
     def gather(self, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def test_called_as_cos_sim() -> None:
     forms: list[tuple[Any, Any]] = [(a, b), (a.numpy(), b.numpy()), (list(a), b.tolist()), (a[0], b), (a.numpy(), b[2])]
     for x, y in forms:
         torch.testing.assert_close(start(x, y), util.cos_sim(x, y), rtol=1e-5, atol=1e-6)
-        rows = [torch.as_tensor(np.asarray(z)).reshape(-1, DIM) for z in (x, y)]
+        rows = [torch.as_tensor(np.stack([np.asarray(row) for row in z])).reshape(-1, DIM) for z in (x, y)]
         assert_close(similarity(x, y), exact(similarity, *rows), tolerance(torch.float32))
     assert_close(
         PairwiseSimilarity(similarity)(a, b[:4]), exact(similarity, a, b[:4]).diagonal(), tolerance(torch.float32)
