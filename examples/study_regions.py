@@ -42,6 +42,8 @@ class RegionTask(PairTask):
         super().__init__(settings, column, seed, train, test)
         channels = 4 * settings.width if isinstance(self.images, ImageTower) else train.images.shape[-1]
         self.region_head = nn.Linear(channels, settings.dim)
+        # Cells come out of a ReLU and have most of their direction in common: without it scores are told apart sooner.
+        self.region_norm = nn.BatchNorm1d(settings.dim)
         # Where in the glyph a stroke lies is much of what it says, and a cell does not know its place.
         self.places = nn.Parameter(torch.zeros(16 if isinstance(self.images, ImageTower) else 1, channels))
         self.word_head = nn.Linear(16 * settings.width, settings.dim)
@@ -53,7 +55,7 @@ class RegionTask(PairTask):
 
     def regions(self, images: Tensor) -> Tensor:
         out: Tensor = self.region_head(self.images.cells(images) + self.places)
-        return out
+        return self.region_norm(out.mT).mT
 
     def words(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(self.texts, TextTower)
