@@ -159,7 +159,7 @@ class Problem:
     fixed: dict[str, Tensor]
 
     @classmethod
-    def make(cls, call: Call, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
+    def make(cls, call: Call, device: torch.device, dtype: torch.dtype, seed: int, small: bool = False) -> Problem:
         """Random inputs, features in `dtype`, weights in float32 beside half precision."""
         generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -167,7 +167,7 @@ class Problem:
             return torch.randn(size, generator=generator, device=device)
 
         wide = torch.promote_types(dtype, torch.float32)
-        leaves, fixed = call.make(normal, SIZES[device.type])
+        leaves, fixed = call.make(normal, SIZES["cpu" if small else device.type])
 
         def cast(name: str, x: Tensor) -> Tensor:
             keeps = not x.is_floating_point()

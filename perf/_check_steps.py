@@ -32,16 +32,19 @@ NUMERICS = (
     ("bf16", torch.bfloat16, "highest", FLOOR["bf16"]),
 )
 REPEATS = {"cuda": 100, "cpu": 3}
+#: Of one suite of the sweep.
+SWEEP_SECONDS = 50.0
 #: Rows and columns of a large result that are held to float64.
 PROBED = 64
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the steps run, and until when (`time.monotonic()`)."""
+    """Where the steps run, and until when (`time.monotonic()`); `small`: on inputs as small as the interpreter's."""
 
     device: torch.device
     deadline: float
+    small: bool = False
 
     @property
     def kind(self) -> str:
@@ -89,7 +92,7 @@ def launched(machine: Machine) -> Iterator[Finding]:
     """One launch at least of every kernel: what a sanitizer is run over."""
     with launches() as seen:
         for seed, call in enumerate(CALLS):
-            results = Problem.make(call, machine.device, torch.float32, seed).results("triton")
+            results = Problem.make(call, machine.device, torch.float32, seed, machine.small).results("triton")
             finite = all(bool(torch.isfinite(x).all()) for x in results.values())
             yield finding(call.name, finite, kernels=sorted(seen))
     yield finding("every kernel", seen == set(KERNELS), missing=sorted(set(KERNELS) - seen))
@@ -121,7 +124,7 @@ def _load(device: torch.device) -> Iterator[None]:
         return
     stream, x = torch.cuda.Stream(device), torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     with torch.cuda.stream(stream):
-        for _ in range(200):
+        for _ in range(2000):
             x = (x @ x).clamp_(-1, 1)
     yield
     torch.cuda.synchronize(device)
@@ -222,7 +225,8 @@ def _sanitized(tool: str) -> Callable[[Machine], Iterator[Finding]]:
             yield finding(tool, False, reason="compute-sanitizer is not installed")
             return
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "perf/gpu_check.py"]
-        command += ["--only", "launched", "--out", os.devnull]
+        # A sanitized kernel runs tens of times as long.
+        command += ["--only", "launched", "--small", "--out", os.devnull]
         # Without torch's cache every tensor is an allocation of its own, so that reading past one is noticed.
         done, output = _output(command, machine.left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         reports = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
@@ -251,19 +255,20 @@ def _output(command: list[str], seconds: float, environment: dict[str, str]) -> 
 
 def sweep(suite: str) -> Callable[[Machine], Iterator[Finding]]:
     def step(machine: Machine) -> Iterator[Finding]:
-        limit = min(machine.left - 5, 90)
+        limit = min(machine.left - 5, SWEEP_SECONDS)
         command = [sys.executable, "perf/sweep.py", "--suite", suite, "--time-limit", f"{limit:.0f}"]
         done, output = _output([*command, "--device", str(machine.device)], machine.left, {})
         yield finding(f"sweep, {suite}", done == 0, exit_status=done, last=output.splitlines()[-3:])
 
-    step.__doc__ = f"perf/sweep.py's suite {suite}, as much of it as 90 seconds take."
+    step.__doc__ = f"perf/sweep.py's suite {suite}, as much of it as SWEEP_SECONDS take."
     return step
 
 
 def tests(machine: Machine) -> Iterator[Finding]:
     """The whole test suite, its kernels on this device."""
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=50", "-p", "no:cacheprovider", "-n", "auto"]
-    done, output = _output(command, machine.left, {})
+    # What the sweeps take is theirs.
+    done, output = _output(command, machine.left - 3 * SWEEP_SECONDS, {})
     counts = re.findall(r"(\d+) (passed|failed|errors?|skipped)", output.splitlines()[-1] if output else "")
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.MULTILINE)
     yield finding(
@@ -280,8 +285,8 @@ STEPS: dict[str, tuple[Callable[[Machine], Iterator[Finding]], bool]] = {
     "large": (large, True),
     "memcheck": (memcheck, True),
     "racecheck": (racecheck, True),
+    "tests": (tests, True),
     "sweep quick": (sweep("quick"), True),
     "sweep losses": (sweep("losses"), True),
     "sweep retrieval": (sweep("retrieval"), True),
-    "tests": (tests, True),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def write(path: Path, run: Run) -> None:
         file.write(content)
 
 
-def read(path: Path) -> Run:
-    """A run.
+def read(path: Path, fields: Sequence[str] = RUN) -> Run:
+    """A run, which has these fields at least.
 
     Raises:
         ValueError: the file is not one, or of another schema.
@@ -37,7 +38,7 @@ def read(path: Path) -> Run:
     run: Run = read_json(path, "a run", ("schema",))
     if run["schema"] != SCHEMA:
         raise unusable(path, f"a run of schema {SCHEMA}", f"schema {run['schema']!r}")
-    return read_json(path, "a run", RUN)
+    return read_json(path, "a run", fields)
 
 
 def may_resume(old: Run, new: Run) -> list[str]:

@@ -7,8 +7,8 @@
 
 The steps, the most telling first: errors of every function in fp32, TF32, fp16 and bf16 against the contract; one
 launch of every kernel; the same bits from 100 repeats under load; forward and backward captured in CUDA graphs; S,
-features and searches past 2³¹ entries; compute-sanitizer's memcheck and racecheck; the sweep's suites; the whole test
-suite. The file is rewritten after each. Exit status: 0, or 1 where something failed, 2 for arguments that don't fit,
+features and searches past 2³¹ entries; compute-sanitizer's memcheck and racecheck; the whole test suite; the sweep's
+suites. The file is rewritten after each. Exit status: 0, or 1 where something failed, 2 for arguments that don't fit,
 130 when interrupted.
 """
 
@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 #: Seconds that a run may take.
 BUDGET = 530.0
+#: What a run that goes on must have in common with the one before.
+SAME = ("device", "driver", "versions", "commit")
 #: What a check without a GPU writes tells of this machine alone and is not kept with the results.
 WITHOUT_GPU = _machine.ROOT / "runs" / "gpu_check.json"
 
@@ -86,10 +88,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), metavar="STEP", help="these steps")
     p.add_argument("--out", type=Path, metavar="JSON", help="default: perf/results/DEVICE/gpu_check.json")
     p.add_argument("--resume", action="store_true", help="keep the steps of the file that went well")
+    p.add_argument("--small", action="store_true", help="launch on inputs as small as the interpreter's")
     p.add_argument("--budget", type=float, default=BUDGET, help="seconds in all (default: %(default)g)")
     args = p.parse_args(argv)
     machine = Machine(
-        torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), time.monotonic() + args.budget
+        torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        time.monotonic() + args.budget,
+        args.small,
     )
     if machine.kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         p.error("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
@@ -100,10 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or usual
     if args.resume and out.exists():
         try:
-            held = _results.read(out)
+            held = _results.read(out, ("steps", *SAME))
         except ValueError as error:
             p.error(str(error))
-        for name in ("device", "driver", "versions", "commit"):
+        for name in SAME:
             if held[name] != check[name]:
                 p.error(f"--resume: {out} is of another {name}: {held[name]} then, {check[name]} now")
         check["steps"] = {name: step for name, step in held["steps"].items() if step["status"] == "ok"}

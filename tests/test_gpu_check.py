@@ -20,7 +20,10 @@ import _check_steps  # noqa: E402
 import gpu_check  # noqa: E402
 from _check_steps import Finding, Machine  # noqa: E402
 
-CPU = Machine(torch.device("cpu"), deadline=float("inf"))
+
+@pytest.fixture
+def machine(device: str) -> Machine:
+    return Machine(torch.device(device), deadline=float("inf"))
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -28,37 +31,37 @@ def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(_check_steps, "CALLS", [call for call in _check_calls.CALLS if call.name in names])
 
 
-def check(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    status = gpu_check.main(["--device", "cpu", "--out", str(out), *arguments])
+def check(device: str, out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    status = gpu_check.main(["--device", device, "--out", str(out), *arguments])
     return status, json.loads(out.read_text(encoding="utf-8"))
 
 
-def test_every_kernel_of_the_package_is_launched(tmp_path: Path) -> None:
+def test_every_kernel_of_the_package_is_launched(tmp_path: Path, device: str) -> None:
     written = {
         name
         for path in (ROOT / "kernels").glob("*.py")
         for name in re.findall(r"^def (\w+)_kernel\(", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert written == set(_check_calls.KERNELS)
-    status, run = check(tmp_path / "check.json", "--only", "launched")
+    status, run = check(device, tmp_path / "check.json", "--only", "launched", "--small")
     assert status == 0, run["steps"]
     assert run["steps"]["launched"]["findings"][-1]["missing"] == []
 
 
-def test_a_kernel_that_is_not_launched_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_is_not_launched_is_missed(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     only(monkeypatch, "paired_sim")
-    *_, last = _check_steps.launched(CPU)
+    *_, last = _check_steps.launched(machine)
     assert not last["ok"] and "pairwise" in last["missing"]
 
 
-def test_errors_are_within_the_contract_in_every_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_within_the_contract_in_every_numerics(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     only(monkeypatch, "paired_sim", "info_nce", "topk")
-    found = list(_check_steps.errors(CPU))
+    found = list(_check_steps.errors(machine))
     assert len(found) == 3 * 4 and all(f["ok"] for f in found), found
 
 
 @pytest.mark.parametrize("call", ["transform", "ranks"])
-def test_an_error_is_seen(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_seen(call: str, monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     only(monkeypatch, call)
     right = _check_calls.Problem.results
 
@@ -69,12 +72,12 @@ def test_an_error_is_seen(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(_check_calls.Problem, "results", wrong)
-    assert not any(f["ok"] for f in _check_steps.errors(CPU))
+    assert not any(f["ok"] for f in _check_steps.errors(machine))
 
 
-def test_bits_that_differ_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_that_differ_are_seen(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     only(monkeypatch, "paired_sim")
-    assert [f["ok"] for f in _check_steps.determinism(CPU)] == [True]
+    assert [f["ok"] for f in _check_steps.determinism(machine)] == [True]
     right = _check_calls.Problem.results
     noise = iter([0.0, 1e-7, 0.0])
 
@@ -82,7 +85,7 @@ def test_bits_that_differ_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: x + next(noise, 0.0) if name == "out" else x for name, x in right(problem, backend).items()}
 
     monkeypatch.setattr(_check_calls.Problem, "results", restless)
-    assert [f["differing"] for f in _check_steps.determinism(CPU)] == [1]
+    assert [f["differing"] for f in _check_steps.determinism(machine)] == [1]
 
 
 def good(machine: Machine) -> Iterator[Finding]:
@@ -94,13 +97,15 @@ def broken(machine: Machine) -> Iterator[Finding]:
     raise RuntimeError("in the middle")
 
 
-def test_a_step_that_breaks_off_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_breaks_off_stops_no_other(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "STEPS", {"one": (broken, False), "two": (good, False), "three": (good, True)})
     out = tmp_path / "check.json"
-    status, run = check(out, "--only", "one", "two", "three")
+    status, run = check(device, out, "--only", "one", "two", "three")
     assert status == 1
     assert run["steps"]["one"]["status"] == "RuntimeError: in the middle" and len(run["steps"]["one"]["findings"]) == 1
-    assert run["steps"]["two"]["status"] == "ok" and run["steps"]["three"]["status"] == "needs a GPU"
+    assert run["steps"]["two"]["status"] == "ok" and run["steps"]["three"]["status"] == (
+        "needs a GPU" if device == "cpu" else "ok"
+    )
 
     ran: list[str] = []
 
@@ -113,21 +118,21 @@ def test_a_step_that_breaks_off_stops_no_other(tmp_path: Path, monkeypatch: pyte
         yield
 
     monkeypatch.setattr(gpu_check, "STEPS", {"one": (mended, False), "two": (again, False)})
-    status, run = check(out, "--only", "one", "two", "--resume")
+    status, run = check(device, out, "--only", "one", "two", "--resume")
     assert status == 0 and ran == ["one"] and list(run["steps"]) == ["two", "one"]
 
 
-def test_another_machines_file_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_machines_file_is_not_resumed(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "STEPS", {"one": (good, False)})
     out = tmp_path / "check.json"
-    _, run = check(out, "--only", "one")
+    _, run = check(device, out, "--only", "one")
     out.write_text(json.dumps(run | {"versions": {"torch": "1.0"}}), encoding="utf-8")
     with pytest.raises(SystemExit) as refused:
-        check(out, "--resume", "--only", "one")
+        check(device, out, "--resume", "--only", "one")
     assert refused.value.code == 2
 
 
-def test_no_time_left_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_time_left_is_said(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "STEPS", {"one": (good, False)})
-    status, run = check(tmp_path / "check.json", "--only", "one", "--budget", "0")
+    status, run = check(device, tmp_path / "check.json", "--only", "one", "--budget", "0")
     assert status == 1 and run["steps"]["one"]["status"] == "no time left"
