@@ -100,7 +100,17 @@ def _last_row_unwritten(patch: Patch) -> None:
 
 def _ids_ignored(patch: Patch) -> None:
     """Pairs of equal ids count as negatives."""
-    patch.setitem(info_nce.__globals__, "check_ids", lambda *args: None)
+    exact = info_nce.__globals__["_InfoNCE"]
+
+    class Forgetful:
+        """The loss without its ids."""
+
+        @staticmethod
+        def apply(t: Tensor, y: Tensor, scale: Tensor, row_ids: Any, column_ids: Any, *rest: Any) -> Tensor:
+            out: Tensor = exact.apply(t, y, scale, None, None, *rest)
+            return out
+
+    patch.setitem(info_nce.__globals__, "_InfoNCE", Forgetful)
 
 
 def _other_bits(patch: Patch) -> None:
