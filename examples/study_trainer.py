@@ -241,8 +241,9 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
     step = 0
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, STATE)
-        if state["identity"] != identity:
-            changed = [k for k, v in identity.items() if state["identity"].get(k) != v]
+        # A setting that the file does not know is one that came later, and was what it is by default.
+        held = asdict(Settings()) | state["identity"]
+        if changed := [k for k, v in identity.items() if held.get(k) != v]:
             raise ValueError(
                 f"{checkpoint} holds a run with other settings ({', '.join(changed)}): choose another --out, or start "
                 "over with --fresh"

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,15 @@ def test_results_from_before_a_setting_was_known_still_serve(tmp_path: Path) -> 
     path.write_text(json.dumps(results), "utf-8")
     before = path.stat().st_mtime_ns
     assert study_runner.main(study, argv) == 0 and path.stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_from_before_a_setting_was_known_still_serves(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "x.pt"
+    old = {name: value for name, value in asdict(SETTINGS).items() if name != "symmetric"}
+    *_, history = train(task("cosine", 0, tmp_path), old, checkpoint)
+    assert list(train(task("cosine", 0, tmp_path), asdict(SETTINGS), checkpoint)) == [history]
+    with pytest.raises(ValueError, match=r"other settings \(symmetric\)"):
+        next(train(task("cosine", 0, tmp_path), asdict(replace(SETTINGS, symmetric=True)), checkpoint))
 
 
 def test_normalizing_after_the_fold() -> None:
