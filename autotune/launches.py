@@ -61,6 +61,13 @@ LARGEST_DISTINCT_TILE_BLOCK = 128
 #: block size a tile, stand for the rest.
 BRIEF = ("fp16", "tf32")
 BRIEF_BLOCK_SIZES = (32, 128, 256)
+#: float16 differs from bfloat16 by the instruction's name alone, so one architecture stands for all; the kernel of the
+#: losses, whose operands are float16 for both, is compiled for every one.
+FP16_ARCH = "sm_90"
+
+#: Variants that do less than another in the same tile are held to the gate where blocks share a tile and where they
+#: fill one.
+LIGHTER_AT = (32, 256)
 
 #: Rows on each side that lead to the configurations for small and for large S.
 ROWS = (64, 8192)
@@ -145,6 +152,8 @@ def _pairwise(arch: str, numerics: str) -> Iterator[Launch]:
         ):
             if (terms and B == 0) or (numerics in BRIEF and normalize) or (B == MASKED_BLOCK and label != "large"):
                 continue
+            if normalize and B not in (0, LARGEST_DISTINCT_TILE_BLOCK):
+                continue
             config = pairwise_config(rows, rows, CHANNELS, B, dtype, arch, terms=terms)
             flags = _metric(B, diag=B > 0 or normalize) | {
                 "TERMS": terms, "NORMALIZE": normalize, "EVEN_D": padded_block(B) == B, "WIDE": False,
@@ -170,7 +179,7 @@ def _gradient(arch: str, numerics: str) -> Iterator[Launch]:
         variants = [("a and weights", True, True, True), ("b", True, True, False), ("fold", False, True, True)]
         if config.rows_apart:
             variants = [("weights", False, False, True)]
-        for label, product, rows, weights in variants[: 1 if numerics in BRIEF or B == MASKED_BLOCK else None]:
+        for label, product, rows, weights in variants[: 1 if numerics in BRIEF or B not in LIGHTER_AT else None]:
             flags = _metric(B, True) | {
                 "PRODUCT": product, "ROWS": rows, "GRAD_DIAG": weights, "GRAD_BLOCKS": weights and B > 0,
                 "WIDE": False, "PRECISION": precision, "ACC": "fp32",
@@ -328,11 +337,13 @@ def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[La
     def launches() -> Iterator[Launch]:
         for arch in architectures:
             for numerics, _, _ in NUMERICS:
+                yield from _stream(arch, numerics)
+                if numerics == "fp16" and arch != FP16_ARCH:
+                    continue
                 yield from _pairwise(arch, numerics)
                 yield from _rowwise("fold", arch, numerics)
                 yield from _rowwise("paired", arch, numerics)
                 yield from _gradient(arch, numerics)
-                yield from _stream(arch, numerics)
                 yield from _retrieval(arch, numerics)
                 yield from _late_interaction(arch, numerics)
                 yield from _cross_attention(arch, numerics)

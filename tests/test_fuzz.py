@@ -21,7 +21,7 @@ from gssf_triton.losses import info_nce
 from gssf_triton.retrieval import scan
 
 #: Of each function; the number times the functions is what a run of the tests has time for.
-CASES = 6
+CASES = 5
 
 
 @pytest.mark.parametrize("function", FAMILIES)
