@@ -313,7 +313,7 @@ def test_writers_killed_at_any_moment_leave_whole_files(tmp_path: Path) -> None:
 
     seen: set[str] = set()
     with forked("file_writers.write_for_ever", tmp_path) as nursery:
-        for _ in range(10):
+        for _ in range(4):
             for process in nursery.start(*LETTERS):
                 deadline = time.monotonic() + chance.uniform(0, 0.1)
                 while time.monotonic() < deadline:

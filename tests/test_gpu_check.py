@@ -55,9 +55,9 @@ def test_a_kernel_that_is_not_launched_is_missed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_errors_are_within_the_contract_in_every_numerics(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
-    only(monkeypatch, "paired_sim", "info_nce", "topk")
+    only(monkeypatch, "paired_sim", "topk")
     found = list(_check_steps.errors(machine))
-    assert len(found) == 3 * 4 and all(f["ok"] for f in found), found
+    assert len(found) == 2 * 4 and all(f["ok"] for f in found), found
 
 
 @pytest.mark.parametrize("call", ["transform", "ranks"])

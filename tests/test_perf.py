@@ -429,7 +429,7 @@ def _cells_in(path: Path) -> dict[str, Any]:
 
 def test_a_killed_run_keeps_its_cells_and_resumes(tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    shapes = [part for n in (24, 32, 40, 48) for part in ("--shape", f"{n},40,32,8")]
+    shapes = [part for n in (24, 32, 40) for part in ("--shape", f"{n},40,32,8")]
     argv = ["--device", "cpu", "--contenders", "gssf", "--no-plots", "--out", str(out), *shapes]
     # Cells of a third of a second each: the kill falls between the first and the last.
     command = [sys.executable, "-c", SMALL_SWEEP, *argv, "--seconds", "0.3"]
@@ -445,7 +445,7 @@ def test_a_killed_run_keeps_its_cells_and_resumes(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     kept = _cells_in(out)
-    assert 1 <= len(kept) < 8
+    assert 1 <= len(kept) < 6
     assert not json.loads(out.read_text())["complete"]
 
     assert sweep.main([*argv, "--seconds", "0.3", "--resume", "--time-limit", "1e-6"]) == 0
@@ -456,7 +456,7 @@ def test_a_killed_run_keeps_its_cells_and_resumes(tmp_path: Path) -> None:
     out.write_text(json.dumps(fast))
     assert sweep.main([*argv, "--seconds", "0.01", "--resume"]) == 0
     after = json.loads(out.read_text())
-    assert after["complete"] and len(after["cells"]) == 8
+    assert after["complete"] and len(after["cells"]) == 6
     assert {key: after["cells"][key] for key in kept} == kept
 
 
