@@ -46,7 +46,7 @@ $(STAMP): $(RUNS)
 	@touch $@
 
 test: $(STAMP) ## run the tests and the docstrings' examples, in Triton's interpreter where there is no GPU
-	$(BIN)/python -m pytest -n $(TEST_JOBS) $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_FLAGS)
 
 lint: $(STAMP) ## ruff's rules and format, mypy's types
 	$(BIN)/ruff check .

@@ -81,7 +81,7 @@ torch.set_num_threads(1)
 glyphs = load_glyphs(progress=False)
 train, test = glyphs.only(np.arange(0, len(glyphs.names), 50)).split(held_out=40)
 # Every step is saved: many a kill meets a file half written.
-settings = Settings(steps=40, batch_size=16, dim=32, block_size=8, evaluations=40, held_out=40)
+settings = Settings(steps=16, batch_size=16, dim=32, block_size=8, evaluations=16, held_out=40)
 run = Run(settings, "both", 0, train, test_pairs(test), torch.device("cpu"), Path(sys.argv[2]))
 print("from", run.step, flush=True)
 for measured in run.train():
@@ -110,7 +110,7 @@ def test_a_training_killed_at_any_moment_ends_in_the_same_bits(tmp_path: Path) -
     import torch
 
     train(tmp_path / "whole.pt", None)
-    starts = [train(tmp_path / "cut.pt", random.randint(1, 12)) for _ in range(2)]
+    starts = [train(tmp_path / "cut.pt", random.randint(1, 6)) for _ in range(2)]
     starts.append(train(tmp_path / "cut.pt", None))
     assert starts[0] == 0 and starts == sorted(starts) and starts[-1] > 0, starts
     whole, cut = (torch.load(tmp_path / f"{name}.pt.end", weights_only=True) for name in ("whole", "cut"))
