@@ -43,7 +43,7 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 settings.register_profile(
     "gssf",
     deadline=None,
-    max_examples=10 if INTERPRETED else 100,
+    max_examples=7 if INTERPRETED else 100,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -21,7 +21,7 @@ from gssf_triton.losses import info_nce
 from gssf_triton.retrieval import scan
 
 #: Of each function; the number times the functions is what a run of the tests has time for.
-CASES = 5
+CASES = 4
 
 
 @pytest.mark.parametrize("function", FAMILIES)
