@@ -101,6 +101,9 @@ def attention(
     backend = resolve_backend(backend, q, W_blocks)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(q.dtype)
+    if is_causal and scale is not None and scale <= 0:
+        # PyTorch's fused attention on a CPU masks with −∞ before it scales: 0 · −∞ is NaN, and −1 · −∞ the maximum.
+        q, scale = q * scale, 1.0
     q = fold_heads(q, W_diag, W_blocks, backend)
     q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
     return F.scaled_dot_product_attention(

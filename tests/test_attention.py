@@ -110,6 +110,8 @@ def _masks(device: str) -> dict[str, dict[str, Any]]:
         "float": {"attn_mask": torch.randn(5, 7, device=device)},
         "causal": {"is_causal": True},
         "scale": {"scale": 0.7},
+        "causal-scale-0": {"is_causal": True, "scale": 0.0},
+        "causal-scale-negative": {"is_causal": True, "scale": -0.3},
     }
 
 
