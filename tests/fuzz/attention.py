@@ -106,7 +106,7 @@ def attention(d: Draw) -> Case:
     mask, is_causal = _mask(d, full, L, S)
     scale = d.choice((None, None, 0.7, 0.0))
     mode = choose_mode(d)
-    dtype = torch.bfloat16 if mode == "autocast" and d.dtype != torch.float64 else d.dtype
+    dtype = d.autocast if mode == "autocast" and d.dtype != torch.float64 else d.dtype
 
     def ours(given: Tensors) -> Outputs:
         options: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": scale, "backend": d.asked}
@@ -118,7 +118,8 @@ def attention(d: Draw) -> Case:
 
     return Case(
         function="attention", backend=d.backend, tags=d.tags, tensors=tensors, call=ours, oracle=exact,
-        out_dtypes=(dtype,), needs=choose_needs(d, tensors), mode=mode, cast=frozenset("qkv"), fixed={"mask": mask},
+        out_dtypes=(dtype,), needs=choose_needs(d, tensors), mode=mode, cast=frozenset("qkv"), autocast=d.autocast,
+        fixed={"mask": mask},
         incoming=choose_incoming(d, [(*full, L, E)], [dtype]), repeat=d.maybe(0.1, "repeated"),
     )  # fmt: skip
 

@@ -27,9 +27,12 @@ class Draw:
     """Random choices from one seed; `tags` collects the features of the case for the report."""
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.tags: set[str] = set()
+        #: What autocast casts features to, where the case is one of autocast.
+        self.autocast = torch.bfloat16
         # A share of the cases only: the interpreter is thousands of times slower.
         self.backend = "triton" if self.maybe(0.2) else "torch"
         # How a user asks for it: on a CPU "auto" is torch.

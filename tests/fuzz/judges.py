@@ -30,9 +30,10 @@ def always(tensors: Tensors) -> bool:
 class Case:
     """One call. `call` and `oracle` take the tensors by name, the oracle in float64, and return a tuple.
 
-    `out_dtypes` are those wanted of the outputs; `cast` names the tensors that autocast casts; `incoming` are the
-    gradients that flow in, one an output, None for an output nobody uses. `decided(tensors)` is False where a maximum
-    or a hinge is so near a tie that rounding decides it: then the gradient has no right value. Where a NaN makes more
+    `out_dtypes` are those wanted of the outputs; `cast` names the tensors that autocast casts, and `autocast` is what
+    it casts them to; `incoming` are the gradients that flow in, one an output, None for an output nobody uses.
+    `decided(tensors)` is False where a maximum or a hinge is so near a tie that rounding decides it: then the gradient
+    has no right value. Where a NaN makes more
     of the oracle's gradients NaN than it should (0 · NaN in a product), `dense_gradients` is False, and
     `dense_outputs` where an infinity makes more of its outputs NaN.
     `chain` is set where whole layers of torch's round to half precision too, where the contract's table is for one
@@ -51,6 +52,7 @@ class Case:
     incoming: tuple[Tensor | None, ...] = ()
     mode: str = "grad"
     cast: frozenset[str] = frozenset()
+    autocast: torch.dtype = torch.bfloat16
     fixed: Mapping[str, Any] = field(default_factory=dict)
     decided: Callable[[Tensors], bool] = always
     exact_ties: bool = False
@@ -101,7 +103,7 @@ class Case:
             with torch.inference_mode():
                 outputs = self.call({name: None if x is None else x * 1 for name, x in self.tensors.items()})
         elif self.mode == "autocast":
-            with torch.autocast(DEVICE, torch.bfloat16):
+            with torch.autocast(DEVICE, self.autocast):
                 outputs = self.call(self.tensors)
         else:
             outputs = self.call(self.tensors)
@@ -153,7 +155,7 @@ class Case:
             if id(x) not in made:
                 y = x.detach()
                 if self.mode == "autocast" and name in self.cast and y.dtype != torch.float64:
-                    y = y.to(torch.bfloat16)
+                    y = y.to(self.autocast)
                 y = y.to(dtype).cpu().clone()
                 made[id(x)] = (y if rounded is None else rounded(y)).requires_grad_(x.requires_grad)
             wide[name] = made[id(x)]
@@ -174,10 +176,15 @@ class Case:
         grads, second = self._gradients(outputs, wide, incoming)
         return [*(out.detach() for out in outputs), *grads, *second]
 
+    def held(self, dtype: torch.dtype) -> torch.dtype:
+        """What a result of this dtype was held in on its way: under autocast to float16 that, which has less room."""
+        cast = self.mode == "autocast" and self.autocast == torch.float16 and dtype != torch.float64
+        return torch.float16 if cast else dtype
+
     def tolerance(self) -> float:
         dtypes = {x.dtype for x in self.tensors.values() if x is not None} | set(self.out_dtypes)
         if self.mode == "autocast" and any(x is not None and x.dtype != torch.float64 for x in self.tensors.values()):
-            dtypes.add(torch.bfloat16)
+            dtypes.add(self.autocast)
         return tolerance(*dtypes)
 
     def _judge(self, outputs: Outputs, grads: Outputs, second: Outputs) -> None:
@@ -219,6 +226,7 @@ class Case:
                 tol,
                 name,
                 spreads=self.backend == "triton",
+                held=self.held(x.dtype),
                 dense=dense if " d" in name else self.dense_outputs,
             )
         for grad, (name, x) in zip(grads, leaves.items(), strict=False):
@@ -232,16 +240,17 @@ PARTS = 4.0
 
 
 def compare(
-    actual: Tensor, exact: Tensor, size: Tensor, tol: float, name: str, *, spreads: bool, dense: bool = True
-) -> None:
-    """Finite where the exact result is, and near it there.
+    actual: Tensor, exact: Tensor, size: Tensor, tol: float, name: str, *,
+    spreads: bool, held: torch.dtype, dense: bool = True,
+) -> None:  # fmt: skip
+    """Finite where the exact result is, and near it there, as far as `held` has room for it.
 
     With `spreads` a row that holds something not finite need be finite nowhere: blocks that share a tile share it.
     Without `dense` what is not finite in the exact result may be anything.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-    limit = torch.finfo(actual.dtype).max
-    lost = ~exact.isfinite() | (exact.abs() > (1 + EDGE) * limit)
+    limit = torch.finfo(held).max
+    lost = ~exact.isfinite() | (exact.abs() > (1 + EDGE) * torch.finfo(actual.dtype).max)
     # Parts of a gradient that autograd adds up in the result's dtype may be too large for it where their sum is not.
     fine = exact.isfinite() & (torch.maximum(exact.abs(), PARTS * size) < (1 - EDGE) * limit)
     if spreads and actual.dim():
@@ -256,7 +265,7 @@ def compare(
             )
     keep = fine & finite
     # What is rounded to the dtype's smallest numbers is off by half of one.
-    size = size + torch.finfo(actual.dtype).smallest_normal
+    size = size + torch.finfo(held).smallest_normal
     assert_close(actual[keep], exact[keep], tol, name=name, size=size[keep])
 
 

@@ -114,7 +114,7 @@ def _case(
         known = {name: x.detach().cpu() if isinstance(x, Tensor) else x for name, x in fixed.items()}
         if mode == "autocast":
             known = {
-                name: x.to(torch.bfloat16) if name in ("teacher_a", "teacher_b") and x.dtype != torch.float64 else x
+                name: x.to(d.autocast) if name in ("teacher_a", "teacher_b") and x.dtype != torch.float64 else x
                 for name, x in known.items()
             }
         if function == "distillation_loss":
@@ -127,14 +127,14 @@ def _case(
         return (oracle(**flat, **known, **plain, normalize=normalize),)
 
     dtype = wide if mode != "autocast" or wide == torch.float64 else torch.float32
-    held = torch.bfloat16 if mode == "autocast" and wide != torch.float64 else d.dtype
+    held = d.autocast if mode == "autocast" and wide != torch.float64 else d.dtype
 
     def decided(given: Tensors) -> bool:
         return function != "triplet_loss" or whole or _decided(given, fixed["ids"], options, normalize, KEPT[held])
 
     return Case(
         function=function, backend=d.backend, tags=d.tags, tensors=tensors, call=ours, oracle=exact,
-        out_dtypes=(dtype,), needs=needs, mode=mode, cast=frozenset(("a", "b")), fixed=fixed,
+        out_dtypes=(dtype,), needs=needs, mode=mode, cast=frozenset(("a", "b")), autocast=d.autocast, fixed=fixed,
         incoming=choose_incoming(d, [shape], [dtype]), decided=decided, exact_ties=whole,
         repeat=d.maybe(0.1, "repeated"),
     )  # fmt: skip
