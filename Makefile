@@ -75,7 +75,7 @@ demo: $(RUNS) ## train and compare the metrics on glyph-name retrieval, into run
 studies: $(RUNS) ## redo all studies of the metric, some hours on two cores, into runs/studies; called again, it goes on
 	$(BIN)/python examples/studies.py --out runs/studies $(STUDY_FLAGS)
 
-bench: $(RUNS) ## measure speed and memory on this machine's GPU
+bench: $(RUNS) ## measure speed and memory on this machine's GPU, or its CPU where it has none
 	$(BIN)/python perf/sweep.py $(BENCH_FLAGS)
 
 gpu-check: $(STAMP) ## check what only a GPU shows, or, without one, what of that needs none

@@ -23,7 +23,8 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
 
 def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        hint = " (torch.from_numpy makes a tensor of it)" if type(x).__module__ == "numpy" else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{hint}")
 
 
 def check_floating(name: str, x: Tensor) -> None:
@@ -59,15 +60,16 @@ def _check_weight_forms(W_diag: object, W_blocks: object, prefix: str = "", head
         assert isinstance(W_diag, Tensor)
         check_floating(diag, W_diag)
         if W_diag.dim() not in (1, 1 + heads):
-            raise ValueError(f"{diag} must have shape (D,){' or (H, D)' * heads}, got {shape_of(W_diag)}")
+            hint = f" (blocks are given as {blocks}=)" if W_diag.dim() >= 3 else ""
+            raise ValueError(f"{diag} must have shape (D,){' or (H, D)' * heads}, got {shape_of(W_diag)}{hint}")
     if W_blocks is not None:
         check_tensor(blocks, W_blocks)
         assert isinstance(W_blocks, Tensor)
         check_floating(blocks, W_blocks)
         shape = W_blocks.shape
         if W_blocks.dim() not in (3, 3 + heads) or shape[-2] != shape[-1] or shape[-1] == 0:
-            form = f"(G, B, B){' or (H, G, B, B)' * heads} with B >= 1"
-            raise ValueError(f"{blocks} must have shape {form}, got {shape_of(W_blocks)}")
+            form = f"(G, B, B){' or (H, G, B, B)' * heads}"
+            raise ValueError(f"{blocks} must have shape {form}, square blocks, B >= 1, got {shape_of(W_blocks)}")
 
 
 def check_weights(

@@ -233,10 +233,8 @@ class GSSFAttention(nn.MultiheadAttention):
                 )
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != channels:
                 form = "(N, L, E)" if self.batch_first else "(L, N, E)"
-                raise ValueError(
-                    f"{name} must be {form} or (L, E) as query {tuple(query.shape)} is, with E = {channels}, "
-                    f"got {tuple(x.shape)}"
-                )
+                like = "" if x is query else f", with as many dimensions as query {tuple(query.shape)}"
+                raise ValueError(f"{name} must be {form} or (L, E) with E = {channels}{like}, got {tuple(x.shape)}")
             checks.check_same_device("query", query, name, x)
         batch_dim = 0 if self.batch_first else 1
         if query.dim() == 3 and not query.shape[batch_dim] == key.shape[batch_dim] == value.shape[batch_dim]:

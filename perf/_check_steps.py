@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from _check_calls import CALLS, KERNELS, Problem, launches
+from _machine import slug
 from _operation import FLOOR, FLOOR_TF32, relative_error
 from torch import Tensor
 
@@ -257,7 +258,9 @@ def sweep(suite: str) -> Callable[[Machine], Iterator[Finding]]:
     def step(machine: Machine) -> Iterator[Finding]:
         limit = min(machine.left - 5, SWEEP_SECONDS)
         command = [sys.executable, "perf/sweep.py", "--suite", suite, "--time-limit", f"{limit:.0f}"]
-        done, output = _output([*command, "--device", str(machine.device)], machine.left, {})
+        out = ROOT / "perf/results" / slug(machine.device) / f"{suite}.json"
+        command += ["--device", str(machine.device), "--out", str(out)]
+        done, output = _output(command, machine.left, {})
         yield finding(f"sweep, {suite}", done == 0, exit_status=done, last=output.splitlines()[-3:])
 
     step.__doc__ = f"perf/sweep.py's suite {suite}, as much of it as SWEEP_SECONDS take."

@@ -28,6 +28,10 @@ RESULTS_MARKS = "<!-- results:begin -->", "<!-- results:end -->"
 COSTS_MARKS = "<!-- costs:begin -->", "<!-- costs:end -->"
 
 
+#: In the place of a ratio of times: of a CPU no time is shown by itself.
+UNRELATED = "–"
+
+
 def default_runs() -> list[Path]:
     """Of each device: its full suite, or the quick one where there is none, then the other suites."""
     found: list[Path] = []
@@ -62,8 +66,7 @@ def _time(cell: CellRow, name: str, gpu: bool) -> str:
     if entry["status"] != "ok":
         return str(entry["status"])
     if "relative" not in entry:
-        # Where nothing else ran there is nothing to relate to.
-        return "" if cell["baseline"] in cell["contenders"] else f"{entry['seconds']['median']:,.3g} s"
+        return UNRELATED
     ratio = entry["relative"]
     text = f"{ratio['median']:.2f}" if name != cell["baseline"] else "1"
     return f"{text} ({entry['seconds']['median'] * 1e3:.3g} ms)" if gpu else text
@@ -101,7 +104,31 @@ def table(run: Run, operation: Operation) -> list[str]:
         shape = [f"{cell['M']:,} × {cell['N']:,}", *(str(cell[name]) for name in further)]
         row = [cell["mode"], cell["dtype"], *shape, *(_time(cell, name, gpu) for name in names), _memory(cell)]
         lines.append(f"| {' | '.join(row)} |")
+    lines += ["", _in_words(cells, operation)]
     return lines
+
+
+def _in_words(cells: list[CellRow], operation: Operation) -> str:
+    """Our least and our largest ratio of the table, and what its gaps mean."""
+
+    def said(cell: CellRow) -> str:
+        return f"{cell['M']:,} × {cell['N']:,} ({cell['mode']}, {cell['dtype']})"
+
+    ratios = {
+        i: entry["relative"]["median"]
+        for i, cell in enumerate(cells)
+        if "relative" in (entry := cell["contenders"].get("gssf", {}))
+    }
+    text = ""
+    if ratios:
+        least, most = min(ratios, key=lambda i: ratios[i]), max(ratios, key=lambda i: ratios[i])
+        text = (
+            f"gssf_triton takes {ratios[least]:.2f} of {operation.relative_to}'s time at {said(cells[least])} to "
+            f"{ratios[most]:.2f} at {said(cells[most])}."
+        )
+    if len(ratios) < len(cells):
+        text += f" {UNRELATED}: called once, for its memory and its errors; no ratio of times."
+    return text.strip()
 
 
 def error_table(run: Run, operation: Operation) -> list[str]:
@@ -148,10 +175,12 @@ def section(run: Run, path: Path, readme: Path) -> str:
     versions, revision = run["versions"], run["commit"]["hash"]
     build = f"torch {versions['torch']}, Triton {versions['triton']}" if gpu else f"torch {versions['torch']}"
     at = f", commit {revision[:10]}{' with changes' if run['commit']['dirty'] else ''}" if revision else ""
+    load = run["load_at_start"]
+    busy = "" if gpu or load is None else f", load {load} at the start"
     folder = Path(os.path.relpath(path.parent, readme.parent)).as_posix()
     lines = [
-        f"**{_results.device_name(run)}**, {build}{at}, `--suite {run['suite']}`: medians of interleaved runs; every "
-        f"shape, with its spread, is in [{path.name}]({folder}/{path.name})."
+        f"**{_results.device_name(run)}**, {build}{at}{busy}, `--suite {run['suite']}`: medians of interleaved runs; "
+        f"every shape, with its spread, is in [{path.name}]({folder}/{path.name})."
     ]
     for name in dict.fromkeys(cell["operation"] for cell in run["cells"].values()):
         lines += ["", *table(run, OPERATIONS[name])]

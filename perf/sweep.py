@@ -2,10 +2,11 @@
 
     python perf/sweep.py                                  # quick: under two minutes on two CPU cores
     python perf/sweep.py --suite full --resume            # takes an interrupted run up again
-    python perf/sweep.py --compare perf/results/cpu-2core/quick.json    # exit status 1 where something got slower
+    python perf/sweep.py --compare OLD.json               # exit status 1 where something got slower than in that run
     python perf/sweep.py --shape 4096,4096,1024,32        # one shape of your own: M,N,D,B
 
-Writes one JSON a run, by default perf/results/<device>/<suite>.json, and the plots beside it.
+Writes one JSON a run, by default runs/perf/<device>/<suite>.json, and the plots beside it; what README shows lies in
+perf/results, written there by `--out perf/results/<device>/<suite>.json`.
 Exit status: 0, or 1 where something of ours got slower, failed or was wrong, 2 for arguments that don't fit, 130 when
 interrupted.
 """
@@ -33,7 +34,9 @@ from tqdm import tqdm
 #: How often the machine's own ceilings are measured again.
 CEILING_INTERVAL_SECONDS = 60.0
 
+#: What README shows, and where a run goes that is for its reader alone.
 RESULTS = Path(__file__).resolve().parent / "results"
+RUNS = RESULTS.parents[1] / "runs/perf"
 
 #: Rounds of a cell: (suite, kind of device).
 EFFORTS = {
@@ -67,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="perf/sweep.py", description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--suite", choices=suites(), default="quick", help="what to measure (default: quick)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
-    p.add_argument("--out", type=Path, metavar="JSON", help="the run's file (default: perf/results/DEVICE/SUITE.json)")
+    p.add_argument("--out", type=Path, metavar="JSON", help="the run's file (default: runs/perf/DEVICE/SUITE.json)")
     p.add_argument("--resume", action="store_true", help="keep the cells that the run's file already holds")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what got slower than in OLD beyond noise")
     p.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no cell that would end after this")
@@ -227,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         "contenders": sorted(args.contenders) if args.contenders else None,
     }
     run = new_run(suite, device, settings)
-    out = args.out or RESULTS / run["device"]["slug"] / f"{suite}.json"
+    out = args.out or RUNS / run["device"]["slug"] / f"{suite}.json"
     try:
         old = _results.read(args.compare) if args.compare else None
         if args.resume and out.exists():

@@ -17,10 +17,7 @@ TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8
 IMPORTS = {
     "torch": """
 from __future__ import annotations
-import torch
-from torch import Tensor
 from gssf_triton.streaming.epilogues import EPILOGUES, Chunk, Epilogue, Kept, merge_sums
-from gssf_triton.streaming.op import stream_op
 """,
     "triton": """
 from __future__ import annotations

@@ -69,6 +69,6 @@ def test_errors_are_drawn_and_rendered(tmp_path: Path, monkeypatch: pytest.Monke
     text = report.render(marks, [out], tmp_path / "README.md")
     assert "errors-fp32.png" in text and "memory-fp32.png" in text and "roofline" not in text
     (alone,) = (line for line in text.splitlines() if line.startswith("| forward+backward | fp32 | 96 × 96"))
-    assert " s |" in alone and " MiB |" in alone
+    assert f"| {report.UNRELATED} |" in alone and " MiB |" in alone and "no ratio of times" in text
     errors = text.split("largest relative error")[1]
     assert errors.count("| fp32 |") == 2 and "| 1e-05 |" in errors

@@ -19,7 +19,7 @@ DESCRIPTION = """\
 Rank and search with GSSF, a learned similarity at the cost of cosine.
 
 Features are .npy arrays, one row an item; they are memory-mapped. A metric is an .npz archive with W_diag (D,) and
-W_blocks (G, B, B), or one of them: numpy.savez("metric.npz", W_diag=…, W_blocks=…).
+W_blocks (G, B, B), or one of them: numpy.savez("metric.npz", W_diag=W_diag.detach().cpu().numpy(), …).
 """
 EPILOG = """\
 examples:
