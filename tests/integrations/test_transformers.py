@@ -177,6 +177,7 @@ def test_mistakes() -> None:
         outputs(BertModel(BertConfig(**TEXT, attn_implementation="gssf")), MODELS["bert"][1])
 
 
+@pytest.mark.skipif(not T5Model._can_set_attn_implementation(), reason="T5 attends in its own way in this release")
 def test_position_biases_are_kept() -> None:
     model = made(lambda: T5Model(T5Config(vocab_size=30, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)))
     inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
