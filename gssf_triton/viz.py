@@ -324,7 +324,7 @@ def plot_parts(parts: ScoreParts, *, ax: Axes | None = None) -> Axes:
         edges = torch.arange(len(blocks) + 1).numpy() * parts.block_size - 0.5
         ax.stairs(blocks, edges, color="0.3", label="sum of the block")
     ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.set(xlabel="channel", ylabel="share", title=f"score {float(parts.score):.4g}")
+    ax.set(xlabel="channel", ylabel="part of the score", title=f"score {float(parts.score):.4g}")
     ax.legend()
     return ax
 
