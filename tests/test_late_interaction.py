@@ -40,8 +40,12 @@ def test_matches_the_loop(shape: str, pooling: str, normalize: bool, backend: st
     tensors = problem(items, rows, *blocks, device=device)
     masks = {"region_mask": mask(items[0], rows[0], device), "word_mask": mask(items[1], rows[1], device)}
     options = {"pooling": pooling, "sharpness": 4.0, "normalize": normalize, "backend": backend}
-    check("late_interaction", tensors, **options)
-    check("late_interaction", tensors, **masks, **options)
+    # In the interpreter by turns, so that three shapes meet each kind of each pooling.
+    masked = normalize == (list(SHAPES).index(shape) % 2 == 0)
+    if backend == "torch" or device == "cuda" or not masked:
+        check("late_interaction", tensors, **options)
+    if backend == "torch" or device == "cuda" or masked:
+        check("late_interaction", tensors, **masks, **options)
 
 
 def test_more_than_a_thousand_channels(backend: str, device: str) -> None:

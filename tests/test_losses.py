@@ -166,7 +166,8 @@ def test_same_call_same_bits(loss: str, reduction: str, strict: bool, backend: s
     torch.use_deterministic_algorithms(strict)
     try:
         runs = []
-        for _ in range(3):
+        # The interpreter has one order only: what differs there differs the second time.
+        for _ in range(3 if backend == "torch" or device == "cuda" else 2):
             out = p.call(backend)
             runs.append([out, *torch.autograd.grad(out.sum(), list(p.leaves.values()))])
     finally:
