@@ -59,6 +59,17 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"gssf_triton: torch {torch.__version__}, {triton}; repeat this run's data with GSSF_TEST_SEED={SEED}"
 
 
+#: What imports kernels cannot even be collected without Triton.
+collect_ignore = [] if HAS_TRITON else ["test_tuner_choice.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without Triton, or with one that is too old, the torch backend is what there is to test."""
+    for item in items if not HAS_TRITON else ():
+        if item.get_closest_marker("kernels"):
+            item.add_marker(pytest.mark.skip(reason=f"needs Triton's kernels: {TRITON_VERSION}"))
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where the tensors of a test lie."""

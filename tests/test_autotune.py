@@ -109,6 +109,7 @@ def test_the_gate_fails_on_each_fault() -> None:
     assert "no wgmma.mma_async" in faults(launch, replace(good, tensor_ops=0))[0]
 
 
+@pytest.mark.kernels
 def test_the_gate_compiles_without_a_gpu_and_reports_failures_by_exit_status() -> None:
     """One kernel for one target, in a process of its own: compiling needs decorators that the interpreter replaces."""
     program = """
@@ -127,6 +128,7 @@ assert compile_launch(bad).error
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.kernels
 def test_kernel_constants_agree_with_the_package() -> None:
     from gssf_triton.constants import NORM_EPS
     from gssf_triton.kernels import tile

@@ -20,9 +20,11 @@ from wrong_values import KINDS, assert_says, complaint, faults_of
 
 import gssf_triton
 from gssf_triton import data, metrics, nn, viz
+from gssf_triton.backend import HAS_TRITON
 from gssf_triton.data import Glyphs
 
 CALLS = FUNCTIONS | MODULES | OTHERS
+BACKENDS = ["torch", "triton"] if HAS_TRITON else ["torch"]
 ARGUMENTS = [(name, parameter) for name, call in CALLS.items() for parameter in call.kinds]
 
 
@@ -30,7 +32,7 @@ ARGUMENTS = [(name, parameter) for name, call in CALLS.items() for parameter in 
 def test_every_wrong_value_of_every_argument(name: str, parameter: str, device: str) -> None:
     call = CALLS[name]
     function, good = call.callable(device), call.arguments(device)
-    backends = ["torch", "triton"] if "backend" in call.kinds and parameter != "backend" else [None]
+    backends = BACKENDS if "backend" in call.kinds and parameter != "backend" else [None]
     if name.startswith("nn."):
         backends = [None]
     faults = [
@@ -143,6 +145,7 @@ def test_what_is_not_looked_at_need_not_fit() -> None:
     assert nn.InfoNCELoss(nn.GSSF(8, 8), max_logit_scale=float("inf")).logit_scale > 0
 
 
+@pytest.mark.kernels
 def test_triton_on_the_cpu_says_how_to_get_the_interpreter() -> None:
     program = (
         "import torch, gssf_triton\n"

@@ -128,6 +128,7 @@ def test_every_operator_has_a_sample(device: str) -> None:
     assert set(operator_samples(device)) <= registered
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ["fold", "pairwise", "pairwise_planned", "pairwise_terms", "paired", "gradient"])
 def test_operators_keep_pytorchs_rules(name: str, device: str) -> None:
     """Schema, fake implementation, autograd registration, and compilation with static and dynamic shapes."""

@@ -158,6 +158,7 @@ print(sum("cannot be used" in str(w.message) for w in said))
 """
 
 
+@pytest.mark.kernels
 def test_the_first_use_in_many_threads_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Imports, the reading of the tables and of a broken cache, in a fresh process: one answer, one warning."""
     environment = os.environ | {"GSSF_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -300,6 +301,7 @@ def test_a_fork_while_another_thread_tunes(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- processes and their files
 
 
+@pytest.mark.kernels
 def test_writers_killed_at_any_moment_leave_whole_files(tmp_path: Path) -> None:
     """Two processes write the same files over and over, are killed, and are read all the while: always one content."""
     chance = random.Random(torch.initial_seed())
@@ -327,6 +329,7 @@ def test_writers_killed_at_any_moment_leave_whole_files(tmp_path: Path) -> None:
         assert read(tmp_path / name) == "B", "what a killed writer left is no obstacle"
 
 
+@pytest.mark.kernels
 def test_processes_that_build_one_cache_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether there is none, or a broken one."""
     from PIL import Image

@@ -20,6 +20,8 @@ import _check_steps  # noqa: E402
 import gpu_check  # noqa: E402
 from _check_steps import Finding, Machine  # noqa: E402
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture
 def machine(device: str) -> Machine:

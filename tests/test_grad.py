@@ -149,6 +149,7 @@ def test_leading_dimensions_of_paired_sim_and_transform(backend: str, device: st
 plans = pytest.mark.parametrize("plan", PLANS)
 
 
+@pytest.mark.kernels
 @plans
 @dtypes
 @every_weight
@@ -161,6 +162,7 @@ def test_plans(plan: str, dtype: torch.dtype, kind: str, device: str) -> None:
             check("pairwise_sim", tensors, normalize=normalize, backend="triton")
 
 
+@pytest.mark.kernels
 @plans
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["to-float32", "to-bfloat16"])
 def test_plans_to_another_dtype(plan: str, out_dtype: torch.dtype, device: str) -> None:
@@ -365,6 +367,7 @@ def test_gradgradcheck(function: str, kind: str, normalize: bool, backend: str, 
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=backend == "triton")
 
 
+@pytest.mark.kernels
 @normalized
 def test_gradgradcheck_of_fold_and_product(normalize: bool, device: str) -> None:
     call, tensors = numeric_problem("pairwise_sim", "diag+blocks", normalize, "triton", device)

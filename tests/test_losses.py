@@ -206,7 +206,8 @@ def test_compiled_equals_eager(loss: str, backend: str, device: str, fresh_compi
         ours = torch.autograd.grad(compiled(p, backend), leaves)
         for x, y in zip(ours, eager, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-    assert counter.frame_count <= 2
+    # torch 2.6 takes a teacher's sizes for constants and compiles for each.
+    assert counter.frame_count <= (2 if not torch.__version__.startswith("2.6.") else 4)
 
 
 @losses
@@ -234,6 +235,7 @@ def test_opcheck(backend: str, device: str) -> None:
     )
 
 
+@pytest.mark.kernels
 def test_backends_agree_on_everything_they_keep(device: str) -> None:
     """State by state: what the kernels merge is what torch merges."""
     from gssf_triton.streaming.epilogues import EPILOGUES

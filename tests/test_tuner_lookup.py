@@ -159,6 +159,7 @@ def test_nothing_is_tuned_while_a_tracer_looks_on(
     assert chunk() == CHUNK.config and tuned_keys == [stream_key()]
 
 
+@pytest.mark.kernels
 def test_a_compiled_call_tunes_nothing_while_it_is_traced(
     tuned_keys: list[Key], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +195,7 @@ def test_what_the_tuner_launches_is_not_tuned_in_turn(monkeypatch: pytest.Monkey
 # --------------------------------------------------------------------------------------------------- graphs and plans
 
 
+@pytest.mark.kernels
 def test_a_graph_keeps_the_plan_it_was_traced_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that changes between tracing and running changes no compiled graph: its shapes depend on the plan."""
     torch._dynamo.reset()
@@ -209,6 +211,7 @@ def test_a_graph_keeps_the_plan_it_was_traced_with(monkeypatch: pytest.MonkeyPat
     torch._dynamo.reset()
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("fold", ["fewer", "more"])
 @pytest.mark.parametrize("kind", PLANS)
 @pytest.mark.parametrize("rows", [(5, 9), (9, 5), (6, 6)], ids=str)
@@ -398,6 +401,7 @@ def _calls(where: torch.device) -> dict[str, Callable[[], Tensor]]:
     }
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kernel", EPILOGUE_KERNELS)
 def test_launchers_take_what_a_table_says(kernel: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where = torch.device(device, 0) if device == "cuda" else CPU
@@ -424,6 +428,7 @@ def test_launchers_take_what_a_table_says(kernel: str, device: str, monkeypatch:
     assert answers and set(answers) == {other}
 
 
+@pytest.mark.kernels
 def test_a_losses_tile_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal rows must have equal similarities in every chunk, the last and smaller one included."""
     asked: list[tuple[int, int]] = []

@@ -141,6 +141,7 @@ for arch, numerics, B, tile, expected in CASES:
 """
 
 
+@pytest.mark.kernels
 def test_the_models_verdicts_are_the_compilers() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment, timeout=600)
@@ -178,6 +179,7 @@ for arch, key in CASES:
 """
 
 
+@pytest.mark.kernels
 def test_the_model_errs_on_the_safe_side_of_the_compiler() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -186,6 +188,7 @@ def test_the_model_errs_on_the_safe_side_of_the_compiler() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.kernels
 def test_a_sample_of_the_tables_compiles() -> None:
     """`make aot` and `autotune check` compile them all."""
     program = """

@@ -254,6 +254,7 @@ def test_a_chunk_is_tuned_for_real() -> None:
     assert entry.seconds and 0 < entry.seconds < 10 and entry.config in candidates(key, "cpu")[:3]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     "key",
     [

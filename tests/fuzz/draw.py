@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gssf_triton.backend import HAS_TRITON
+
 T = TypeVar("T")
 
 #: Where the tensors of a case lie: the GPU, unless the kernels run in the interpreter.
@@ -34,7 +36,7 @@ class Draw:
         #: What autocast casts features to, where the case is one of autocast.
         self.autocast = torch.bfloat16
         # A share of the cases only: the interpreter is thousands of times slower.
-        self.backend = "triton" if self.maybe(0.2) else "torch"
+        self.backend = "triton" if self.maybe(0.2) and HAS_TRITON else "torch"
         # How a user asks for it: on a CPU "auto" is torch.
         self.asked = "auto" if self.backend == "torch" and DEVICE == "cpu" and self.maybe(0.3, "auto") else self.backend
         self.dtype = self.choice((torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16))
