@@ -2,6 +2,7 @@
 
     python examples/studies.py                     # run them all into runs/studies, going on where it was cut short
     python examples/studies.py --only frozen reid --seeds 3
+    python examples/studies.py --part tuning       # every column's learning rate, on seeds of its own
     python examples/studies.py --part remedies     # each study's last column with other starts, rates and pulls
     python examples/studies.py --part causes       # why there is no difference, in the studies that ask
     python examples/studies.py --publish           # take runs/studies over into examples/results, redraw the tables
@@ -20,12 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study_report import compare, markdown, plot, replace_between, summary
+from study_report import compare, markdown, plot, rates_table, replace_between, summary
+from study_runner import DEVELOPMENT_SEEDS
 
 from gssf_triton.storage import read_json
 
 STUDIES = ("image_text", "regions", "reid", "fine_grained", "distillation", "frozen", "attention")
-PARTS = ("columns", "remedies", "causes")
+PARTS = ("columns", "tuning", "remedies", "causes")
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README, COOKBOOK = HERE.parent / "README.md", HERE / "README.md"
@@ -48,10 +50,25 @@ def stored(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [results for name in STUDIES if (results := _read(folder / f"{name}.json"))]
 
 
-def complete(results: dict[str, Any], columns: Sequence[str]) -> bool:
+def complete(results: dict[str, Any], columns: Sequence[str], fewest: int = FEWEST_SEEDS) -> bool:
     """Whether every column has seeds enough."""
     seeds = {c.column: len(c.values) for c in compare(results)}
-    return all(seeds.get(column, 0) >= FEWEST_SEEDS for column in columns)
+    return all(seeds.get(column, 0) >= fewest for column in columns)
+
+
+def tuned(name: str, results: dict[str, Any]) -> dict[str, dict[float, float]]:
+    """Of a study's tuning: column to learning rate to its headline number, the mean over the development seeds."""
+    means = {c.column: c.mean for c in compare(results)}
+    study = importlib.import_module(f"study_{name}").STUDY
+    return {c: {rate: means[text] for text, rate in study.candidates(c).items()} for c in study.columns}
+
+
+#: The parts besides the columns, by the title of their tables.
+OTHER_PARTS = {
+    "tuning": f"By learning rate, on seeds {' and '.join(map(str, DEVELOPMENT_SEEDS))}; all columns take the best mean",
+    "remedies": "Remedies tried",
+    "causes": "Why",
+}
 
 
 def folder_of(part: str, root: Path) -> Path:
@@ -71,16 +88,18 @@ def details(results: list[dict[str, Any]]) -> str:
     parts = []
     for study in results:
         settings = study["settings"]
+        objective = importlib.import_module(f"study_{study['study']}").STUDY.objective or settings["loss"]
         budget = (
-            f"{settings['steps']} steps of {settings['batch_size']}, D = {settings['dim']}, {settings['loss']}; "
+            f"{settings['steps']} steps of {settings['batch_size']}, D = {settings['dim']}, {objective}; "
             f"`study_{study['study']}.py`, `results/{study['study']}.json`"
         )
         parts.append(f"#### {study['title']}\n\n{markdown(study)}\n\n{budget}.")
         parts.append(f"![{study['title']}: every seed, and the paired differences](results/{study['study']}.png)")
-        for part, title in zip(PARTS[1:], ("Remedies tried", "Why"), strict=True):
+        for part, title in OTHER_PARTS.items():
             further = _read(folder_of(part, RESULTS) / f"{study['study']}.json")
             if further:
-                parts.append(f"{title}:\n\n{markdown(further)}")
+                table = rates_table(tuned(study["study"], further)) if part == "tuning" else markdown(further)
+                parts.append(f"{title}:\n\n{table}")
     return "\n\n".join(parts) + missing(results)
 
 
@@ -99,7 +118,8 @@ def publish(out: Path) -> None:
         for part, columns in importlib.import_module(f"study_{name}").STUDY.parts.items():
             found = folder_of(part, out) / f"{name}.json"
             results = _read(found)
-            if results and complete(results, columns):
+            fewest = len(DEVELOPMENT_SEEDS) if part == "tuning" else FEWEST_SEEDS
+            if results and complete(results, columns, fewest):
                 folder_of(part, RESULTS).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found, folder_of(part, RESULTS) / found.name)
     for name in ("look.json", "look.png"):
@@ -123,7 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = importlib.import_module(f"study_{name}").STUDY
         if args.part not in study.parts:
             continue
-        given = ["--out", str(folder_of(args.part, args.out)), "--columns", *study.parts[args.part], *others]
+        given = ["--out", str(folder_of(args.part, args.out)), "--columns", *study.parts[args.part]]
+        if args.part == "tuning":
+            given += ["--seed", str(DEVELOPMENT_SEEDS[0]), "--seeds", str(len(DEVELOPMENT_SEEDS))]
+        given += others
         code: int = importlib.import_module("study_runner").main(study, given)
         if code:
             return code

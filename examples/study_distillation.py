@@ -77,8 +77,9 @@ STUDY = Study(
     headline_title="rsum (of 600)",
     shown=("i2t_r1", "t2i_r1", "rsum"),
     data=("glyphs", "f30k", "coco"),
-    settings=Settings(steps=150, dim=64, width=4, evaluations=3),
+    settings=Settings(steps=150, dim=64, width=4, learning_rate=8e-3, evaluations=3),
     columns=("cosine", "diag", "bdiag-16", "both-4", "both-16"),
+    objective="distillation_loss",
     make=make,
 )
 

@@ -47,7 +47,7 @@ STUDY = Study(
     headline_title="MAP@R (%)",
     shown=("r1", "r4", "map_at_r"),
     data=("glyphs", "cub", "sop"),
-    settings=Settings(steps=100, loss="info_nce", evaluations=1),
+    settings=Settings(steps=100, loss="info_nce", learning_rate=1.6e-2, evaluations=1),
     held_out=400,
     columns=("cosine", "diag", "bdiag-32", "both-8", "both-32"),
     make=make,

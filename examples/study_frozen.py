@@ -91,7 +91,7 @@ STUDY = Study(
     headline_title="rsum (of 600)",
     shown=("i2t_r1", "t2i_r1", "rsum"),
     data=("glyphs", "f30k", "coco"),
-    settings=Settings(steps=300, batch_size=256, width=16, loss="info_nce", learning_rate=3e-2, evaluations=4),
+    settings=Settings(steps=300, batch_size=256, width=16, loss="info_nce", learning_rate=6e-2, evaluations=4),
     columns=("cosine", "diag", "bdiag-32", "both-8", "both-32", "both-128"),
     make=make,
     held_out=500,

@@ -101,14 +101,16 @@ def draw(task: FrozenTask, path: Path) -> None:
     a, b = matched(task)
     metric: Metric = {"W_diag": task.metric.W_diag, "W_blocks": task.metric.W_blocks}
     ones = torch.ones(a.shape[1])
-    figure, axes = plt.subplots(2, 3, figsize=(17, 9), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    figure.suptitle("What W_diag and W_blocks learn on frozen features, seed 0")
     W_diag = torch.zeros_like(ones) if task.metric.W_diag is None else task.metric.W_diag.detach() - 1
     viz.plot_metric(W_diag, task.metric.W_blocks, ax=axes[0, 0])
     axes[0, 0].set_title("learned W ⊙ U, less the cosine it started from")
     for ax, title, weights in ((axes[0, 1], "cosine", {"W_diag": ones}), (axes[0, 2], "learned", metric)):
         found = viz.relevance(a, b, **weights, normalize=True)
         viz.plot_parts(found, ax=ax)
-        ax.set_title(f"{title}: what tells matches apart ({float(found.effective_channels):.0f} channels)")
+        ax.set_title(f"{title}: a match's lead, from {float(found.effective_channels):.0f} channels")
+        ax.set_ylabel("part of the lead")
     parts = viz.score_parts(a[:1], b[:1], **metric, normalize=True)
     viz.plot_parts(viz.ScoreParts(parts.diagonal[0], parts.crossing[0], parts.block_size), ax=axes[1, 0])
     axes[1, 0].set_title(f"one matching pair's score, {float(parts.score[0]):.2f}, taken apart")
@@ -117,7 +119,7 @@ def draw(task: FrozenTask, path: Path) -> None:
         ax.set_title(f"similarities, {title}")
     for ax in axes.flat:
         ax.title.set_fontsize(10)
-    figure.savefig(path, dpi=75)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

@@ -105,7 +105,7 @@ def _p(value: float) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """A study's table: mean ± standard deviation of its numbers, and the headline's paired difference from cosine."""
     others = [number for number in results["shown"] if number != results["headline"]]
-    heads = ["metric", *others, results["headline_title"], "less the first (95 %)", "p", "p, Holm", "seeds"]
+    heads = ["metric", *others, results["headline_title"], "from the first (95 %)", "p", "p, Holm", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     tables = {number: {c.column: c for c in compare(results, number)} for number in others}
     for c in compare(results):
@@ -151,6 +151,26 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def mean_of_columns(tuned: dict[str, dict[float, float]]) -> dict[float, float]:
+    """Learning rate to the mean of all columns' numbers."""
+    return {rate: statistics.fmean(column[rate] for column in tuned.values()) for rate in next(iter(tuned.values()))}
+
+
+def rates_table(tuned: dict[str, dict[float, float]]) -> str:
+    """A row a column, its number at every learning rate; the best mean of them all is bold."""
+    rates = list(next(iter(tuned.values())))
+    lines = ["| metric | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for column, numbers in tuned.items():
+        lines.append(
+            "| " + " | ".join([Column.parse(column).title, *(f"{numbers[rate]:.1f}" for rate in rates)]) + " |"
+        )
+    mean = mean_of_columns(tuned)
+    best = max(mean, key=lambda rate: mean[rate])
+    cells = [f"**{mean[rate]:.1f}**" if rate == best else f"{mean[rate]:.1f}" for rate in rates]
+    lines.append("| " + " | ".join(["mean", *cells]) + " |")
+    return "\n".join(lines)
 
 
 KINDS = {"cosine": "cosine", "diag": "Diag", "bdiag": "B-Diag", "both": "both"}

@@ -42,6 +42,7 @@ class Settings:
         normalize_after: Fold first, then put both sides on the unit sphere; otherwise before, as `nn.GSSF` does.
         symmetric: Keep each block of the metric symmetric, so that s(x, y) = s(y, x).
         fixed_heads: Leave the towers' last linear layers as they start: what they would learn, only the metric can.
+        pooling: Of regions and words, where there are any, as `gssf_triton.late_interaction` takes it.
         evaluations: How often the test set is looked at; the last one counts.
     """
 
@@ -59,6 +60,7 @@ class Settings:
     normalize_after: bool = False
     symmetric: bool = False
     fixed_heads: bool = False
+    pooling: str = "max-mean"
     evaluations: int = 4
 
 

@@ -391,6 +391,25 @@ def test_the_cookbooks_tables_are_those_of_the_stored_results() -> None:
         assert (studies.RESULTS / f"{study['study']}.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_study_learns_at_the_best_rate_of_its_tuning(name: str) -> None:
+    study = study_of(name)
+    found = studies.tuned(name, json.loads((studies.RESULTS / "tuning" / f"{name}.json").read_text("utf-8")))
+    assert found.keys() == set(study.columns)
+    mean = study_report.mean_of_columns(found)
+    assert len(mean) == 3 and study.settings.learning_rate == max(mean, key=lambda rate: mean[rate])
+
+
+def test_tables_of_rates() -> None:
+    table = study_report.rates_table({"cosine": {0.1: 1.0, 0.2: 3.0}, "both-8": {0.1: 6.0, 0.2: 5.0}})
+    assert table.splitlines()[2:] == [
+        "| cosine | 1.0 | 3.0 |",
+        "| both, B = 8 | 6.0 | 5.0 |",
+        "| mean | 3.5 | **4.0** |",
+    ]
+    assert list(study_of("image_text").candidates("both-8").values()) == [0.004, 0.008, 0.016]
+
+
 def test_only_what_has_seeds_enough_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(studies, "tables", lambda: None)
