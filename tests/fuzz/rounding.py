@@ -28,7 +28,8 @@ _COMPOSITE = get_decompositions(
         _aten.baddbmm,
     ]
 )
-REPEATS = 3
+#: How often it runs: of a single number three times may happen to move little, and a failure is judged by more.
+REPEATS, REPEATS_OF_A_FAILURE = 3, 30
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
@@ -69,17 +70,20 @@ class Rounding(TorchDispatchMode):
 
 
 def moves(
-    compute: Callable[[Callable[[Tensor], Tensor]], list[Tensor]], exact: list[Tensor], eps: float
+    compute: Callable[[Callable[[Tensor], Tensor]], list[Tensor]],
+    exact: list[Tensor],
+    eps: float,
+    repeats: int = REPEATS,
 ) -> list[Tensor]:
     """The root mean square of what each of compute's results moves by, for each of its numbers, over eps.
 
     `compute(rounded)` makes the results from inputs that it passes through `rounded`.
     """
     squares = [torch.zeros_like(x, dtype=torch.float64) for x in exact]
-    for seed in range(REPEATS):
+    for seed in range(repeats):
         mode = Rounding(eps, seed)
         with mode:
             found = compute(mode.rounded)
         for total, x, y in zip(squares, found, exact, strict=True):
             total += ((x - y) / eps).nan_to_num(0.0, 0.0, 0.0) ** 2
-    return [(total / REPEATS).sqrt() for total in squares]
+    return [(total / repeats).sqrt() for total in squares]
