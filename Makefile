@@ -32,20 +32,17 @@ help: ## list the targets
 
 setup: $(STAMP) ## set up .venv with the package, editable, and all it is developed with
 
-# Bytecode is left to the first import of what is imported: of all that is installed it takes longer than the download.
-INSTALL := $(PIP) install --quiet --no-compile -c constraints.txt
-
 # What the demo, the studies and the benchmark need, for whoever only wants to look.
 # torch comes first, under its pin: a looser requirement would fetch gigabytes of another build.
 $(RUNS): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --upgrade pip setuptools
-	$(INSTALL) torch
-	$(INSTALL) --no-build-isolation -e '.[data]'
+	$(PIP) install --quiet --upgrade -c constraints.txt pip setuptools
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[data]'
 	@touch $@
 
 $(STAMP): $(RUNS)
-	$(INSTALL) --no-build-isolation -e '.[dev]'
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 test: $(STAMP) ## run the tests and the docstrings' examples, in Triton's interpreter where there is no GPU

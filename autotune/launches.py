@@ -65,6 +65,11 @@ BRIEF_BLOCK_SIZES = (32, 128, 256)
 #: losses, whose operands are float16 for both, is compiled for every one.
 FP16_ARCH = "sm_90"
 
+#: Fold and matched pairs hold one small tile: of packed, masked and whole blocks one stands for the others, on every
+#: architecture but one.
+PLAIN_ARCH = "sm_90"
+PLAIN_BLOCK_SIZES = {"bf16": (0, 32, 128), "fp16": (32, 128), "fp32": (0, 32, 128), "tf32": (32,)}
+
 #: Variants that do less than another in the same tile are held to the gate where blocks share a tile and where they
 #: fill one.
 LIGHTER_AT = (32, 256)
@@ -165,6 +170,8 @@ def _pairwise(arch: str, numerics: str) -> Iterator[Launch]:
 def _rowwise(kernel: str, arch: str, numerics: str) -> Iterator[Launch]:
     dtype, precision = _numerics(numerics)
     for B in _block_sizes(numerics):
+        if arch != PLAIN_ARCH and B not in PLAIN_BLOCK_SIZES[numerics]:
+            continue
         config = fold_config(ROWS[1], CHANNELS, B, dtype, arch)
         flags = _metric(B, True) | {
             "NORMALIZE": True, "EVEN_D": padded_block(B) == B, "WIDE": False, "PRECISION": precision, "ACC": "fp32",
