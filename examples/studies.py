@@ -21,13 +21,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import study_runner
 from study_report import compare, markdown, plot, rates_table, replace_between, summary
-from study_runner import DEVELOPMENT_SEEDS
+from study_runner import DEVELOPMENT_SEEDS, Study
 
 from gssf_triton.storage import read_json
 
 STUDIES = ("image_text", "regions", "reid", "fine_grained", "distillation", "frozen", "attention")
-PARTS = ("columns", "tuning", "remedies", "causes")
+#: The parts of a study besides its columns, by the title of their tables.
+OTHER_PARTS = {
+    "tuning": f"By learning rate, on seeds {' and '.join(map(str, DEVELOPMENT_SEEDS))}; all columns take the best mean",
+    "remedies": "Remedies tried",
+    "causes": "Why",
+}
+PARTS = ("columns", *OTHER_PARTS)
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README, COOKBOOK = HERE.parent / "README.md", HERE / "README.md"
@@ -45,6 +52,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 FEWEST_SEEDS = 5
 
 
+def study_of(name: str) -> Study:
+    """The study of a name, from its own file."""
+    found: Study = importlib.import_module(f"study_{name}").STUDY
+    return found
+
+
 def stored(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The result files of the studies that have one, in the studies' order."""
     return [results for name in STUDIES if (results := _read(folder / f"{name}.json"))]
@@ -59,16 +72,8 @@ def complete(results: dict[str, Any], columns: Sequence[str], fewest: int = FEWE
 def tuned(name: str, results: dict[str, Any]) -> dict[str, dict[float, float]]:
     """Of a study's tuning: column to learning rate to its headline number, the mean over the development seeds."""
     means = {c.column: c.mean for c in compare(results)}
-    study = importlib.import_module(f"study_{name}").STUDY
+    study = study_of(name)
     return {c: {rate: means[text] for text, rate in study.candidates(c).items()} for c in study.columns}
-
-
-#: The parts besides the columns, by the title of their tables.
-OTHER_PARTS = {
-    "tuning": f"By learning rate, on seeds {' and '.join(map(str, DEVELOPMENT_SEEDS))}; all columns take the best mean",
-    "remedies": "Remedies tried",
-    "causes": "Why",
-}
 
 
 def folder_of(part: str, root: Path) -> Path:
@@ -88,7 +93,7 @@ def details(results: list[dict[str, Any]]) -> str:
     parts = []
     for study in results:
         settings = study["settings"]
-        objective = importlib.import_module(f"study_{study['study']}").STUDY.objective or settings["loss"]
+        objective = study_of(study["study"]).objective or settings["loss"]
         budget = (
             f"{settings['steps']} steps of {settings['batch_size']}, D = {settings['dim']}, {objective}; "
             f"`study_{study['study']}.py`, `results/{study['study']}.json`"
@@ -115,7 +120,7 @@ def tables() -> None:
 def publish(out: Path) -> None:
     """Take over what has seeds enough in all its columns, and redraw the tables."""
     for name in STUDIES:
-        for part, columns in importlib.import_module(f"study_{name}").STUDY.parts.items():
+        for part, columns in study_of(name).parts.items():
             found = folder_of(part, out) / f"{name}.json"
             results = _read(found)
             fewest = len(DEVELOPMENT_SEEDS) if part == "tuning" else FEWEST_SEEDS
@@ -140,14 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         publish(args.out) if args.publish else tables()
         return 0
     for name in args.only:
-        study = importlib.import_module(f"study_{name}").STUDY
+        study = study_of(name)
         if args.part not in study.parts:
             continue
         given = ["--out", str(folder_of(args.part, args.out)), "--columns", *study.parts[args.part]]
         if args.part == "tuning":
             given += ["--seed", str(DEVELOPMENT_SEEDS[0]), "--seeds", str(len(DEVELOPMENT_SEEDS))]
         given += others
-        code: int = importlib.import_module("study_runner").main(study, given)
+        code = study_runner.main(study, given)
         if code:
             return code
     print(f"\n{summary(stored(folder_of(args.part, args.out)))}")

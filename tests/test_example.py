@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from glyph_model import MAX_WORDS, tokenize
+from glyph_retrieval import parse
+from glyph_training import LOSSES, Run, Settings, info_nce, load_teacher, recalls, test_pairs
+
+from gssf_triton.data.glyphs import Glyphs, load_glyphs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from glyph_model import MAX_WORDS, tokenize  # noqa: E402
-from glyph_retrieval import parse  # noqa: E402
-from glyph_training import LOSSES, Run, Settings, info_nce, load_teacher, recalls, test_pairs  # noqa: E402
-
-from gssf_triton.data.glyphs import Glyphs, load_glyphs  # noqa: E402
 
 test_pairs.__test__ = False  # type: ignore[attr-defined]
 

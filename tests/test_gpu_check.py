@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _check_calls
+import _check_steps
+import gpu_check
 import pytest
 import torch
+from _check_steps import Finding, Machine
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "perf"))
-
-import _check_calls  # noqa: E402
-import _check_steps  # noqa: E402
-import gpu_check  # noqa: E402
-from _check_steps import Finding, Machine  # noqa: E402
 
 pytestmark = pytest.mark.kernels
 

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import studies
+import study_data
+import study_frozen
+import study_image_text
+import study_look
+import study_regions
+import study_report
+import study_runner
 import torch
 from PIL import Image
 from scipy import stats
+from study_regions import score_numbers
+from study_trainer import Column, NormalizedAfter, Settings, folded, hinge, train
+
+import gssf_triton
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import studies  # noqa: E402
-import study_data  # noqa: E402
-import study_frozen  # noqa: E402
-import study_image_text  # noqa: E402
-import study_look  # noqa: E402
-import study_report  # noqa: E402
-import study_runner  # noqa: E402
-from study_regions import score_numbers  # noqa: E402
-from study_trainer import Column, NormalizedAfter, Settings, folded, hinge, train  # noqa: E402
-
-import gssf_triton  # noqa: E402
-
 TINY = [
     "--steps",
     "4",
@@ -53,10 +49,6 @@ COLUMNS = ["--columns", "cosine", "diag", "bdiag-4", "both-4"]
 SETTINGS = Settings(steps=4, batch_size=8, dim=16, width=2, evaluations=2)
 
 
-def study_of(name: str) -> Any:
-    return importlib.import_module(f"study_{name}").STUDY
-
-
 def source(tmp_path: Path) -> study_data.Source:
     return study_data.Source(cache=tmp_path, held_out=20, limit=200, tower_steps=4)
 
@@ -69,7 +61,7 @@ def task(column: str, seed: int, tmp_path: Path, settings: Settings = SETTINGS) 
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_every_study_runs_and_never_twice(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--out", str(tmp_path), *TINY, *SMALL_GLYPHS, *COLUMNS]
-    study = study_of(name)
+    study = studies.study_of(name)
     assert study_runner.main(study, argv) == 0
     path = tmp_path / f"{name}.json"
     results = json.loads(path.read_text("utf-8"))
@@ -151,7 +143,7 @@ def test_fixed_heads_leave_the_rest_to_learn(tmp_path: Path) -> None:
 
 def test_results_from_before_a_setting_was_known_still_serve(tmp_path: Path) -> None:
     study, argv = (
-        study_of("reid"),
+        studies.study_of("reid"),
         ["--out", str(tmp_path), *TINY, *SMALL_GLYPHS, "--columns", "cosine", "--seeds", "1"],
     )
     assert study_runner.main(study, argv) == 0
@@ -321,11 +313,11 @@ def test_real_layouts(name: str, data: str, tmp_path: Path, capsys: pytest.Captu
     root.mkdir()
     tiny_folder(data, root)
     argv = ["--data", data, "--root", str(root), "--out", str(out), *TINY, "--seeds", "1", "--columns", "both-4"]
-    assert study_runner.main(study_of(name), argv) == 0, capsys.readouterr().err
+    assert study_runner.main(studies.study_of(name), argv) == 0, capsys.readouterr().err
     run = json.loads((out / f"{name}-{data}.json").read_text("utf-8"))["runs"][0]
-    assert run["column"] == "both-4" and np.isfinite(run["final"][study_of(name).headline])
+    assert run["column"] == "both-4" and np.isfinite(run["final"][studies.study_of(name).headline])
     missing = [*argv, "--root", str(tmp_path / "nowhere"), "--seed", "1"]
-    assert study_runner.main(study_of(name), missing) == 2 and "nowhere" in capsys.readouterr().err
+    assert study_runner.main(studies.study_of(name), missing) == 2 and "nowhere" in capsys.readouterr().err
 
 
 def test_features_stay_on_disk_and_photographs_are_decoded_once(tmp_path: Path) -> None:
@@ -387,17 +379,44 @@ def test_the_cookbooks_tables_are_those_of_the_stored_results() -> None:
     assert shown and bool(studies.missing(stored)) == (shown != set(studies.STUDIES))
     assert f"<!-- studies:begin -->\n{studies.details(stored)}\n<!-- studies:end -->" in text
     for study in stored:
-        assert studies.complete(study, study_of(study["study"]).columns), study["study"]
+        assert studies.complete(study, studies.study_of(study["study"]).columns), study["study"]
         assert (studies.RESULTS / f"{study['study']}.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_every_study_learns_at_the_best_rate_of_its_tuning(name: str) -> None:
-    study = study_of(name)
+    study = studies.study_of(name)
     found = studies.tuned(name, json.loads((studies.RESULTS / "tuning" / f"{name}.json").read_text("utf-8")))
     assert found.keys() == set(study.columns)
     mean = study_report.mean_of_columns(found)
     assert len(mean) == 3 and study.settings.learning_rate == max(mean, key=lambda rate: mean[rate])
+
+
+def test_tuning_tries_every_column_at_every_rate_on_seeds_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    take = study_runner.arguments
+    monkeypatch.setattr(study_runner, "main", lambda study, argv: asked.append(take(study, argv)) or 0)
+    assert studies.main(["--only", "reid", "--part", "tuning", "--out", str(tmp_path)]) == 0
+    (args,) = asked
+    rates = (0.002, 0.004, 0.008)
+    assert args.columns[:6] == [f"{column}:learning_rate={rate}" for column in ("cosine", "diag") for rate in rates]
+    assert len(args.columns) == 15 and args.out == tmp_path / "tuning"
+    # No seed of any other table.
+    assert args.seed == 100 and args.seeds == 2 and args.seed >= study_runner.Study.seeds
+
+
+@pytest.mark.parametrize("pooling", ["max-mean", "lse-mean"])
+def test_regions_and_words_are_pooled_as_the_settings_say(pooling: str, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, pooling=pooling)
+    made = study_regions.make(settings, Column.parse("both-4"), 0, source(tmp_path))
+    regions, words, mask = torch.randn(3, 5, 16), torch.randn(4, 6, 16), torch.rand(4, 6) < 0.7
+    W_diag, W_blocks = made.metric.W_diag, made.metric.W_blocks
+    expected = gssf_triton.late_interaction(
+        regions, words, W_diag, W_blocks, word_mask=mask, normalize=True, pooling=pooling
+    )
+    assert torch.equal(made.scores(regions, words, mask), expected)
 
 
 def test_tables_of_rates() -> None:
@@ -407,14 +426,14 @@ def test_tables_of_rates() -> None:
         "| both, B = 8 | 6.0 | 5.0 |",
         "| mean | 3.5 | **4.0** |",
     ]
-    assert list(study_of("image_text").candidates("both-8").values()) == [0.004, 0.008, 0.016]
+    assert list(studies.study_of("image_text").candidates("both-8").values()) == [0.004, 0.008, 0.016]
 
 
 def test_only_what_has_seeds_enough_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(studies, "tables", lambda: None)
     for name, seeds in (("reid", 5), ("frozen", 4)):
-        columns = {column: [float(seed) for seed in range(seeds)] for column in study_of(name).columns}
+        columns = {column: [float(seed) for seed in range(seeds)] for column in studies.study_of(name).columns}
         (tmp_path / f"{name}.json").write_text(json.dumps(results_of(columns)))
     studies.publish(tmp_path)
     assert sorted(path.name for path in (tmp_path / "results").glob("*.json")) == ["reid.json"]
