@@ -1,8 +1,9 @@
 """Compile everything the package can launch, for GPUs that are not there, and hold it to what a GPU would demand.
 
-`python -m gssf_triton.autotune.compile_gate` compiles every kernel in every configuration of `configs` for sm_80,
-sm_90, sm_100 and gfx942, in bfloat16, float16 and float32 (exact and TF32), and fails on code that does not compile,
-wants more shared memory than a block has, spills registers, or leaves the tensor cores idle where it should use them.
+`python -m gssf_triton.autotune.compile_gate` compiles every kernel for sm_80, sm_90, sm_100 and gfx942, in bfloat16,
+float16 and float32 (exact and TF32), in the configurations of `configs` and of the tables that ship, some of which
+stand for others that compile alike (`launches` says which). It fails on code that does not compile, wants more shared
+memory than a block has, spills registers, or leaves the tensor cores idle where it should use them.
 """
 
 from __future__ import annotations

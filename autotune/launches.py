@@ -61,14 +61,11 @@ LARGEST_DISTINCT_TILE_BLOCK = 128
 #: block size a tile, stand for the rest.
 BRIEF = ("fp16", "tf32")
 BRIEF_BLOCK_SIZES = (32, 128, 256)
-#: float16 differs from bfloat16 by the instruction's name alone, so one architecture stands for all; the kernel of the
-#: losses, whose operands are float16 for both, is compiled for every one.
-FP16_ARCH = "sm_90"
-
-#: Fold and matched pairs hold one small tile: of packed, masked and whole blocks one stands for the others, on every
-#: architecture but one.
-PLAIN_ARCH = "sm_90"
-PLAIN_BLOCK_SIZES = {"bf16": (0, 32, 128), "fp16": (32, 128), "fp32": (0, 32, 128), "tf32": (32,)}
+#: Compiled for this architecture alone, and held there for all: float16, which differs from bfloat16 by the
+#: instruction's name (but for the losses' kernel, whose operands are float16 for both), and, of fold and matched pairs,
+#: which hold one small tile, the block sizes beyond `PLAIN_BLOCK_SIZES`.
+FULL_ARCH = "sm_90"
+PLAIN_BLOCK_SIZES = (0, 32, 128)
 
 #: Variants that do less than another in the same tile are held to the gate where blocks share a tile and where they
 #: fill one.
@@ -170,7 +167,7 @@ def _pairwise(arch: str, numerics: str) -> Iterator[Launch]:
 def _rowwise(kernel: str, arch: str, numerics: str) -> Iterator[Launch]:
     dtype, precision = _numerics(numerics)
     for B in _block_sizes(numerics):
-        if arch != PLAIN_ARCH and B not in PLAIN_BLOCK_SIZES[numerics]:
+        if arch != FULL_ARCH and B not in PLAIN_BLOCK_SIZES:
             continue
         config = fold_config(ROWS[1], CHANNELS, B, dtype, arch)
         flags = _metric(B, True) | {
@@ -345,7 +342,7 @@ def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[La
         for arch in architectures:
             for numerics, _, _ in NUMERICS:
                 yield from _stream(arch, numerics)
-                if numerics == "fp16" and arch != FP16_ARCH:
+                if numerics == "fp16" and arch != FULL_ARCH:
                     continue
                 yield from _pairwise(arch, numerics)
                 yield from _rowwise("fold", arch, numerics)
