@@ -145,6 +145,17 @@ def test_what_is_not_looked_at_need_not_fit() -> None:
     assert nn.InfoNCELoss(nn.GSSF(8, 8), max_logit_scale=float("inf")).logit_scale > 0
 
 
+def test_what_is_easily_mistaken_is_pointed_out(device: str) -> None:
+    a = torch.randn(4, 24, device=device)
+    blocks = torch.randn(3, 8, 8, device=device)
+    for wrong, hint in (
+        ({"a": a.cpu().numpy(), "W_diag": torch.ones(24)}, "got ndarray (torch.from_numpy makes a tensor of it)"),
+        ({"a": a, "W_diag": blocks}, "got (3, 8, 8) (blocks are given as W_blocks=)"),
+        ({"a": a, "W_blocks": blocks[:, :4]}, "must have shape (G, B, B), square blocks, B >= 1, got (3, 4, 8)"),
+    ):
+        assert hint in str(complaint(gssf_triton.pairwise_sim, {"b": a, **wrong}))
+
+
 @pytest.mark.kernels
 def test_triton_on_the_cpu_says_how_to_get_the_interpreter() -> None:
     program = (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
-from losses_problem import LOSSES, problem
+from losses_problem import LOSSES, Problem, problem
 from reference import tolerance
 from torch import Tensor
 
@@ -97,10 +98,8 @@ def test_all_equal(backend: str, device: str) -> None:
     assert violations.tolist() == [N * (N - 1)] * 2
 
 
-@losses
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_large_features_and_a_scale_of_100(loss: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Rows of norm 1e3, unnormalised: logits of 1e8 in half-precision features, finite and right."""
+def _large_problem(loss: str, dtype: torch.dtype, device: str) -> Problem:
+    """Rows of norm 1e3, unnormalised: logits of 1e8."""
     p = problem(loss, 31, G=2, B=8, dtype=dtype, scale=100.0, device=device)
     for name in ("a", "b", "teacher_a", "teacher_b"):
         for tensors in (p.leaves, p.fixed):
@@ -109,11 +108,28 @@ def test_large_features_and_a_scale_of_100(loss: str, dtype: torch.dtype, backen
                 assert x is not None
                 row_norm = x.detach().double().norm(dim=1, keepdim=True)
                 tensors[name] = (x.detach().double() / row_norm * 1e3).to(dtype).requires_grad_(name in p.leaves)
+    return p
+
+
+def _teacher_is_decided(p: Problem) -> bool:
+    """Whether no row of the teacher's has two best similarities that half precision may take for each other's."""
+    teacher = {name: x.double().cpu() for name, x in p.fixed.items() if name.startswith("teacher") and x is not None}
+    if not teacher:
+        return True
+    a, b = teacher.pop("teacher_a"), teacher.pop("teacher_b")
+    T = reference.pairwise_sim(a, b, teacher.get("teacher_W_diag"), teacher.get("teacher_W_blocks"))
+    best = T.topk(2, dim=1).values
+    return bool((best[:, 0] - best[:, 1] > 3e-3 * T.abs().max()).all())
+
+
+@losses
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_features_and_a_scale_of_100(loss: str, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Logits of 1e8 in half-precision features, finite and right."""
+    p = next(p for _ in range(1000) if _teacher_is_decided(p := _large_problem(loss, dtype, device)))
     loss_value = p.call(backend)
     expected, _ = p.exact()
-    # A teacher whose two best logits of 1e8 are within rounding may prefer either: a row of the 31 is then another's.
-    rtol = 0.1 if loss == "distillation_loss" else 2e-3
-    torch.testing.assert_close(loss_value.double().cpu(), expected.detach(), rtol=rtol, atol=1e-3)
+    torch.testing.assert_close(loss_value.double().cpu(), expected.detach(), rtol=2e-3, atol=1e-3)
     loss_value.backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in p.leaves.values())
 

@@ -107,8 +107,8 @@ class Draw:
         x = self.normal(*shape, scale=scale)
         if x.numel():
             row = x.view(-1, x.shape[-1])[self.random.randrange(x.numel() // x.shape[-1])]
-            # Not a row that is all there is: normalised, what a kernel takes for 0 would be the whole result.
-            if self.maybe(0.05, "denormal") and x.numel() > x.shape[-1]:
+            # Of a kernel not a row that is all there is: normalised, what it takes for 0 would be the whole result.
+            if self.maybe(0.05, "denormal") and not (self.small and x.numel() == x.shape[-1]):
                 row[:: 2 - zeros * self.choice((0, 1))] = torch.finfo(self.dtype).smallest_normal / 8
             elif zeros and self.maybe(0.05, "zero row"):
                 row.zero_()

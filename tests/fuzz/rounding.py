@@ -28,8 +28,7 @@ _COMPOSITE = get_decompositions(
         _aten.baddbmm,
     ]
 )
-#: How often it runs: of a single number three times may happen to move little, and a failure is judged by more.
-REPEATS, REPEATS_OF_A_FAILURE = 3, 30
+REPEATS = 3
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
@@ -70,20 +69,17 @@ class Rounding(TorchDispatchMode):
 
 
 def moves(
-    compute: Callable[[Callable[[Tensor], Tensor]], list[Tensor]],
-    exact: list[Tensor],
-    eps: float,
-    repeats: int = REPEATS,
+    compute: Callable[[Callable[[Tensor], Tensor]], list[Tensor]], exact: list[Tensor], eps: float
 ) -> list[Tensor]:
     """The root mean square of what each of compute's results moves by, for each of its numbers, over eps.
 
     `compute(rounded)` makes the results from inputs that it passes through `rounded`.
     """
     squares = [torch.zeros_like(x, dtype=torch.float64) for x in exact]
-    for seed in range(repeats):
+    for seed in range(REPEATS):
         mode = Rounding(eps, seed)
         with mode:
             found = compute(mode.rounded)
         for total, x, y in zip(squares, found, exact, strict=True):
             total += ((x - y) / eps).nan_to_num(0.0, 0.0, 0.0) ** 2
-    return [(total / repeats).sqrt() for total in squares]
+    return [(total / REPEATS).sqrt() for total in squares]
