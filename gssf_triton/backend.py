@@ -15,7 +15,7 @@ from gssf_triton.options import check_choice
 
 BACKENDS = ("auto", "triton", "torch")
 
-#: The kernels are written and tested for it and all later releases. torch 2.6 to 2.9 bring older ones.
+#: The kernels are written and tested for it and all later releases. torch 2.8 and 2.9 bring older ones.
 OLDEST_TRITON = "3.6"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gssf_triton import checks, ops, options, torch_backend
 from gssf_triton.backend import resolve_backend
 
-#: Asked once: torch 2.6 cannot trace the question.
+#: Asked once: torch 2.8 cannot trace the question.
 AUTOCAST_DEVICES = frozenset(
     kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
 )

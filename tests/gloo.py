@@ -18,9 +18,8 @@ from gssf_triton.backend import HAS_TRITON
 
 #: Processes come from a server that has imported torch and has no threads: torch takes seconds to import, and a process
 #: forked from a test's own may wait for ever for a lock that one of its threads held.
-#: torch 2.6's server has threads, and what it forks waits for ever.
-METHOD = "spawn" if torch.__version__.startswith(("2.6.", "2.7.")) else "forkserver"
-mp.get_context("forkserver").set_forkserver_preload(
+METHOD = "forkserver"
+mp.get_context(METHOD).set_forkserver_preload(
     ["torch.distributed.fsdp", "torch._dynamo", "hypothesis", "pytest", "gssf_triton.nn"]
     + ["gssf_triton.kernels.stream"] * HAS_TRITON
 )

@@ -206,9 +206,7 @@ def test_compiled_equals_eager(loss: str, backend: str, device: str, fresh_compi
         ours = torch.autograd.grad(compiled(p, backend), leaves)
         for x, y in zip(ours, eager, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-    # torch 2.6 compiles the one with a teacher for each of the four.
-    every = loss == "distillation_loss" and torch.__version__.startswith("2.6.")
-    assert counter.frame_count <= (4 if every else 2)
+    assert counter.frame_count <= 2
 
 
 @losses

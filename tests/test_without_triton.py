@@ -108,7 +108,7 @@ assert not torch.cuda.is_initialized()
 
 
 def test_a_triton_too_old_is_told_apart(tmp_path: Path) -> None:
-    """As torch 2.6 to 2.9 bring one: it must not be imported, the call names it, a GPU's call warns."""
+    """As torch 2.8 and 2.9 bring one: it must not be imported, the call names it, a GPU's call warns."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("__version__ = '3.5.1'\nraise ImportError('not to be imported')\n")
     _run(
