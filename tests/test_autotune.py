@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gssf_triton.autotune import configs, plans
-from gssf_triton.autotune.launches import ARCHITECTURES, FP16_ARCH, all_launches
+from gssf_triton.autotune.launches import ARCHITECTURES, FULL_ARCH, all_launches
 
 HALF, FULL = torch.bfloat16, torch.float32
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -89,7 +89,7 @@ def test_the_gate_covers_every_target_numerics_and_kernel() -> None:
     seen = {(x.arch, x.numerics, x.kernel) for x in launches}
     numerics = ("bf16", "fp16", "fp32", "tf32")
     kernels = ("pairwise", "fold", "paired", "gradient", "topk", "rank", "late_interaction", "cross_attention")
-    of_features = {(a, n, k) for a in ARCHITECTURES for n in numerics for k in kernels if n != "fp16" or a == FP16_ARCH}
+    of_features = {(a, n, k) for a in ARCHITECTURES for n in numerics for k in kernels if n != "fp16" or a == FULL_ARCH}
     # Losses keep half-precision operands in float16.
     assert seen == of_features | {(a, n, "stream") for a in ARCHITECTURES for n in numerics if n != "bf16"}
 
