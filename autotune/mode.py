@@ -43,4 +43,7 @@ def is_tracing() -> bool:
 
 def is_capturing(device: torch.device) -> bool:
     """True while a CUDA graph is captured: a synchronisation would break the capture."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -12,6 +12,7 @@ from gssf_triton.constants import ATTENTION_EPS, LEAKY_SLOPE
 from gssf_triton.kernels.launch import (
     Metric,
     accumulator,
+    launch,
     needs_wide_channels,
     numerics,
     options,
@@ -143,7 +144,10 @@ def scores(
     config = lookup.cross_attention(R, L, D, x.dtype, x.device)
     if order is None:
         order = torch.arange(captions, device=x.device)
-    cross_attention_kernel[(images * triton.cdiv(captions, config.CAPTIONS),)](
+    launch(
+        cross_attention_kernel,
+        (images * triton.cdiv(captions, config.CAPTIONS),),
+        x.device,
         **pointer("x", x, "ird", x),
         **pointer("z", z, "ird", x),
         **pointer("y", y, "tld", x),

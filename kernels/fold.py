@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.kernels.launch import Metric, needs_wide_channels, numerics, options, pointer
+from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, channels, clamped_rows, fold_chunk, folded, inverse_norm, load_masked
 
 
@@ -81,7 +81,10 @@ def fold(x: Tensor, metric: Metric, normalize: bool) -> Tensor:
     chunks = triton.cdiv(metric.lanes(D), config.BLOCK_K)
     runs = min(chunks, config.column_programs)
     chunks_per_program = triton.cdiv(chunks, runs)
-    fold_kernel[(triton.cdiv(M, config.BLOCK_M), triton.cdiv(chunks, chunks_per_program))](
+    launch(
+        fold_kernel,
+        (triton.cdiv(M, config.BLOCK_M), triton.cdiv(chunks, chunks_per_program)),
+        x.device,
         **pointer("x", x, "md", x),
         **metric.arguments(x),
         **pointer("t", out, "md", x),

@@ -18,6 +18,7 @@ from gssf_triton.kernels.launch import (
     Metric,
     acc_type,
     accumulator,
+    launch,
     needs_wide_channels,
     options,
     pointer,
@@ -256,7 +257,10 @@ def _launch(
     product_dtype = x.dtype if p is None else p.dtype
     from_half = x.dtype in (torch.float16, torch.bfloat16)
     acc = accumulator(product_dtype)
-    gradient_kernel[(triton.cdiv(lanes, config.BLOCK_C) * splits,)](
+    launch(
+        gradient_kernel,
+        (triton.cdiv(lanes, config.BLOCK_C) * splits,),
+        x.device,
         **pointer("p", p, "zmn", x),
         **pointer("x", x, "znd", x),
         **pointer("y", y, "zmd", x),

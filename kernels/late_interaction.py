@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.kernels.launch import Metric, needs_wide_channels, numerics, options, pointer
+from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, grouped_tile, similarity_tile
 
 #: Epilogues.
@@ -268,7 +268,10 @@ def _launch(
     def bare(tensor: Tensor | None) -> Tensor:
         return x if tensor is None else tensor.contiguous()
 
-    late_interaction_kernel[grid](
+    launch(
+        late_interaction_kernel,
+        grid,
+        x.device,
         **pointer("x", x, "ird", x),
         x2_ptr=x if x2 is None else x2,
         **pointer("y", y, "tld", x),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,6 +120,16 @@ class Config(Protocol):
 
     @property
     def num_stages(self) -> int: ...
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, /, **arguments: Any) -> None:
+    """Start a kernel on `device`, on its current stream.
+
+    Triton starts kernels on the current device, whichever that is: beside tensors of another one they fail, or, where
+    one device may read the other's memory, run on the wrong one, unordered with what writes the tensors.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](**arguments)
 
 
 def options(config: Config) -> dict[str, Any]:

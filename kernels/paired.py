@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.kernels.launch import Metric, needs_wide_channels, numerics, options, pointer
+from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, channels, clamped_rows, fold_chunk, folded, inverse_norm, load_masked
 
 
@@ -74,7 +74,10 @@ def paired(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: tor
         return torch.zeros(M, dtype=out_dtype, device=a.device)
     out = torch.empty(M, dtype=out_dtype, device=a.device)
     config = lookup.rows(M, D, metric.block_size, a.dtype, a.device, kernel="paired")
-    paired_kernel[(triton.cdiv(M, config.BLOCK_M),)](
+    launch(
+        paired_kernel,
+        (triton.cdiv(M, config.BLOCK_M),),
+        a.device,
         **pointer("a", a, "md", a),
         **pointer("b", b, "md", a),
         **metric.arguments(a),

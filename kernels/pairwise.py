@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.kernels.launch import Metric, needs_wide_channels, numerics, options, pointer
+from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, numerics, options, pointer
 from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, similarity_tile
 
 
@@ -92,7 +92,10 @@ def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_
     config = lookup.tile(M, N, D, metric.block_size, a.dtype, a.device, kernel=kernel, batch=batch)
     lanes = metric.lanes(D)
     grid = (batch * triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
-    pairwise_kernel[grid](
+    launch(
+        pairwise_kernel,
+        grid,
+        a.device,
         **pointer("a", a, "zmd", a),
         **pointer("b", b, "znd", a),
         **metric.arguments(a),

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
+from gssf_triton.kernels.launch import launch
 from gssf_triton.kernels.ranked_tile import ABSENT, join_keys, ranked_tile, spans_of, split_keys, tile_arguments
 from gssf_triton.kernels.tile import clamped_rows
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores
@@ -89,7 +90,10 @@ def _parts(
     parts = torch.empty((queries.shape[0], spans), dtype=torch.int64, device=queries.device)
     if parts.numel() == 0:
         return parts
-    rank_kernel[(row_tiles, spans)](
+    launch(
+        rank_kernel,
+        (row_tiles, spans),
+        queries.device,
         **tile_arguments(scores, block, first, offset, exclusions, config),
         bar_ptr=parts if bar is None else bar,
         part_ptr=parts,

@@ -12,7 +12,7 @@ from torch import Tensor
 from gssf_triton.autotune import lookup
 from gssf_triton.autotune.configs import TRITON_CHUNK_ARRAYS
 from gssf_triton.kernels.epilogues import EPILOGUES
-from gssf_triton.kernels.launch import Metric, acc_type, accumulator, needs_wide_channels, options, pointer
+from gssf_triton.kernels.launch import Metric, acc_type, accumulator, launch, needs_wide_channels, options, pointer
 from gssf_triton.kernels.launch import precision as product_precision
 from gssf_triton.kernels.pairwise import pairwise
 from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, similarity_tile
@@ -149,7 +149,10 @@ class TritonEngine:
         teacher_y = None if operands.teacher_y is None else operands.teacher_y[columns]
         E = 0 if teacher_t is None else teacher_t.shape[1]
         has_ids = operands.row_ids is not None and operands.column_ids is not None
-        stream_kernel[(tiles_m * tiles_n,)](
+        launch(
+            stream_kernel,
+            (tiles_m * tiles_n,),
+            t.device,
             **pointer("t", t, "md", t),
             **pointer("y", y, "nd", t),
             **pointer("teacher_t", teacher_t, "md", t, stride="u"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gssf_triton.autotune import lookup
 from gssf_triton.autotune.retrieval_configs import padded_k
+from gssf_triton.kernels.launch import launch
 from gssf_triton.kernels.ranked_tile import ABSENT, ranked_tile, spans_of, split_keys, tile_arguments
 from gssf_triton.kernels.tile import clamped_rows
 from gssf_triton.retrieval.scan import Lists
@@ -93,7 +94,10 @@ def _block_lists(
     row_tiles, spans, tiles = spans_of(queries.shape[0], block.shape[0], config)
     K = padded_k(k)
     parts = torch.empty((queries.shape[0], spans, K), dtype=torch.int64, device=queries.device)
-    topk_kernel[(row_tiles, spans)](
+    launch(
+        topk_kernel,
+        (row_tiles, spans),
+        queries.device,
         **tile_arguments(scores, block, first, offset, exclusions, config),
         part_ptr=parts,
         spans=spans,
