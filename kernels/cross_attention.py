@@ -84,7 +84,7 @@ def cross_attention_kernel(
     word = offs_n % WORDS
     in_range = (position < T) & (word < L)
     caption = tl.load(order_ptr + position, mask=position < T, other=0).to(tl.int64)
-    word = tl.where(in_range, word, 0)
+    word = tl.where(in_range, word, 0).to(tl.int64)
     share = tl.load(word_share_ptr + caption * L + word, mask=in_range, other=0.0).to(ACC)
     score = tl.zeros([CAPTIONS], ACC)
     if (tl.max(share, axis=0) > 0) & (tl.max(valid_m.to(tl.int32), axis=0) > 0):

@@ -44,7 +44,7 @@ def masked_tile(
 ):  # fmt: skip
     """(whether any region is valid, S [BLOCK_M, BLOCK_N] with those that are not at −inf); no product if none is."""
     images = tl.where(valid, images, 0).to(tl.int64)
-    regions = tl.where(valid, regions, 0)
+    regions = tl.where(valid, regions, 0).to(tl.int64)
     if HAS_REGION_MASK:
         valid = valid & (tl.load(region_mask_ptr + images * R + regions, mask=valid, other=0) != 0)
     some = tl.max(valid.to(tl.int32), axis=0) > 0
@@ -169,7 +169,7 @@ def late_interaction_kernel(
     for first_word in range(0, L, WORDS):
         word = first_word + offs_n % WORDS
         in_range = (position < T) & (word < L)
-        word = tl.where(in_range, word, 0)
+        word = tl.where(in_range, word, 0).to(tl.int64)
         flat = caption * L + word
         share = tl.load(word_share_ptr + flat, mask=in_range, other=0.0).to(ACC)
         if tl.max(share, axis=0) > 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +130,22 @@ def assert_close(
 
 def features(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+
+#: Elements between two neighbours: the third one's offset leaves 32 bits.
+APART = 2**30
+
+
+def far_apart(count: int, near: int, device: str, directory: Path) -> Tensor:
+    """(count, near) float16 numbers, rows APART elements apart; on the CPU in a sparse file, which takes no space."""
+    elements = APART * (count - 1) + near
+    if device == "cpu":
+        base = torch.from_file(str(directory / "sparse"), shared=True, size=elements, dtype=torch.float16)
+    else:
+        base = torch.zeros(elements, dtype=torch.float16, device=device)
+    x = base.as_strided((count, near), (APART, 1))
+    x.copy_(torch.randn(count, near))
+    return x
 
 
 def weights(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from reference import Largest, assert_close, features, tolerance
+from reference import Largest, assert_close, far_apart, features, tolerance
 from region_word_reference import check, mask, problem
 from torch import Tensor
 
@@ -236,6 +238,20 @@ def test_sharper_is_closer_to_the_maximum(backend: str, device: str) -> None:
         assert (smooth <= last + 1e-4).all() and (smooth >= best - 1e-4).all()
         last = smooth
     assert_close(last, best, 1e-3)
+
+
+@pytest.mark.parametrize("others", [(1, 2), (4, 5)], ids=["fewer", "more"])
+@pytest.mark.parametrize("function", ["late_interaction", "cross_attention_sim"])
+def test_rows_past_two_to_the_31_elements(
+    function: str, others: tuple[int, int], backend: str, device: str, tmp_path: Path
+) -> None:
+    """Regions or words far apart, beside fewer rows, which are folded then, and beside more: folding copies."""
+    far = far_apart(3, 24, device, tmp_path)[None]
+    near, W = far.clone(memory_format=torch.contiguous_format), {"W_diag": torch.randn(24, device=device).half()}
+    other = features(*others, 24, dtype=torch.float16, device=device)
+    score = getattr(gssf_triton, function)
+    assert torch.equal(score(far, other, **W, backend=backend), score(near, other, **W, backend=backend))
+    assert torch.equal(score(other, far, **W, backend=backend), score(other, near, **W, backend=backend))
 
 
 @poolings

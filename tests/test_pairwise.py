@@ -9,7 +9,7 @@ import reference
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
-from reference import assert_close, check, features, tolerance, weights
+from reference import assert_close, check, far_apart, features, tolerance, weights
 from torch import Tensor
 
 import gssf_triton
@@ -216,22 +216,6 @@ def test_weights_of_a_module_in_another_dtype(backend: str, device: str) -> None
 
 
 # ---------------------------------------------------------------- addresses past 2**31 elements
-
-
-#: Elements between two neighbours: the third one's offset leaves 32 bits.
-APART = 2**30
-
-
-def far_apart(count: int, near: int, device: str, directory: Path) -> Tensor:
-    """(count, near) float16 numbers, rows APART elements apart; on the CPU in a sparse file, which takes no space."""
-    elements = APART * (count - 1) + near
-    if device == "cpu":
-        base = torch.from_file(str(directory / "sparse"), shared=True, size=elements, dtype=torch.float16)
-    else:
-        base = torch.zeros(elements, dtype=torch.float16, device=device)
-    x = base.as_strided((count, near), (APART, 1))
-    x.copy_(torch.randn(count, near))
-    return x
 
 
 @pytest.mark.parametrize("apart", ["rows", "channels"])
