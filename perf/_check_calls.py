@@ -32,8 +32,9 @@ class Size:
     L: int
 
 
-#: No size is a tile's. The interpreter takes a hundred thousand times as long as a GPU.
-SIZES = {"cuda": Size(1003, 1301, 480, 32, 36, 20), "cpu": Size(35, 41, 48, 16, 5, 3)}
+#: No size is a tile's, and on a GPU M is more row tiles than weight gradients have partial sums. The interpreter takes
+#: a hundred thousand times as long as a GPU.
+SIZES = {"cuda": Size(4099, 1301, 480, 32, 36, 20), "cpu": Size(35, 41, 48, 16, 5, 3)}
 SCALE, K = 20.0, 10
 
 
@@ -47,6 +48,8 @@ class Call:
         run: Of all tensors and `backend` to the result; it must not read a tensor's values on the host.
         differentiable: Its backward pass runs, too.
         exact: Its result is whole numbers, of inputs whose similarities every dtype holds exactly.
+        chain: Rounded products go into further products: it may err as losses may.
+        fused: Its backward pass is PyTorch's own, which repeats its bits only under deterministic algorithms.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Call:
     run: Callable[..., Tensor]
     differentiable: bool = True
     exact: bool = False
+    chain: bool = False
+    fused: bool = False
 
 
 def _metric(normal: Callable[..., Tensor], s: Size) -> dict[str, Tensor]:
@@ -83,21 +88,49 @@ def _words(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], d
     return items | _metric(normal, s), {}
 
 
-def _retrieval(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Features and weights of 0 and ±1: sums of whole numbers, which bfloat16 products add exactly in float32."""
+def _coarse(normal: Callable[..., Tensor], *size: int) -> Tensor:
+    """Numbers of 0 and ±1, whose products add up exactly in every dtype: all ties are true ones."""
+    return normal(*size).sign() * (normal(*size) > 0)
 
-    def coarse(*size: int) -> Tensor:
-        return normal(*size).sign() * (normal(*size) > 0)
 
-    tensors = {"queries": coarse(s.M, s.D), "gallery": coarse(s.N, s.D), "W_diag": coarse(s.D)}
-    tensors["W_blocks"] = coarse(s.D // s.B, s.B, s.B)
-    ids = {"query_ids": torch.arange(s.M) % 97, "gallery_ids": torch.arange(s.N) % 89}
-    return {}, tensors | {name: x.to(normal(1).device) for name, x in ids.items()}
+def _coarse_metric(normal: Callable[..., Tensor], s: Size) -> dict[str, Tensor]:
+    return {"W_diag": _coarse(normal, s.D), "W_blocks": _coarse(normal, s.D // s.B, s.B, s.B)}
+
+
+def _coarse_pairs(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return {"a": _coarse(normal, s.M, s.D), "b": _coarse(normal, s.M, s.D), **_coarse_metric(normal, s)}, {}
+
+
+def _masked_words(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    images, captions = max(2, s.M // 20), max(2, s.N // 20)
+    items = {"regions": _coarse(normal, images, s.R, s.D), "words": _coarse(normal, captions, s.L, s.D)}
+    masks = {"region_mask": normal(images, s.R) > -1, "word_mask": normal(captions, s.L) > -1}
+    return items | _coarse_metric(normal, s), masks
+
+
+def _retrieval(*labels: str) -> Callable[[Callable[..., Tensor], Size], Any]:
+    """Coarse features and metric, and these labels."""
+
+    def make(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        tensors = {"queries": _coarse(normal, s.M, s.D), "gallery": _coarse(normal, s.N, s.D)}
+        known = {
+            "query_ids": torch.arange(s.M) % 97, "gallery_ids": torch.arange(s.N) % 89,
+            "query_cams": torch.arange(s.M) % 3, "gallery_cams": torch.arange(s.N) % 2,
+            "exclude": torch.arange(s.M) % s.N,
+        }  # fmt: skip
+        device = normal(1).device
+        return {}, tensors | _coarse_metric(normal, s) | {name: known[name].to(device) for name in labels}
+
+    return make
+
+
+def _with_ids(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return _two("M")(normal, s)[0], {"ids": (torch.arange(s.M) // 2).to(normal(1).device)}
 
 
 def _heads(normal: Callable[..., Tensor], s: Size) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     H, D = 4, 4 * s.B
-    q, k, v = normal(H, s.M, D), normal(H, s.N, D), normal(H, s.N, D)
+    q, k, v = normal(1, H, s.M, D), normal(1, H, s.N, D), normal(1, H, s.N, D)
     return {"q": q, "k": k, "v": v, "W_diag": 1 + 0.3 * normal(H, D), "W_blocks": 0.2 * normal(H, 4, s.B, s.B)}, {}
 
 
@@ -109,8 +142,12 @@ def _planned(plan: str) -> Callable[..., Tensor]:
     return run
 
 
-def _topk(query_ids: Tensor, gallery_ids: Tensor, **tensors: Any) -> Tensor:
+def _topk(**tensors: Any) -> Tensor:
     return gssf_triton.topk(**tensors, k=K)[1]
+
+
+def _terms(**tensors: Any) -> Tensor:
+    return torch.stack(gssf_triton.pairwise_terms(**tensors))
 
 
 def _fixed(function: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
@@ -125,28 +162,52 @@ CALLS = (
     Call("pairwise_sim, one pass", _two("N"), _planned("one_pass")),
     Call("pairwise_sim, fold + product", _two("N"), _planned("fold_product")),
     Call("pairwise_sim, normalize", _two("N"), _fixed(gssf_triton.pairwise_sim, normalize=True)),
+    Call("pairwise_terms", _two("N"), _terms),
     Call("paired_sim", _two("M"), _fixed(gssf_triton.paired_sim)),
     Call("transform", _one, _fixed(gssf_triton.transform)),
-    Call("info_nce", _two("M"), _fixed(gssf_triton.info_nce, logit_scale=SCALE, normalize=True)),
+    Call("info_nce", _two("M"), _fixed(gssf_triton.info_nce, logit_scale=SCALE, normalize=True), chain=True),
+    Call(
+        "info_nce, ids and smoothing",
+        _with_ids,
+        _fixed(gssf_triton.info_nce, logit_scale=SCALE, normalize=True, label_smoothing=0.1),
+        chain=True,
+    ),
     Call(
         "sigmoid_loss",
         _two("M"),
         _fixed(gssf_triton.sigmoid_loss, logit_scale=SCALE, logit_bias=-5.0, normalize=True),
+        chain=True,
     ),
-    Call("triplet_loss, all", _two("M"), _fixed(gssf_triton.triplet_loss, hardest=False, normalize=True)),
+    # Which negatives violate the margin is no matter of rounding where similarities are whole numbers.
+    Call("triplet_loss, all", _coarse_pairs, _fixed(gssf_triton.triplet_loss, hardest=False, margin=0.5), chain=True),
     # Which negative or region is the nearest is a matter of rounding in half precision: no gradient to compare.
     Call("triplet_loss, hardest", _two("M"), _fixed(gssf_triton.triplet_loss, normalize=True), differentiable=False),
     Call("late_interaction", _words, _fixed(gssf_triton.late_interaction, normalize=True), differentiable=False),
-    Call("distillation_loss", _taught, _fixed(gssf_triton.distillation_loss, logit_scale=SCALE, normalize=True)),
+    Call("late_interaction, masks", _masked_words, _fixed(gssf_triton.late_interaction)),
+    Call(
+        "distillation_loss",
+        _taught,
+        _fixed(gssf_triton.distillation_loss, logit_scale=SCALE, normalize=True),
+        chain=True,
+    ),
     Call(
         "late_interaction, lse-mean",
         _words,
         _fixed(gssf_triton.late_interaction, pooling="lse-mean", sharpness=6.0, normalize=True),
+        chain=True,
     ),
-    Call("cross_attention_sim", _words, _fixed(gssf_triton.cross_attention_sim)),
-    Call("attention", _heads, _fixed(gssf_triton.attention)),
-    Call("topk", _retrieval, _topk, differentiable=False, exact=True),
-    Call("ranks", _retrieval, _fixed(gssf_triton.ranks), differentiable=False, exact=True),
+    Call("cross_attention_sim", _words, _fixed(gssf_triton.cross_attention_sim), chain=True),
+    Call("attention", _heads, _fixed(gssf_triton.attention), chain=True, fused=True),
+    Call("topk", _retrieval(), _topk, differentiable=False, exact=True),
+    Call("topk, exclude", _retrieval("exclude"), _topk, differentiable=False, exact=True),
+    Call("ranks", _retrieval("query_ids", "gallery_ids"), _fixed(gssf_triton.ranks), differentiable=False, exact=True),
+    Call(
+        "ranks, cameras",
+        _retrieval("query_ids", "gallery_ids", "query_cams", "gallery_cams"),
+        _fixed(gssf_triton.ranks),
+        differentiable=False,
+        exact=True,
+    ),
 )
 
 
@@ -186,7 +247,7 @@ class Problem:
         """The result, "out", and a gradient a leaf, of an upstream gradient that a seed fixes."""
         out = self.call.run(**self.leaves, **self.fixed, backend=backend)
         if not self.call.differentiable:
-            return {"out": out}
+            return {"out": out.detach()}
         upstream = torch.linspace(-1, 1, max(1, out.numel()), dtype=torch.float64, device=out.device)
         upstream = (upstream * 37).sin().view(out.shape) if out.dim() else torch.ones_like(upstream).view(())
         grads = torch.autograd.grad(out, tuple(self.leaves.values()), upstream.to(out.dtype))

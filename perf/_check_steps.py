@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import torch
-from _check_calls import CALLS, KERNELS, Problem, launches
+from _check_calls import CALLS, KERNELS, Call, Problem, launches
+from _losses import BARS
 from _machine import slug
 from _operation import FLOOR, FLOOR_TF32, relative_error
 from torch import Tensor
 
 import gssf_triton
+from gssf_triton.autotune.plans import force_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 Finding = dict[str, Any]
 
-#: (numerics, dtype of the features, float32 precision, the contract's largest error).
+#: (numerics, dtype of the features, float32 precision, the contract's largest error, a chain of products' largest:
+#: a loss's bar, and in TF32, where a product after another adds its bias to it, as much again for each of three).
 NUMERICS = (
-    ("fp32", torch.float32, "highest", FLOOR["fp32"]),
-    ("tf32", torch.float32, "high", FLOOR_TF32),
-    ("fp16", torch.float16, "highest", FLOOR["fp16"]),
-    ("bf16", torch.bfloat16, "highest", FLOOR["bf16"]),
+    ("fp32", torch.float32, "highest", FLOOR["fp32"], BARS["fp32"]),
+    ("tf32", torch.float32, "high", FLOOR_TF32, 3 * FLOOR_TF32),
+    ("fp16", torch.float16, "highest", FLOOR["fp16"], max(FLOOR["fp16"], BARS["fp16"])),
+    ("bf16", torch.bfloat16, "highest", FLOOR["bf16"], max(FLOOR["bf16"], BARS["bf16"])),
 )
 REPEATS = {"cuda": 100, "cpu": 3}
+#: Processes that compile at once, and how long any may take.
+COMPILERS, COMPILE_SECONDS = 12, 90.0
+#: Products that keep the device busy while a call is repeated once.
+LOAD = 20
+#: Of one sanitizer; the launches that it is told to watch are compiled before, and take seconds.
+SANITIZER_SECONDS = 60.0
+#: What a program is given to end by itself once it is interrupted.
+GRACE_SECONDS = 10.0
+#: What the tests of integrations import besides what the others do.
+INTEGRATED = ("faiss", "open_clip", "pytorch_metric_learning", "sentence_transformers", "timm", "transformers")
 #: Of one suite of the sweep.
 SWEEP_SECONDS = 50.0
 #: Rows and columns of a large result that are held to float64.
@@ -41,15 +57,23 @@ PROBED = 64
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the steps run, and until when (`time.monotonic()`); `small`: on inputs as small as the interpreter's."""
+    """Where the steps run, and until when (`time.monotonic()`); `small`: on inputs as small as the interpreter's.
+
+    Of n parts of the calls the i-th is run, `part` (i, n).
+    """
 
     device: torch.device
     deadline: float
     small: bool = False
+    part: tuple[int, int] = (0, 1)
 
     @property
     def kind(self) -> str:
         return self.device.type
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        return CALLS[self.part[0] :: self.part[1]]
 
     @property
     def left(self) -> float:
@@ -71,10 +95,26 @@ def finding(name: str, ok: bool, **facts: Any) -> Finding:
     return {"name": name, "ok": ok, **facts}
 
 
+def compiled(machine: Machine) -> Iterator[Finding]:
+    """The kernels of the steps to come, compiled by several processes at once: one would take minutes."""
+    jobs = min(COMPILERS, os.cpu_count() or 1, len(CALLS))
+    command = [sys.executable, "perf/gpu_check.py", "--device", str(machine.device), "--out", os.devnull]
+    parts = [
+        [*command, "--only", *steps, "--part", f"{i}/{jobs}"]
+        for steps in (["errors"], ["launched", "--small"])
+        for i in range(jobs)
+    ]
+    with ThreadPool(jobs) as pool:
+        results = pool.map(lambda part: _output(part, min(machine.left, COMPILE_SECONDS), {}), parts)
+    # What is wrong with a result, the steps to come will say.
+    yield finding("compiled", all(done in (0, 1) for done, _ in results), exit_statuses=[done for done, _ in results])
+
+
 def errors(machine: Machine) -> Iterator[Finding]:
     """Every call against the torch backend in float64, which the tests hold to the definition, in every numerics."""
-    for name, dtype, setting, bound in NUMERICS:
-        for seed, call in enumerate(CALLS):
+    for name, dtype, setting, product, chain in NUMERICS:
+        for seed, call in enumerate(machine.calls):
+            bound = 0.0 if call.exact else chain if call.chain else product
             problem = Problem.make(call, machine.device, dtype, seed)
             exact = problem.double().results("torch")
             with precision(setting):
@@ -84,29 +124,31 @@ def errors(machine: Machine) -> Iterator[Finding]:
             else:
                 worst, where = max((relative_error(found[part], exact[part]), part) for part in found)
             yield finding(
-                f"{call.name}, {name}", worst <= (0 if call.exact else bound), error=worst, of=where,
-                bound=0 if call.exact else bound,
+                f"{call.name}, {name}", worst <= bound, error=worst, of=where, bound=bound,
             )  # fmt: skip
 
 
 def launched(machine: Machine) -> Iterator[Finding]:
-    """One launch at least of every kernel: what a sanitizer is run over."""
+    """One launch at least of every kernel, in float32 and bfloat16: what a sanitizer is run over."""
+    dtypes = (torch.float32, torch.bfloat16) if machine.kind == "cuda" else (torch.float32,)
     with launches() as seen:
-        for seed, call in enumerate(CALLS):
-            results = Problem.make(call, machine.device, torch.float32, seed, machine.small).results("triton")
-            finite = all(bool(torch.isfinite(x).all()) for x in results.values())
-            yield finding(call.name, finite, kernels=sorted(seen))
+        for seed, call in enumerate(machine.calls):
+            for dtype in dtypes:
+                results = Problem.make(call, machine.device, dtype, seed, machine.small).results("triton")
+                finite = all(bool(torch.isfinite(x).all()) for x in results.values())
+                yield finding(f"{call.name}, {dtype}", finite, kernels=sorted(seen))
     yield finding("every kernel", seen == set(KERNELS), missing=sorted(set(KERNELS) - seen))
 
 
 def determinism(machine: Machine) -> Iterator[Finding]:
     """The same bits from every repeat while another stream keeps the device busy."""
-    for seed, call in enumerate(CALLS):
+    for seed, call in enumerate(machine.calls):
         problem = Problem.make(call, machine.device, torch.bfloat16 if machine.kind == "cuda" else torch.float32, seed)
-        first = problem.results("triton")
         differing = 0
-        with _load(machine.device):
+        with _load(machine.device) as keep_busy, _deterministic(call.fused):
+            first = problem.results("triton")
             for _ in range(REPEATS[machine.kind] - 1):
+                keep_busy()
                 again = problem.results("triton")
                 # NaN equals NaN here: the question is the bits.
                 differing += any(not torch.equal(_bits(first[part]), _bits(again[part])) for part in first)
@@ -118,22 +160,37 @@ def _bits(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _load(device: torch.device) -> Iterator[None]:
-    """Products on a stream of their own for as long as this lasts, enough of them queued at a time."""
+def _load(device: torch.device) -> Iterator[Callable[[], None]]:
+    """What queues some products on a stream of their own: a few at a time, or the queue is full and the host waits."""
     if device.type != "cuda":
-        yield
+        yield lambda: None
         return
     stream, x = torch.cuda.Stream(device), torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
-    with torch.cuda.stream(stream):
-        for _ in range(2000):
-            x = (x @ x).clamp_(-1, 1)
-    yield
+    stream.wait_stream(torch.cuda.current_stream(device))
+
+    def keep_busy() -> None:
+        with torch.cuda.stream(stream):
+            for _ in range(LOAD):
+                torch.mm(x, x)
+
+    yield keep_busy
     torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """torch.use_deterministic_algorithms, or the default, for a while."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def graphs(machine: Machine) -> Iterator[Finding]:
     """Forward and backward captured in a CUDA graph, replayed on other inputs: the eager call's bits."""
-    for seed, call in enumerate(CALLS):
+    for seed, call in enumerate(machine.calls):
         problem = Problem.make(call, machine.device, torch.bfloat16, seed)
         other = Problem.make(call, machine.device, torch.bfloat16, seed + 1000)
         try:
@@ -182,13 +239,16 @@ def large(machine: Machine) -> Iterator[Finding]:
     last = torch.arange(side - PROBED, side, device=device)
 
     a, b = normal(side, D).requires_grad_(), normal(side, D)
-    S = gssf_triton.pairwise_sim(a, b, **W, backend="triton")
+    # In one pass: the other plan leaves S and its gradient to the library.
+    with force_plan("one_pass"):
+        S = gssf_triton.pairwise_sim(a, b, **W, backend="triton")
     exact = gssf_triton.pairwise_sim(a[last].double(), b[last].double(), **exact_W, backend="torch")
     error = relative_error(S[-PROBED:, -PROBED:], exact)
     yield finding("S of 46,400 × 46,400", error <= FLOOR["bf16"], error=error, entries=S.numel())
     dS = torch.zeros_like(S)
     dS[:, -PROBED:] = normal(side, PROBED)
-    (da,) = torch.autograd.grad(S, a, dS)
+    with force_plan("one_pass"):
+        (da,) = torch.autograd.grad(S, a, dS)
     exact = gssf_triton.transform(dS[last, -PROBED:].double() @ b[last].double(), **exact_W, side="b", backend="torch")
     error = relative_error(da[last], exact)
     yield finding("its gradient's last rows", error <= FLOOR["bf16"], error=error)
@@ -225,13 +285,23 @@ def _sanitized(tool: str) -> Callable[[Machine], Iterator[Finding]]:
         if program is None:
             yield finding(tool, False, reason="compute-sanitizer is not installed")
             return
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "perf/gpu_check.py"]
-        # A sanitized kernel runs tens of times as long.
-        command += ["--only", "launched", "--small", "--out", os.devnull]
+        launches = [sys.executable, "perf/gpu_check.py", "--only", "launched", "--small", "--out", os.devnull]
+        # Compiling inside a sanitizer takes as many times as long as everything else does there.
+        done, output = _output(launches, min(machine.left, SANITIZER_SECONDS), {})
+        if done != 0:
+            yield finding(tool, False, reason="the launches fail without it", exit_status=done, last=_tail(output))
+            return
+        # torch asks the driver for what it may not have, and goes on without: such errors are no kernel's.
+        command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no", *launches]
         # Without torch's cache every tensor is an allocation of its own, so that reading past one is noticed.
-        done, output = _output(command, machine.left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        seconds = min(machine.left, SANITIZER_SECONDS)
+        done, output = _output(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        if "Device not supported" in output:
+            yield finding(tool, False, reason="compute-sanitizer does not work here", exit_status=done)
+            return
+        found = re.findall(r"^=+ *((?:Invalid|Error|Warning|.*hazard).*)", output, flags=re.MULTILINE)
         reports = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
-        yield finding(tool, done == 0, exit_status=done, reports=reports or output.splitlines()[-5:])
+        yield finding(tool, done == 0, exit_status=done, reports=reports or _tail(output), found=found[:10])
 
     step.__doc__ = f"compute-sanitizer's {tool} over one launch of every kernel."
     return step
@@ -240,18 +310,35 @@ def _sanitized(tool: str) -> Callable[[Machine], Iterator[Finding]]:
 memcheck, racecheck = _sanitized("memcheck"), _sanitized("racecheck")
 
 
+def _tail(output: str) -> list[str]:
+    return output.splitlines()[-5:]
+
+
 def _output(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Exit status, None where the time was up, and what was printed."""
-    environment = os.environ | environment
+    """Exit status, None where the time was up, and what was printed.
+
+    A program whose time is up is interrupted, with all that it started, so that it can say what it knows; what is still
+    there after that would share the device with the steps to come, and is killed.
+    """
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, text=True, errors="replace", stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    done = None
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, text=True, timeout=max(1.0, seconds), stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as late:
-        text = late.stdout or b""
-        return None, text.decode(errors="replace") if isinstance(text, bytes) else text
-    return done.returncode, done.stdout
+        output, _ = started.communicate(timeout=max(1.0, seconds))
+        done = started.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGINT)
+        try:
+            output, _ = started.communicate(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+            output, _ = started.communicate()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    return done, output
 
 
 def sweep(suite: str) -> Callable[[Machine], Iterator[Finding]]:
@@ -261,7 +348,7 @@ def sweep(suite: str) -> Callable[[Machine], Iterator[Finding]]:
         out = ROOT / "perf/results" / slug(machine.device) / f"{suite}.json"
         command += ["--device", str(machine.device), "--out", str(out)]
         done, output = _output(command, machine.left, {})
-        yield finding(f"sweep, {suite}", done == 0, exit_status=done, last=output.splitlines()[-3:])
+        yield finding(f"sweep, {suite}", done == 0, exit_status=done, last=_tail(output))
 
     step.__doc__ = f"perf/sweep.py's suite {suite}, as much of it as SWEEP_SECONDS take."
     return step
@@ -270,17 +357,26 @@ def sweep(suite: str) -> Callable[[Machine], Iterator[Finding]]:
 def tests(machine: Machine) -> Iterator[Finding]:
     """The whole test suite, its kernels on this device."""
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=50", "-p", "no:cacheprovider", "-n", "auto"]
+    missing = [name for name in INTEGRATED if importlib.util.find_spec(name) is None]
+    if missing:
+        command.append("--ignore=tests/integrations")
     # What the sweeps take is theirs.
     done, output = _output(command, machine.left - 3 * SWEEP_SECONDS, {})
     counts = re.findall(r"(\d+) (passed|failed|errors?|skipped)", output.splitlines()[-1] if output else "")
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.MULTILINE)
     yield finding(
-        "pytest", done == 0, exit_status=done, counts={kind: int(n) for n, kind in counts}, failed=failed[:50]
+        "pytest",
+        done == 0,
+        exit_status=done,
+        counts={kind: int(n) for n, kind in counts},
+        failed=failed[:50],
+        integrations_lack=missing,
     )
 
 
 #: Step → (what it does, whether it needs a GPU), the most telling first.
 STEPS: dict[str, tuple[Callable[[Machine], Iterator[Finding]], bool]] = {
+    "compiled": (compiled, True),
     "errors": (errors, False),
     "launched": (launched, False),
     "determinism": (determinism, False),

@@ -5,11 +5,11 @@
     python perf/gpu_check.py --resume            # the steps that a run cut short did not finish
     TRITON_INTERPRET=1 python perf/gpu_check.py --device cpu    # what needs no GPU, in Triton's interpreter
 
-The steps, the most telling first: errors of every function in fp32, TF32, fp16 and bf16 against the contract; one
-launch of every kernel; the same bits from 100 repeats under load; forward and backward captured in CUDA graphs; S,
-features and searches past 2³¹ entries; compute-sanitizer's memcheck and racecheck; the whole test suite; the sweep's
-suites. The file is rewritten after each. Exit status: 0, or 1 where something failed, 2 for arguments that don't fit,
-130 when interrupted.
+The steps, the most telling first: the kernels compiled; errors of every function in fp32, TF32, fp16 and bf16 against
+the contract; one launch of every kernel; the same bits from 100 repeats under load; forward and backward captured in
+CUDA graphs; S, features and searches past 2³¹ entries; compute-sanitizer's memcheck and racecheck; the whole test
+suite; the sweep's suites. The file is rewritten after each. Exit status: 0, or 1 where something failed, 2 for
+arguments that don't fit, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ def failed(check: dict[str, Any]) -> bool:
     return any(step["status"] not in ("ok", "needs a GPU") for step in check["steps"].values())
 
 
+def _part(text: str) -> tuple[int, int]:
+    i, n = (int(number) for number in text.split("/"))
+    if not 0 <= i < n:
+        raise ValueError(text)
+    return i, n
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="perf/gpu_check.py", description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--device", help="cpu, cuda, … (default: a GPU where there is one)")
@@ -89,17 +96,23 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, metavar="JSON", help="default: perf/results/DEVICE/gpu_check.json")
     p.add_argument("--resume", action="store_true", help="keep the steps of the file that went well")
     p.add_argument("--small", action="store_true", help="launch on inputs as small as the interpreter's")
+    p.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="the calls of the I-th of N parts")
     p.add_argument("--budget", type=float, default=BUDGET, help="seconds in all (default: %(default)g)")
     args = p.parse_args(argv)
     machine = Machine(
         torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         time.monotonic() + args.budget,
         args.small,
+        args.part,
     )
     if machine.kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         p.error("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
     if machine.kind not in ("cpu", "cuda") or (machine.kind == "cuda" and not torch.cuda.is_available()):
         p.error(f"--device {machine.device}: there is none to check")
+    # Read when the library's first handle is made: without it products may not repeat under deterministic algorithms.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if machine.kind == "cuda":
+        torch.cuda.set_device(machine.device)
     check = new_check(machine.device)
     usual = RESULTS / check["device"]["slug"] / "gpu_check.json" if machine.kind == "cuda" else WITHOUT_GPU
     out = args.out or usual

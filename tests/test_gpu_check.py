@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +133,84 @@ def test_another_machines_file_is_not_resumed(tmp_path: Path, device: str, monke
     with pytest.raises(SystemExit) as refused:
         check(device, out, "--resume", "--only", "one")
     assert refused.value.code == 2
+
+
+def test_a_program_whose_time_is_up_says_what_it_knows_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted, and killed where it does not end: neither it nor what it started runs on beside the next step."""
+    monkeypatch.setattr(_check_steps, "GRACE_SECONDS", 0.5)
+    child = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    program = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+print("begun", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("told", flush=True)
+"""
+    done, output = _check_steps._output([sys.executable, "-c", program], 3.0, {})
+    assert done is None and output.split() == ["begun", "told"]
+    # The child may take a moment to be gone, and stays listed where nobody waits for it.
+    status = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    limit = time.monotonic() + 10
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert _check_steps._output([sys.executable, "-c", "print(3); exit(7)"], 30.0, {}) == (7, "3\n")
+
+
+def test_parts_make_up_the_whole(machine: Machine, tmp_path: Path, device: str) -> None:
+    parts = [dataclasses.replace(machine, part=(i, 3)).calls for i in range(3)]
+    assert sorted(call.name for part in parts for call in part) == sorted(call.name for call in _check_calls.CALLS)
+    for wrong in ("3/3", "-1/2", "1"):
+        with pytest.raises(SystemExit):
+            check(device, tmp_path / "check.json", "--part", wrong)
+
+
+#: A stand-in for compute-sanitizer: what it prints of a program, and its exit status.
+SANITIZER = """#!/bin/sh
+echo "$@" >> {log}
+cat <<'END'
+{printed}
+END
+exit {status}
+"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, {"ok": True, "reports": ["0 errors"]}),
+        (
+            "========= Invalid __global__ read of size 4 bytes\n=========     at fold_kernel\n"
+            "========= ERROR SUMMARY: 1 error",
+            9,
+            {"ok": False, "reports": ["1 error"], "found": ["Invalid __global__ read of size 4 bytes"]},
+        ),
+        ("========= Error: Device not supported", 1, {"ok": False, "reason": "compute-sanitizer does not work here"}),
+    ],
+    ids=["clean", "error", "unsupported"],
+)
+def test_a_sanitizers_words_are_kept(
+    printed: str,
+    status: int,
+    expected: dict[str, Any],
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, log = tmp_path / "compute-sanitizer", tmp_path / "log"
+    program.write_text(SANITIZER.format(printed=printed, status=status, log=log))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    # What it watches runs once without it.
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    (found,) = _check_steps.memcheck(machine)
+    assert found.items() >= expected.items(), found
+    assert "--tool memcheck" in log.read_text() and "--only launched" in log.read_text()
 
 
 def test_no_time_left_is_said(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
