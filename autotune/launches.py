@@ -62,8 +62,9 @@ LARGEST_DISTINCT_TILE_BLOCK = 128
 BRIEF = ("fp16", "tf32")
 BRIEF_BLOCK_SIZES = (32, 128, 256)
 #: Compiled for this architecture alone, and held there for all: float16, which differs from bfloat16 by the
-#: instruction's name (but for the losses' kernel, whose operands are float16 for both), and, of fold and matched pairs,
-#: which hold one small tile, the block sizes beyond `PLAIN_BLOCK_SIZES`.
+#: instruction's name (not so in the losses' kernel, whose operands are float16 for both, nor in the gradients', which
+#: rounds float16's products alone), and, of fold and matched pairs, which hold one small tile, the block sizes beyond
+#: `PLAIN_BLOCK_SIZES`.
 FULL_ARCH = "sm_90"
 PLAIN_BLOCK_SIZES = (0, 32, 128)
 
@@ -342,12 +343,12 @@ def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[La
         for arch in architectures:
             for numerics, _, _ in NUMERICS:
                 yield from _stream(arch, numerics)
+                yield from _gradient(arch, numerics)
                 if numerics == "fp16" and arch != FULL_ARCH:
                     continue
                 yield from _pairwise(arch, numerics)
                 yield from _rowwise("fold", arch, numerics)
                 yield from _rowwise("paired", arch, numerics)
-                yield from _gradient(arch, numerics)
                 yield from _retrieval(arch, numerics)
                 yield from _late_interaction(arch, numerics)
                 yield from _cross_attention(arch, numerics)

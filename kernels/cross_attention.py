@@ -19,7 +19,7 @@ from gssf_triton.kernels.launch import (
     pointer,
     precision,
 )
-from gssf_triton.kernels.tile import cast, dot, inverse_norm, similarity_tile
+from gssf_triton.kernels.tile import cast, dot, inverse_norm, nearest, similarity_tile
 
 
 @triton.jit
@@ -117,7 +117,8 @@ def cross_attention_kernel(
 
         pair = valid_m[:, None] & valid_m[None, :]
         gram = tl.load(gram_ptr + image * R * R + (region * R)[:, None] + region[None, :], mask=pair, other=0.0)
-        attended = dot(gram, cast(alpha, gram.dtype), tl.zeros([BLOCK_M, BLOCK_N], ACC), GRAM_PRECISION)
+        weights = nearest(cast(alpha, gram.dtype), GRAM_PRECISION)
+        attended = dot(nearest(gram, GRAM_PRECISION), weights, tl.zeros([BLOCK_M, BLOCK_N], ACC), GRAM_PRECISION)
         squares = tl.maximum(tl.sum(alpha * attended, axis=0), 0.0, propagate_nan=tl.PropagateNan.ALL)
         value = tl.where(share > 0, numerator * inverse_norm(squares) * share, 0.0)
         score = tl.sum(tl.reshape(value, [CAPTIONS, WORDS]), axis=1)

@@ -24,7 +24,7 @@ from gssf_triton.kernels.launch import (
     pointer,
     precision,
 )
-from gssf_triton.kernels.tile import cast, clamped_rows, dot
+from gssf_triton.kernels.tile import cast, clamped_rows, dot, nearest
 
 
 @triton.jit
@@ -99,6 +99,8 @@ def gradient_kernel(
     epilogue walks BLOCK_P lanes at a time to bound its registers.
     """
     tl.static_assert(BLOCK_C % BLOCK_P == 0)
+    # What TF32 cuts off is a tenth of what bfloat16 rounds off.
+    ROUNDING: tl.constexpr = "none" if x_ptr.dtype.element_ty == tl.bfloat16 else EPILOGUE_PRECISION
     columns = tl.cdiv(lane_count, BLOCK_C)
     column = tl.program_id(0) % columns
     split = tl.program_id(0) // columns
@@ -148,6 +150,7 @@ def gradient_kernel(
             )
 
         if GRAD_BLOCKS or (ROWS and HAS_BLOCKS):
+            operand = nearest(r, ROUNDING)
             for first in range(0, BLOCK_C, BLOCK_P):
                 lanes_p = column * BLOCK_C + first + tl.arange(0, BLOCK_P)
                 group_p, inner_p, offs_p, valid_p = lane_parts(lanes_p, D, B, BLOCK_B)
@@ -164,7 +167,8 @@ def gradient_kernel(
                         diag_p = tl.load(w_diag_ptr + offs_p * stride_wd, mask=valid_p, other=0.0).to(ACC)
                         on_diagonal = (offs_p[:, None] == offs_q[None, :]) & same_group
                         w += tl.where(on_diagonal, diag_p[:, None], 0.0)
-                    out = dot(r, tl.trans(w), tl.zeros([BLOCK_M, BLOCK_P], ACC), EPILOGUE_PRECISION)
+                    w = nearest(w, ROUNDING)
+                    out = dot(operand, tl.trans(w), tl.zeros([BLOCK_M, BLOCK_P], ACC), EPILOGUE_PRECISION)
                     out_ptrs = (
                         rows_ptr + z * stride_rz + (rows_m * stride_rm)[:, None] + (channel_p * stride_rd)[None, :]
                     )
@@ -172,7 +176,9 @@ def gradient_kernel(
                 if GRAD_BLOCKS:
                     y_ptrs = y_ptr + z * stride_yz + (rows_m * stride_ym)[None, :] + (channel_p * stride_yd)[:, None]
                     y_t = tl.load(y_ptrs, mask=mask_m[None, :] & valid_p[:, None], other=0.0).to(ACC)
-                    dw = dot(y_t, r, tl.zeros([BLOCK_P, BLOCK_C], ACC), EPILOGUE_PRECISION)
+                    if y_ptr.dtype.element_ty == tl.float32:  # TF32 holds every half-precision number
+                        y_t = nearest(y_t, ROUNDING)
+                    dw = dot(y_t, operand, tl.zeros([BLOCK_P, BLOCK_C], ACC), EPILOGUE_PRECISION)
                     slot = dw_blocks_ptr + split.to(tl.int64) * D * B + (offs_p * B)[:, None] + inner_q[None, :]
                     if tile > split:
                         dw += tl.load(slot, mask=same_group, other=0.0)
