@@ -66,7 +66,8 @@ def attention(
         backend: What computes T(q), as in `pairwise_sim`; the attention is PyTorch's on either.
 
     Returns:
-        (..., H, L, E), in v's dtype.
+        (..., H, L, E), in v's dtype. On a GPU the backward pass of PyTorch's fused kernels may add in any order; its
+        bits repeat under torch.use_deterministic_algorithms(True).
 
     Raises:
         TypeError: an argument that is not a tensor.
@@ -106,9 +107,14 @@ def attention(
         q, scale = q * scale, 1.0
     q = fold_heads(q, W_diag, W_blocks, backend)
     q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
-    return F.scaled_dot_product_attention(
+    # PyTorch's fused kernels take four dimensions, and three go the slow way.
+    single = q.dim() == 3
+    if single:
+        q, k, v = q[None], k[None], v[None]
+    out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
     )
+    return out[0] if single else out
 
 
 class HeadMetric(nn.Module):
