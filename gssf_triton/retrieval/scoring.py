@@ -24,6 +24,11 @@ from gssf_triton.torch_backend import accumulate_dtype
 ARRAY_DTYPES = {np.dtype("f2"): torch.float16, np.dtype("f4"): torch.float32, np.dtype("f8"): torch.float64}
 
 
+#: On a GPU torch sums a few rows by more threads a row than many, in another order: a copy of an item in a gallery's
+#: last, short block would have another norm and be no tie. Blocks have as many rows as this, at least.
+STEADY_ROWS = 64
+
+
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:
     """`start:stop` in pieces of `step`, the last one shorter."""
     for first in range(start, stop, step):
@@ -176,7 +181,10 @@ class Scores:
         """1 / max(‖y‖₂, 1e-12) of every row of the block, or None where nothing is normalised."""
         if not self.normalize:
             return None
-        return torch.linalg.vector_norm(block, dim=-1, dtype=self.dtype).clamp_min(NORM_EPS).reciprocal()
+        few = max(STEADY_ROWS - block.shape[0], 0)
+        rows = torch.cat((block, block.new_zeros(few, block.shape[1]))) if few else block
+        norms = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype)[: block.shape[0]]
+        return norms.clamp_min(NORM_EPS).reciprocal()
 
     def fill(self, out: Tensor, rows: slice, block: Tensor, columns: slice, scale: Tensor | None) -> Tensor:
         """`out` (r, c) with the scores of these rows and these columns of the block, at most a chunk of them."""
