@@ -131,8 +131,18 @@ def test_nothing_is_tuned_while_a_graph_is_captured(tuned_keys: list[Key], monke
 
 
 def test_capturing_is_asked_of_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of its own device: the current one may be another."""
+    asked: list[torch.device] = []
+
+    @contextmanager
+    def current(where: torch.device) -> Iterator[None]:
+        asked.append(where)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert mode.is_capturing(torch.device("cuda", 0)) and not mode.is_capturing(CPU)
+    assert mode.is_capturing(torch.device("cuda", 1)) and not mode.is_capturing(CPU)
+    assert asked == [torch.device("cuda", 1)]
 
 
 @contextmanager
