@@ -36,6 +36,9 @@ class Size:
 #: a hundred thousand times as long as a GPU.
 SIZES = {"cuda": Size(4099, 1301, 480, 32, 36, 20), "cpu": Size(35, 41, 48, 16, 5, 3)}
 SCALE, K = 20.0, 10
+#: What scalar results are multiplied by for the backward pass, as a gradient scaler does, so that float16 holds the
+#: gradients: a mean's are as small, a sum's as large as there are pairs many.
+MEAN, SUM = 2.0**12, 2.0**-6
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Call:
         differentiable: Its backward pass runs, too.
         exact: Its result is whole numbers, of inputs whose similarities every dtype holds exactly.
         chain: Rounded products go into further products: it may err as losses may.
+        upstream: The gradient of a scalar result.
         fused: Its backward pass is PyTorch's own, which repeats its bits only under deterministic algorithms.
     """
 
@@ -58,6 +62,7 @@ class Call:
     differentiable: bool = True
     exact: bool = False
     chain: bool = False
+    upstream: float = 1.0
     fused: bool = False
 
 
@@ -165,21 +170,35 @@ CALLS = (
     Call("pairwise_terms", _two("N"), _terms),
     Call("paired_sim", _two("M"), _fixed(gssf_triton.paired_sim)),
     Call("transform", _one, _fixed(gssf_triton.transform)),
-    Call("info_nce", _two("M"), _fixed(gssf_triton.info_nce, logit_scale=SCALE, normalize=True), chain=True),
+    Call(
+        "info_nce",
+        _two("M"),
+        _fixed(gssf_triton.info_nce, logit_scale=SCALE, normalize=True),
+        chain=True,
+        upstream=MEAN,
+    ),
     Call(
         "info_nce, ids and smoothing",
         _with_ids,
         _fixed(gssf_triton.info_nce, logit_scale=SCALE, normalize=True, label_smoothing=0.1),
         chain=True,
+        upstream=MEAN,
     ),
     Call(
         "sigmoid_loss",
         _two("M"),
         _fixed(gssf_triton.sigmoid_loss, logit_scale=SCALE, logit_bias=-5.0, normalize=True),
         chain=True,
+        upstream=MEAN,
     ),
     # Which negatives violate the margin is no matter of rounding where similarities are whole numbers.
-    Call("triplet_loss, all", _coarse_pairs, _fixed(gssf_triton.triplet_loss, hardest=False, margin=0.5), chain=True),
+    Call(
+        "triplet_loss, all",
+        _coarse_pairs,
+        _fixed(gssf_triton.triplet_loss, hardest=False, margin=0.5),
+        chain=True,
+        upstream=SUM,
+    ),
     # Which negative or region is the nearest is a matter of rounding in half precision: no gradient to compare.
     Call("triplet_loss, hardest", _two("M"), _fixed(gssf_triton.triplet_loss, normalize=True), differentiable=False),
     Call("late_interaction", _words, _fixed(gssf_triton.late_interaction, normalize=True), differentiable=False),
@@ -189,6 +208,7 @@ CALLS = (
         _taught,
         _fixed(gssf_triton.distillation_loss, logit_scale=SCALE, normalize=True),
         chain=True,
+        upstream=MEAN,
     ),
     Call(
         "late_interaction, lse-mean",
@@ -249,8 +269,8 @@ class Problem:
         if not self.call.differentiable:
             return {"out": out.detach()}
         upstream = torch.linspace(-1, 1, max(1, out.numel()), dtype=torch.float64, device=out.device)
-        upstream = (upstream * 37).sin().view(out.shape) if out.dim() else torch.ones_like(upstream).view(())
-        grads = torch.autograd.grad(out, tuple(self.leaves.values()), upstream.to(out.dtype))
+        upstream = (upstream * 37).sin() if out.dim() else torch.full_like(upstream, self.call.upstream)
+        grads = torch.autograd.grad(out, tuple(self.leaves.values()), upstream.view(out.shape).to(out.dtype))
         return {"out": out.detach()} | {f"d{name}": g for name, g in zip(self.leaves, grads, strict=True)}
 
 

@@ -39,15 +39,16 @@ NUMERICS = (
     ("bf16", torch.bfloat16, "highest", FLOOR["bf16"], max(FLOOR["bf16"], BARS["bf16"])),
 )
 REPEATS = {"cuda": 100, "cpu": 3}
-#: Processes that compile at once, and how long any may take.
-COMPILERS, COMPILE_SECONDS = 12, 90.0
+#: Processes that compile at once, and how long they may take together.
+COMPILERS, COMPILE_SECONDS = 12, 120.0
 #: Products that keep the device busy while a call is repeated once.
 LOAD = 20
 #: Of one sanitizer; the launches that it is told to watch are compiled before, and take seconds.
 SANITIZER_SECONDS = 60.0
 #: What a program is given to end by itself once it is interrupted.
 GRACE_SECONDS = 10.0
-#: What the tests of integrations import besides what the others do.
+#: What the tests import, and what those of integrations import besides.
+TESTED = ("pytest", "xdist", "hypothesis", "matplotlib", "PIL", "scipy", "sklearn", "tqdm")
 INTEGRATED = ("faiss", "open_clip", "pytorch_metric_learning", "sentence_transformers", "timm", "transformers")
 #: Of one suite of the sweep.
 SWEEP_SECONDS = 50.0
@@ -98,16 +99,22 @@ def finding(name: str, ok: bool, **facts: Any) -> Finding:
 def compiled(machine: Machine) -> Iterator[Finding]:
     """The kernels of the steps to come, compiled by several processes at once: one would take minutes."""
     jobs = min(COMPILERS, os.cpu_count() or 1, len(CALLS))
+    deadline = time.monotonic() + min(machine.left, COMPILE_SECONDS)
     command = [sys.executable, "perf/gpu_check.py", "--device", str(machine.device), "--out", os.devnull]
     parts = [
         [*command, "--only", *steps, "--part", f"{i}/{jobs}"]
         for steps in (["errors"], ["launched", "--small"])
         for i in range(jobs)
     ]
-    with ThreadPool(jobs) as pool:
-        results = pool.map(lambda part: _output(part, min(machine.left, COMPILE_SECONDS), {}), parts)
-    # What is wrong with a result, the steps to come will say.
-    yield finding("compiled", all(done in (0, 1) for done, _ in results), exit_statuses=[done for done, _ in results])
+    try:
+        with ThreadPool(jobs) as pool:
+            results = pool.map(lambda part: _output(part, deadline - time.monotonic(), {}), parts)
+    finally:
+        for group in list(RUNNING):
+            _kill(group)
+    # What is wrong with a result, the steps to come will say; a program that ends before it says anything broke.
+    broken = [_tail(output) for _, output in results if not re.search(r"^(errors|launched) ", output, re.MULTILINE)]
+    yield finding("compiled", not broken, processes=len(parts), broken=broken[:3])
 
 
 def errors(machine: Machine) -> Iterator[Finding]:
@@ -194,12 +201,12 @@ def graphs(machine: Machine) -> Iterator[Finding]:
         problem = Problem.make(call, machine.device, torch.bfloat16, seed)
         other = Problem.make(call, machine.device, torch.bfloat16, seed + 1000)
         try:
-            replayed = _replay(problem, other)
+            with _deterministic(call.fused):
+                replayed, eager = _replay(problem, other), other.results("triton")
         except RuntimeError as error:  # a capture that fails is a finding, not the end of the check
             torch.cuda.synchronize(machine.device)
             yield finding(call.name, False, reason=str(error).splitlines()[0])
             continue
-        eager = other.results("triton")
         unequal = [part for part in eager if not torch.equal(_bits(eager[part]), _bits(replayed[part]))]
         yield finding(call.name, not unequal, unequal=unequal)
 
@@ -291,8 +298,11 @@ def _sanitized(tool: str) -> Callable[[Machine], Iterator[Finding]]:
         if done != 0:
             yield finding(tool, False, reason="the launches fail without it", exit_status=done, last=_tail(output))
             return
-        # torch asks the driver for what it may not have, and goes on without: such errors are no kernel's.
-        command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no", *launches]
+        command = [program, "--tool", tool, "--error-exitcode", "9"]
+        if tool == "memcheck":
+            # torch asks the driver for what it may not have, and goes on without: such errors are no kernel's.
+            command += ["--report-api-errors", "no"]
+        command += launches
         # Without torch's cache every tensor is an allocation of its own, so that reading past one is noticed.
         seconds = min(machine.left, SANITIZER_SECONDS)
         done, output = _output(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -320,25 +330,35 @@ def _output(command: list[str], seconds: float, environment: dict[str, str]) -> 
     A program whose time is up is interrupted, with all that it started, so that it can say what it knows; what is still
     there after that would share the device with the steps to come, and is killed.
     """
-    started = subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environment, text=True, errors="replace", stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+    RUNNING.add(process.pid)
     done = None
     try:
-        output, _ = started.communicate(timeout=max(1.0, seconds))
-        done = started.returncode
+        output, _ = process.communicate(timeout=max(1.0, seconds))
+        done = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         try:
-            output, _ = started.communicate(timeout=GRACE_SECONDS)
+            output, _ = process.communicate(timeout=GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)
-            output, _ = started.communicate()
+            _kill(process.pid)
+            output, _ = process.communicate()
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
+        _kill(process.pid)
     return done, output
+
+
+#: The process groups that were started and not yet killed.
+RUNNING: set[int] = set()
+
+
+def _kill(group: int) -> None:
+    RUNNING.discard(group)
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def sweep(suite: str) -> Callable[[Machine], Iterator[Finding]]:
@@ -346,19 +366,25 @@ def sweep(suite: str) -> Callable[[Machine], Iterator[Finding]]:
         limit = min(machine.left - 5, SWEEP_SECONDS)
         command = [sys.executable, "perf/sweep.py", "--suite", suite, "--time-limit", f"{limit:.0f}"]
         out = ROOT / "perf/results" / slug(machine.device) / f"{suite}.json"
-        command += ["--device", str(machine.device), "--out", str(out)]
-        done, output = _output(command, machine.left, {})
+        command += ["--device", str(machine.device), "--out", str(out), "--no-plots"]
+        done, output = _output(command, machine.left - GRACE_SECONDS, {})
         yield finding(f"sweep, {suite}", done == 0, exit_status=done, last=_tail(output))
 
     step.__doc__ = f"perf/sweep.py's suite {suite}, as much of it as SWEEP_SECONDS take."
     return step
 
 
+def _missing(modules: Sequence[str]) -> list[str]:
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
 def tests(machine: Machine) -> Iterator[Finding]:
     """The whole test suite, its kernels on this device."""
+    if lacking := _missing(TESTED):
+        yield finding("pytest", False, reason=f"the tests need {', '.join(lacking)}")
+        return
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=50", "-p", "no:cacheprovider", "-n", "auto"]
-    missing = [name for name in INTEGRATED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := _missing(INTEGRATED):
         command.append("--ignore=tests/integrations")
     # What the sweeps take is theirs.
     done, output = _output(command, machine.left - 3 * SWEEP_SECONDS, {})

@@ -54,6 +54,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def device_named(name: str | None) -> torch.device:
+    """The device of this name, by default a GPU where there is one; a GPU has its number, which may be left out.
+
+    Raises:
+        ValueError: there is none to measure on.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {device}: there is none to measure on")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def slug(device: torch.device) -> str:
     """The device's folder under perf/results."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{cores()}core"

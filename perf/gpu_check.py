@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -61,11 +62,17 @@ def run_step(name: str, machine: Machine) -> dict[str, Any]:
     try:
         for found in step(machine):
             findings.append(found)
+            if machine.left <= 0:
+                return {"status": "no time left", "seconds": _since(started), "findings": findings}
     except Exception as error:  # the next step still has something to tell
         status = f"{type(error).__name__}: {error}"
     if status == "ok" and not all(found["ok"] for found in findings):
         status = "failed"
-    return {"status": status, "seconds": round(time.monotonic() - started, 1), "findings": findings}
+    return {"status": status, "seconds": _since(started), "findings": findings}
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 1)
 
 
 def summary(check: dict[str, Any]) -> str:
@@ -99,16 +106,16 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="the calls of the I-th of N parts")
     p.add_argument("--budget", type=float, default=BUDGET, help="seconds in all (default: %(default)g)")
     args = p.parse_args(argv)
-    machine = Machine(
-        torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        time.monotonic() + args.budget,
-        args.small,
-        args.part,
-    )
+    try:
+        device = _machine.device_named(args.device)
+    except (ValueError, RuntimeError) as error:
+        p.error(str(error).splitlines()[0])
+    machine = Machine(device, time.monotonic() + args.budget, args.small, args.part)
     if machine.kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         p.error("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
-    if machine.kind not in ("cpu", "cuda") or (machine.kind == "cuda" and not torch.cuda.is_available()):
-        p.error(f"--device {machine.device}: there is none to check")
+    # A shell that starts this in the background has it ignore interrupts, and all that it starts in turn; programs
+    # whose time is up are interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Read when the library's first handle is made: without it products may not repeat under deterministic algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if machine.kind == "cuda":

@@ -204,9 +204,10 @@ def main(argv: list[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     started = time.monotonic()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        p.error(f"--device {device}: there is none to measure on")
+    try:
+        device = _machine.device_named(args.device)
+    except (ValueError, RuntimeError) as error:
+        p.error(str(error).splitlines()[0])
     if args.dtype and not args.shape:
         p.error("--dtype goes with --shape; a suite has dtypes of its own")
     if device.type == "cuda":
