@@ -67,7 +67,7 @@ def attention(
 
     Returns:
         (..., H, L, E), in v's dtype. On a GPU the backward pass of PyTorch's fused kernels may add in any order; its
-        bits repeat under torch.use_deterministic_algorithms(True).
+        bits repeat under torch.use_deterministic_algorithms(True). Those kernels have no second derivative.
 
     Raises:
         TypeError: an argument that is not a tensor.
@@ -107,14 +107,13 @@ def attention(
         q, scale = q * scale, 1.0
     q = fold_heads(q, W_diag, W_blocks, backend)
     q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
-    # PyTorch's fused kernels take four dimensions, and three go the slow way.
-    single = q.dim() == 3
-    if single:
-        q, k, v = q[None], k[None], v[None]
+    # PyTorch's fused kernels take four dimensions; with fewer a GPU would hold all weights.
+    lead = max(4 - q.dim(), 0) if q.is_cuda else 0
+    q, k, v = (x[(None,) * lead] for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
     )
-    return out[0] if single else out
+    return out[(0,) * lead]
 
 
 class HeadMetric(nn.Module):

@@ -189,6 +189,26 @@ def test_the_attention_is_pytorchs_own_on_the_folded_queries(
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["two", "three"])
+def test_fewer_than_four_dimensions_take_a_gpus_fused_kernels_too(
+    lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """They want four. On a CPU the call is as it comes, which leaves it a second derivative."""
+    real, seen = nn.functional.scaled_dot_product_attention, []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append(q.dim())
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = (features(*lead, n, 8, device=device) for n in (5, 7, 7))
+    W_diag, mask = torch.randn(8, device=device), torch.randn(5, 7, device=device)
+    out = gssf_triton.attention(q, k, v, W_diag, attn_mask=mask)
+    assert seen == [4 if device == "cuda" else q.dim()]
+    folded = q.double() * W_diag.double()
+    assert_close(out, real(folded, k.double(), v.double(), attn_mask=mask.double()), tolerance(torch.float32))
+
+
 @pytest.mark.parametrize("lengths", [(0, 3), (3, 0)], ids=["no-queries", "no-keys"])
 def test_empty(lengths: tuple[int, int], device: str) -> None:
     q, k, v = (features(2, 3, n, 16, device=device).requires_grad_() for n in (lengths[0], lengths[1], lengths[1]))
