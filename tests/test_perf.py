@@ -20,7 +20,7 @@ import report
 import sweep
 import torch
 from _costs import Cost, cost
-from perf_kit import small_ceilings
+from perf_kit import quick
 
 SHAPE = _cells.Shape(24, 40, 32, 8)
 
@@ -206,7 +206,7 @@ def test_operations_of_other_shapes_and_results_run_from_suite_to_readme(
     monkeypatch.setattr(_registry, "SUITES", (*_registry.SUITES, "toys"))
     few = {("toys", "cpu"): lambda: _cells.grid("pairwise_sim", [SHAPE], ["fp32"], compiled=[])}
     monkeypatch.setitem(_registry.OPERATIONS, "pairwise_sim", dataclasses.replace(pairwise, cells=few))
-    small_ceilings(monkeypatch)
+    quick(monkeypatch)
     out = tmp_path / "device" / "toys.json"
     assert sweep.main(["--suite", "toys", "--device", "cpu", "--seconds", "0.01", "--out", str(out)]) == 0
     cells = json.loads(out.read_text())["cells"]

@@ -13,7 +13,7 @@ from _cells import Cell, Shape, grid
 from _measure import measure
 from _registry import OPERATIONS
 from _timing import Effort
-from perf_kit import small_ceilings
+from perf_kit import quick
 
 
 @pytest.mark.parametrize("loss", ["info_nce", "sigmoid_loss", "triplet_loss", "distillation_loss"])
@@ -50,7 +50,7 @@ def test_where_s_does_not_fit_only_those_run_that_never_store_it() -> None:
 
 def test_errors_are_drawn_and_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From two sizes, and one where only ours runs: the pictures, and README's tables."""
-    small_ceilings(monkeypatch)
+    quick(monkeypatch)
     for name in [name for name in OPERATIONS if name != "info_nce"]:
         monkeypatch.delitem(OPERATIONS, name)
     cells = grid("info_nce", [Shape(N, N, 64, 32) for N in (48, 64)], ("fp32",), compiled=[])

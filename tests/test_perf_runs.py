@@ -22,7 +22,7 @@ import report
 import sweep
 import torch
 from _costs import cost
-from perf_kit import PERF, small_ceilings
+from perf_kit import PERF, quick
 
 TINY = ["--device", "cpu", "--seconds", "0.01", "--contenders", "gssf,dense", "--shape", "24,24,32,8"]
 
@@ -32,14 +32,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two shapes with its pictures."""
     out = tmp_path_factory.mktemp("perf") / "device" / "full.json"
     with pytest.MonkeyPatch.context() as patch:
-        small_ceilings(patch)
+        quick(patch)
         assert sweep.main([*TINY, "--shape", "48,48,32,8", "--out", str(out)]) == 0
     return out
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_ceilings(monkeypatch)
+    quick(monkeypatch)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -110,8 +110,8 @@ def test_a_killed_run_keeps_its_cells_and_resumes(tmp_path: Path) -> None:
     out = tmp_path / "run.json"
     shapes = [part for n in (24, 32, 40) for part in ("--shape", f"{n},40,32,8")]
     argv = ["--device", "cpu", "--contenders", "gssf", "--no-plots", "--out", str(out), *shapes]
-    # Cells of a third of a second each: the kill falls between the first and the last.
-    command = [sys.executable, "-c", SMALL_SWEEP, *argv, "--seconds", "0.3"]
+    # Cells of half a second each: the kill falls between the first and the last.
+    command = [sys.executable, "-c", SMALL_SWEEP, *argv, "--seconds", "0.15"]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **threads}, stderr=subprocess.DEVNULL)
     try:
@@ -127,7 +127,7 @@ def test_a_killed_run_keeps_its_cells_and_resumes(tmp_path: Path) -> None:
     assert 1 <= len(kept) < 6
     assert not json.loads(out.read_text())["complete"]
 
-    assert sweep.main([*argv, "--seconds", "0.3", "--resume", "--time-limit", "1e-6"]) == 0
+    assert sweep.main([*argv, "--seconds", "0.15", "--resume", "--time-limit", "1e-6"]) == 0
     assert _cells_in(out) == kept  # no time left: nothing added, nothing lost
 
     fast = json.loads(out.read_text())

@@ -200,10 +200,9 @@ from gssf_triton.autotune.targets import ARCHITECTURES
 
 for table in shipped():
     if table.arch in ARCHITECTURES:
-        launches = table_launches(table)
-        for launch in launches[:: (len(launches) + 1) // 2]:
-            found = faults(launch, compile_launch(launch))
-            assert not found, (launch, found)
+        launch = table_launches(table)[0]
+        found = faults(launch, compile_launch(launch))
+        assert not found, (launch, found)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=600)
