@@ -48,19 +48,26 @@ def leading(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Scores may stand for keys where the k-th of no row is −inf and none is NaN.
 
     torch.topk does not say which of equal entries it takes, nor in which order it gives them. Only where the k-th and
-    the next are equal can it have taken the wrong ones: those rows are sorted whole.
+    the next are equal can it have taken the wrong ones: those rows are sorted whole. Rows that hold equal entries
+    elsewhere are put in order; most rows hold none.
     """
     if k == keys.shape[1]:
         ordered, columns = keys.sort(dim=1, descending=True, stable=True)
         return ordered, columns
     found, columns = keys.topk(k + 1, dim=1)
-    equal = found[:, k - 1] == found[:, k]
+    undecided = found[:, k - 1] == found[:, k]
+    found, columns = found[:, :k], columns[:, :k]
+    tied = found[:, 1:] == found[:, :-1]
     if not keys.is_floating_point():
-        equal &= found[:, k] != absent(keys.dtype)
-    undecided = equal.nonzero()[:, 0]
-    columns = columns[:, :k].sort(dim=1).values
-    found, order = keys.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    columns = columns.gather(1, order)
+        # What is not there is in no order.
+        there = found != absent(keys.dtype)
+        undecided &= there[:, -1:].any(dim=1)
+        tied &= there[:, 1:]
+    undecided, tied = undecided.nonzero()[:, 0], tied.any(dim=1).nonzero()[:, 0]
+    if tied.numel():
+        ascending = columns[tied].sort(dim=1).values
+        found[tied], order = keys[tied].gather(1, ascending).sort(dim=1, descending=True, stable=True)
+        columns[tied] = ascending.gather(1, order)
     if undecided.numel():
         ordered, places = keys[undecided].sort(dim=1, descending=True, stable=True)
         found[undecided], columns[undecided] = ordered[:, :k], places[:, :k]
@@ -69,5 +76,5 @@ def leading(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def merge(keys: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k leading entries of lists laid side by side, (R, L): equal keys must lie in the order of their indices."""
-    keys, order = keys.sort(dim=1, descending=True, stable=True)
-    return keys[:, :k], indices.gather(1, order[:, :k])
+    keys, places = leading(keys, k)
+    return keys, indices.gather(1, places)
