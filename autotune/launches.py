@@ -69,7 +69,7 @@ FULL_ARCH = "sm_90"
 PLAIN_BLOCK_SIZES = (0, 32, 128)
 
 #: Variants that do less than another in the same tile are held to the gate where blocks share a tile and where they
-#: fill one.
+#: fill one; of gradients, beyond `FULL_ARCH`, the one that has no product.
 LIGHTER_AT = (32, 256)
 
 #: Rows on each side that lead to the configurations for small and for large S.
@@ -181,7 +181,9 @@ def _gradient(arch: str, numerics: str) -> Iterator[Launch]:
     dtype, precision = _numerics(numerics)
     for B in _block_sizes(numerics, LARGEST_BLOCK):
         config = gradient_config(B, dtype, arch, tf32=numerics != "fp32")
-        variants = [("a and weights", True, True, True), ("b", True, True, False), ("fold", False, True, True)]
+        variants = [("a and weights", True, True, True), ("fold", False, True, True), ("b", True, True, False)]
+        if arch != FULL_ARCH:
+            variants.pop()
         if config.rows_apart:
             variants = [("weights", False, False, True)]
         for label, product, rows, weights in variants[: 1 if numerics in BRIEF or B not in LIGHTER_AT else None]:

@@ -10,7 +10,11 @@ import os
 import random
 import sys
 
-import torch
+# A thread a process: workers run side by side, tests start programs, and threads wait for each other's cores.
+for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(threads, "1")  # read when torch and NumPy are imported
+
+import torch  # noqa: E402
 
 if "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ:
     raise RuntimeError("Triton was imported before tests/conftest.py could choose between the GPU and the interpreter")
