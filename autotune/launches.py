@@ -205,6 +205,8 @@ STREAMED = (
     ("distillation", False, True),
     ("distillation_slope", True, True),
 )
+#: Of these another holds as much and does more: beyond `FULL_ARCH` that one stands for them.
+LIGHTER_STREAMED = ("sigmoid", "distillation")
 
 
 def _stream(arch: str, numerics: str) -> Iterator[Launch]:
@@ -219,7 +221,7 @@ def _streamed(arch: str, numerics: str, config: PairwiseConfig, with_teacher: bo
     _, precision = _numerics(numerics)
     for epilogue, slope, teacher in STREAMED:
         brief = numerics == "tf32" and epilogue not in ("softmax_slope_both", "distillation_slope")
-        if teacher != with_teacher or brief:
+        if teacher != with_teacher or brief or (arch != FULL_ARCH and epilogue in LIGHTER_STREAMED):
             continue
         flags = {
             "EPILOGUE": epilogue, "COLUMNS": epilogue.endswith("both"), "SUMS": "_sums_" in epilogue, "TEACHER":
