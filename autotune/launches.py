@@ -67,6 +67,9 @@ BRIEF_BLOCK_SIZES = (32, 128, 256)
 #: `PLAIN_BLOCK_SIZES`.
 FULL_ARCH = "sm_90"
 PLAIN_BLOCK_SIZES = (0, 32, 128)
+#: Exact float32 runs on FMA units, which `FULL_ARCH` has in common with this one; gradients and losses, whose tiles are
+#: other ones, and the tables are compiled nonetheless.
+SAME_UNITS = ("fp32", "sm_80")
 
 #: Variants that do less than another in the same tile are held to the gate where blocks share a tile and where they
 #: fill one; of gradients, beyond `FULL_ARCH`, the one that has no product.
@@ -348,7 +351,7 @@ def all_launches(architectures: Iterable[str] = tuple(ARCHITECTURES)) -> list[La
             for numerics, _, _ in NUMERICS:
                 yield from _stream(arch, numerics)
                 yield from _gradient(arch, numerics)
-                if numerics == "fp16" and arch != FULL_ARCH:
+                if (numerics, arch) == SAME_UNITS or (numerics == "fp16" and arch != FULL_ARCH):
                     continue
                 yield from _pairwise(arch, numerics)
                 yield from _rowwise("fold", arch, numerics)

@@ -188,27 +188,6 @@ def test_the_model_errs_on_the_safe_side_of_the_compiler() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.kernels
-def test_a_sample_of_the_tables_compiles() -> None:
-    """`make aot` and `autotune check` compile them all."""
-    program = """
-from gssf_triton.autotune.compile_gate import faults
-from gssf_triton.autotune.launches import table_launches
-from gssf_triton.autotune.resources import compile_launch
-from gssf_triton.autotune.tables import shipped
-from gssf_triton.autotune.targets import ARCHITECTURES
-
-for table in shipped():
-    if table.arch in ARCHITECTURES:
-        launch = table_launches(table)[0]
-        found = faults(launch, compile_launch(launch))
-        assert not found, (launch, found)
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
-
-
 def test_model_tables_keep_what_was_measured() -> None:
     table = GPU_TABLES[0]
     key = next(key for key in table.entries if key.kernel == "pairwise")
