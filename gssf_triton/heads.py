@@ -109,11 +109,12 @@ def attention(
     q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
     # PyTorch's fused kernels take four dimensions; with fewer a GPU would hold all weights.
     lead = max(4 - q.dim(), 0) if q.is_cuda else 0
-    q, k, v = (x[(None,) * lead] for x in (q, k, v))
+    if lead:
+        q, k, v = (x[(None,) * lead] for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
     )
-    return out[(0,) * lead]
+    return out[(0,) * lead] if lead else out
 
 
 class HeadMetric(nn.Module):

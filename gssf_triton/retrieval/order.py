@@ -75,6 +75,9 @@ def leading(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def merge(keys: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k leading entries of lists laid side by side, (R, L): equal keys must lie in the order of their indices."""
-    keys, places = leading(keys, k)
-    return keys, indices.gather(1, places)
+    """The k leading entries of lists laid side by side, (R, L): equal keys must lie in the order of their indices.
+
+    Unlike `leading` it reads no value on the host: a kernel's search stays asynchronous, and can be captured.
+    """
+    keys, order = keys.sort(dim=1, descending=True, stable=True)
+    return keys[:, :k], indices.gather(1, order[:, :k])
