@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
+from reprlib import repr as shown
 from typing import Any
 
 from gssf_triton.autotune.configs import (
@@ -200,14 +201,14 @@ def parse_config(kernel: str, values: object, key: Key) -> Config:
     """
     space = SPACES[kernel]
     if not isinstance(values, dict):
-        raise ValueError(f"config must be an object, got {values!r}")
+        raise ValueError(f"config must be an object, got {shown(values)}")
     names = [field.name for field in fields(space.config)]
     if sorted(values) != sorted(names):
         raise ValueError(f"config of {kernel} must have the fields {', '.join(names)}, got {', '.join(sorted(values))}")
     for name, value in values.items():
         # By type too: True == 1, and 4.0 == 4.
         if not any(type(value) is type(choice) and value == choice for choice in space.values[name]):
-            raise ValueError(f"{name} of {kernel} must be one of {space.values[name]}, got {value!r}")
+            raise ValueError(f"{name} of {kernel} must be one of {space.values[name]}, got {shown(value)}")
     config: Config = space.config(**values)
     if not space.fits_key(config, key):
         raise ValueError(f"{config} is no legal tile for {key}")

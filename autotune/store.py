@@ -2,7 +2,8 @@
 
 Many processes may tune at once: a write takes a lock, reads what the others have written, adds its own and replaces the
 file in one step, so nothing is lost, and a process killed at any moment leaves a whole file behind. No fault of the
-file or the disk ever stops a run: it costs a warning, and what this process has found is kept in memory.
+file or the disk ever stops a run: it costs one warning a process, and what this process has found is kept in memory.
+So it is for a user who has no cache directory at all.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ from gssf_triton.autotune import devices
 from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render
+from gssf_triton.storage import CACHE_VARIABLE, cache_folder, warn_once
 
 if sys.platform != "win32":
     import fcntl
 
-#: Where the cache lies, instead of the user's cache directory.
-FOLDER_VARIABLE = "GSSF_CACHE_DIR"
 #: How often a lock is asked for, and for how long: a holder needs milliseconds.
 LOCK_POLL_SECONDS, LOCK_PATIENCE_SECONDS = 0.02, 30.0
 
@@ -41,21 +41,14 @@ def identity(device: Device) -> dict[str, str]:
     }
 
 
-def folder() -> Path:
-    """The cache's directory: $GSSF_CACHE_DIR/autotune, or `autotune` in the user's cache directory for gssf_triton."""
-    chosen = os.environ.get(FOLDER_VARIABLE)
-    if chosen:
-        return Path(chosen) / "autotune"
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("gssf_triton")) / "autotune"
-
-
-def path_for(device: Device) -> Path:
-    """The file of a device's results."""
+def path_for(device: Device) -> Path | None:
+    """The file of a device's results, in `autotune` of `storage.cache_folder`; None where there is no such folder."""
+    folder = cache_folder()
+    if folder is None:
+        return None
     parts = identity(device)
     name = f"{device.slug}-driver-{parts['driver']}-triton-{parts['triton']}-gssf-{parts['gssf_triton']}"
-    return folder() / f"{devices.slug(name)}.json"
+    return folder / "autotune" / f"{devices.slug(name)}.json"
 
 
 class Store:
@@ -64,6 +57,9 @@ class Store:
     Args:
         device: Whose results.
         path: The file; the device's own in the user's cache directory where None.
+
+    Attributes:
+        path: The file; None where the user has no cache directory: results then hold for this process only.
 
     Example:
         >>> import tempfile
@@ -84,13 +80,26 @@ class Store:
     def __init__(self, device: Device, path: Path | None = None) -> None:
         self.device = device
         self.path = path or path_for(device)
-        self._warned: set[str] = set()
         self._unsaved: dict[Key, Entry] = {}
+        self._set_one_aside = False
 
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, stacklevel=4)
+    @property
+    def _file(self) -> Path:
+        """The file; where there is no place for it, it is one that is not found."""
+        if self.path is None:
+            raise FileNotFoundError("this user has no cache directory")
+        return self.path
+
+    def _go_on_without(self, fault: OSError) -> None:
+        """One warning a folder: in it lie the files of several devices, and where none is read, none is written."""
+        folder = self.path and self.path.parent
+        where = f" in {folder}" if folder else ""
+        warn_once(
+            ("tuning cache", folder),
+            f"the tuning cache{where} cannot be used ({fault}): going on without it, results hold for this process "
+            f"only ({CACHE_VARIABLE} chooses another folder)",
+            stacklevel=3,
+        )
 
     def _blank(self) -> Table:
         return Table(self.device.slug, self.device.arch, (self.device.name,), identity(self.device))
@@ -104,7 +113,7 @@ class Store:
         """
         blank = self._blank()
         try:
-            table = parse(self.path.read_text(encoding="utf-8"))
+            table = parse(self._file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return blank
         except UnicodeDecodeError as fault:
@@ -116,12 +125,15 @@ class Store:
     def _set_aside(self, fault: TableError) -> None:
         # To the nanosecond: no broken file may take the place of another.
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
-        aside = self.path.with_name(f"{self.path.name}.broken-{stamp}")
+        aside = self._file.with_name(f"{self._file.name}.broken-{stamp}")
         try:
-            os.replace(self.path, aside)
+            os.replace(self._file, aside)
         except FileNotFoundError:
             return  # another process was faster
-        self._warn("broken", f"the tuning cache {self.path} cannot be used ({fault}): kept as {aside.name}, begun anew")
+        if not self._set_one_aside:
+            self._set_one_aside = True
+            message = f"the tuning cache {self._file} cannot be used ({fault}): kept as {aside.name}, begun anew"
+            warnings.warn(message, stacklevel=4)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -131,7 +143,7 @@ class Store:
         ):  # the replacement of the file is one step all the same; the last of two writers wins
             yield
             return
-        with open(self.path.with_name(self.path.name + ".lock"), "a", encoding="utf-8") as handle:
+        with open(self._file.with_name(self._file.name + ".lock"), "a", encoding="utf-8") as handle:
             deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
             while True:
                 try:
@@ -150,18 +162,16 @@ class Store:
     def read(self) -> dict[Key, Entry]:
         """The results there are; a file that cannot be used is set aside, with a warning."""
         try:
-            return dict(self._load().entries)
-        except TableError:
-            pass  # look again under the lock: another process may be setting it aside right now
+            try:
+                saved = self._load().entries
+            except TableError:
+                # Look again under the lock: another process may be setting it aside right now.
+                with self._locked():
+                    saved = self._load_or_set_aside().entries
         except OSError as fault:
-            self._warn("unreadable", f"the tuning cache {self.path} cannot be read ({fault}): going on without it")
-            return {}
-        try:
-            with self._locked():
-                return dict(self._load_or_set_aside().entries)
-        except OSError as fault:
-            self._warn("unreadable", f"the tuning cache {self.path} cannot be used ({fault}): going on without it")
-            return {}
+            self._go_on_without(fault)
+            saved = {}
+        return {**saved, **self._unsaved}
 
     def _load_or_set_aside(self) -> Table:
         try:
@@ -174,36 +184,34 @@ class Store:
         """Add results to the file and return all it holds then.
 
         Of two results for one key the earlier stays, so that every process runs the same configuration; `overwrite`
-        is for tuning anew.
+        is for tuning anew. What cannot be saved is kept, and saved with what is added next.
         """
-        found = {**self._unsaved, **found}
+        found = {**self._unsaved, **found} if overwrite else {**found, **self._unsaved}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 table = self._load_or_set_aside()
                 entries = {**table.entries, **found} if overwrite else {**found, **table.entries}
-                if entries != table.entries or not self.path.exists():
+                if entries != table.entries or not self._file.exists():
                     self._replace(render(replace(table, entries=entries)))
         except OSError as fault:
-            self._unsaved = found
-            self._warn(
-                "unwritable",
-                f"tuning results cannot be saved in {self.path.parent} ({fault}): they hold for this process only",
-            )
-            held = self.read()
-            return {**held, **found} if overwrite else {**found, **held}
+            self._go_on_without(fault)
+            self._unsaved = {}
+            saved = self.read()
+            self._unsaved = found if overwrite else {key: found[key] for key in found if key not in saved}
+            return {**saved, **self._unsaved}
         self._unsaved = {}
         return entries
 
     def _replace(self, text: str) -> None:
         """Whole or not at all. Under the lock one name will do, and what a killed writer left is overwritten."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary = self._file.with_name(self._file.name + ".tmp")
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            os.replace(temporary, self._file)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise

@@ -6,10 +6,11 @@ A file is taken whole or not at all: one field of the wrong type, outside its ra
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from gssf_triton.autotune import model
@@ -21,6 +22,8 @@ from gssf_triton.autotune.space import SPACES, Config, parse_config
 FORMAT = 1
 #: "measured" on the device, or the static "model"'s choice, which nobody timed.
 SOURCES = ("measured", "model")
+#: No tensor has more rows, columns or channels.
+LARGEST_SIZE = 2**63 - 1
 SHIPPED = Path(__file__).parent / "tables"
 
 _ENTRY_FIELDS = ("kernel", "dtype", "M", "N", "D", "B", "config", "source")
@@ -84,31 +87,38 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _number(value: object, name: str) -> float:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-    _check(good, f"{name} must be a finite number from 0 up, got {value!r}")
+    # An integer may lie beyond the floats, and does not convert then.
+    good = type(value) in (int, float) and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+    _check(good, f"{name} must be a finite number from 0 up, got {shown(value)}")
     return float(value)  # type: ignore[arg-type]
 
 
 def _text(value: object, name: str) -> str:
-    _check(isinstance(value, str), f"{name} must be text, got {value!r}")
+    _check(isinstance(value, str), f"{name} must be text, got {shown(value)}")
     return str(value)
 
 
 def _size(value: object, name: str, least: int) -> int:
-    _check(type(value) is int and value >= least, f"{name} must be a whole number from {least} up, got {value!r}")
+    good = type(value) is int and least <= value <= LARGEST_SIZE
+    _check(good, f"{name} must be a whole number from {least} to {LARGEST_SIZE}, got {shown(value)}")
     return value  # type: ignore[return-value]
+
+
+def _one_of(value: object, name: str, known: Collection[str]) -> str:
+    # By type first: a list cannot be looked up in a dictionary.
+    _check(isinstance(value, str) and value in known, f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+    return str(value)
 
 
 def _parse_entry(row: object, arch: str) -> tuple[Key, Entry]:
     if not isinstance(row, dict):
-        raise TableError(f"an entry must be an object, got {row!r}")
+        raise TableError(f"an entry must be an object, got {shown(row)}")
     measured = row.get("source") == "measured"
     wanted = _ENTRY_FIELDS + (_MEASURED_FIELDS if measured else ())
     _check(sorted(row) == sorted(wanted), f"an entry must have the fields {', '.join(wanted)}, got {', '.join(row)}")
-    kernel, dtype, source = row["kernel"], row["dtype"], row["source"]
-    _check(kernel in SPACES, f"kernel must be one of {', '.join(SPACES)}, got {kernel!r}")
-    _check(dtype in NUMERICS, f"dtype must be one of {', '.join(NUMERICS)}, got {dtype!r}")
-    _check(source in SOURCES, f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+    kernel = _one_of(row["kernel"], "kernel", SPACES)
+    dtype = _one_of(row["dtype"], "dtype", NUMERICS)
+    source = _one_of(row["source"], "source", SOURCES)
     sizes = [_size(row[name], name, least) for name, least in (("D", 1), ("B", 0), ("M", 1), ("N", 0))]
     key = Key(kernel, dtype, *sizes)
     _check(bucket(key.M) == key.M and bucket(key.N) == key.N, f"M and N must be powers of two, got {key.M}, {key.N}")
@@ -135,13 +145,13 @@ def _load(text: str) -> tuple[Table, list[Any]]:
     except (ValueError, RecursionError) as fault:
         raise TableError(f"no JSON: {fault}") from None
     _check(isinstance(data, dict), "no table: the file must hold an object")
-    _check(data.get("format") == FORMAT, f"format must be {FORMAT}, got {data.get('format')!r}")
+    _check(data.get("format") == FORMAT, f"format must be {FORMAT}, got {shown(data.get('format'))}")
     wanted = ("format", "device", "arch", "names", "identity", "entries")
     _check(sorted(data) == sorted(wanted), f"a table must have the fields {', '.join(wanted)}, got {', '.join(data)}")
     slug, arch = _text(data["device"], "device"), _text(data["arch"], "arch")
     names, identity, rows = data["names"], data["identity"], data["entries"]
-    _check(isinstance(names, list) and bool(names), f"names must be a list of names, got {names!r}")
-    _check(isinstance(identity, dict), f"identity must be an object, got {identity!r}")
+    _check(isinstance(names, list) and bool(names), f"names must be a list of names, got {shown(names)}")
+    _check(isinstance(identity, dict), f"identity must be an object, got {shown(identity)}")
     _check(isinstance(rows, list), f"entries must be a list, got {type(rows).__name__}")
     names = tuple(_text(name, "a name") for name in names)
     return Table(slug, arch, names, {k: _text(v, "identity") for k, v in identity.items()}), rows

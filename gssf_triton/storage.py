@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files that are looked at before they are trusted.
+"""The cache folder, files that are written whole or not at all, and files that are looked at before they are trusted.
 
 Nothing is unpickled. A file that cannot be used is a `ValueError` that names it, what was expected and what came; one
 that is not there, or may not be opened, is the `OSError` it always is.
@@ -8,14 +8,57 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: Where results that later runs use lie, instead of the user's cache directory.
+CACHE_VARIABLE = "GSSF_CACHE_DIR"
+
+#: What this process has warned of.
+_warned: set[Hashable] = set()
+
+
+def warn_once(about: Hashable, message: str, stacklevel: int = 2) -> None:
+    """Warn of a fault that costs no result, once a process."""
+    if about not in _warned:
+        _warned.add(about)
+        warnings.warn(message, stacklevel=stacklevel + 1)
+
+
+def _usual_cache_folder() -> str:
+    """Where platformdirs puts the cache, for a machine that lacks it; not absolute for a user without a home."""
+    if sys.platform == "win32":
+        return os.path.join(os.environ.get("LOCALAPPDATA", ""), "gssf_triton", "gssf_triton", "Cache")
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    # The XDG specification has relative paths ignored.
+    return os.path.join(chosen if os.path.isabs(chosen) else os.path.expanduser(usual), "gssf_triton")
+
+
+def cache_folder() -> Path | None:
+    """Where results that later runs use lie: $GSSF_CACHE_DIR, or the user's cache directory for gssf_triton.
+
+    None for a user who has no such directory, such as a number without an entry in the password file and without $HOME.
+    The directory may be missing, or not be writable.
+    """
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    try:
+        from platformdirs import user_cache_dir
+
+        found = user_cache_dir("gssf_triton")
+    # It is not installed, or finds no home. Its older releases return "~/.cache" unchanged then.
+    except (ImportError, KeyError, OSError, RuntimeError):
+        found = _usual_cache_folder()
+    return Path(found) if os.path.isabs(found) else None
 
 
 @contextmanager

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +20,14 @@ from forks import forked
 from store_writers import DEVICE, reported
 from tuner_kit import a_chunk, measured, stream_key
 
+from gssf_triton.autotune import lookup, model
 from gssf_triton.autotune import store as store_module
 from gssf_triton.autotune.configs import ChunkConfig
 from gssf_triton.autotune.devices import Device
+from gssf_triton.autotune.keys import make_key
+from gssf_triton.autotune.space import SPACES
 from gssf_triton.autotune.store import Store
-from gssf_triton.autotune.tables import Entry, parse
+from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render
 
 KEY = stream_key()
 
@@ -108,6 +113,12 @@ BROKEN = {
     "a spread in text": edit(row(spread="small")),
     "versions as numbers": edit(row(torch=2)),
     "no text": lambda text: "\udcff",
+    "a kernel in a list": edit(row(kernel=["chunk"])),
+    "a time beyond the floats": edit(row(seconds=10**400)),
+    "a spread beyond the floats": edit(row(spread=10**400)),
+    "rows beyond a tensor's": edit(row(M=2**1100)),
+    "columns beyond a tensor's": edit(row(N=2**63)),
+    "channels beyond a tensor's": edit(row(D=10**400)),
 }
 
 
@@ -126,6 +137,44 @@ def test_a_broken_file_is_set_aside_with_one_warning_and_begun_anew(kind: str, p
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Store(DEVICE, path).read() == {KEY: a_chunk(1024)}
+
+
+#: What no field of a table expects, or none but one or two.
+ODD = (None, True, [], {}, [[]], {"a": 1}, "", "\ud800", "cpu", -1, 0.5, 2**63, 2**1100, -(10**400), 1e308, math.nan)
+
+
+def places(data: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every value in JSON data, whole parts of it included."""
+    for key in range(len(data)) if isinstance(data, list) else list(data):
+        yield data, key
+        if isinstance(data[key], (list, dict)):
+            yield from places(data[key])
+
+
+@pytest.mark.parametrize("kernel", SPACES)
+def test_an_odd_value_anywhere_is_refused_or_does_no_harm(kernel: str) -> None:
+    """One value of a good table is replaced; a table that is taken all the same must answer every look-up."""
+    arch, B = "cpu" if kernel == "chunk" else "sm_90", 32 if kernel in ("pairwise", "fold", "gradient", "plan") else 0
+    key = make_key(kernel, "bf16", 64, 32, 256, B)
+    config = model.default(key, arch)
+    data = json.loads(render(Table("a-gpu", arch, ("a GPU",), {"driver": "1"}, {key: measured(config)})))
+    refused = 0
+    for container, place in list(places(data)):
+        good = container[place]
+        for odd in ODD:
+            container[place] = odd
+            try:
+                table = parse(json.dumps(data))
+            except TableError as fault:
+                assert len(str(fault)) < 1000
+                refused += 1
+                continue
+            for rows in (64, 2**40):
+                wanted = make_key(kernel, "bf16", rows, rows, 256, B)
+                lookup.find(wanted, Device("a-gpu", "a GPU", arch), table.entries, config)
+            assert parse(render(table)) == table
+        container[place] = good
+    assert refused > 200 and parse(json.dumps(data)).entries == {key: measured(config)}
 
 
 def test_a_file_broken_twice_by_one_process_warns_once_and_keeps_both(path: Path) -> None:

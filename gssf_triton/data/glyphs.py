@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gssf_triton.options import check_count, check_flags
-from gssf_triton.storage import read_npz, replacing, unusable
+from gssf_triton.storage import CACHE_VARIABLE, cache_folder, read_npz, replacing, unusable, warn_once
 
 IMAGE_SIZE = 32
 #: Point size at 72 dpi: leaves capitals about 15 of the 32 pixels and room for accents; the few larger are scaled down.
@@ -118,18 +118,12 @@ def render(progress: bool = True) -> Glyphs:
     )
 
 
-def cache_path() -> Path:
-    """Where the rendered set is kept: $GSSF_CACHE_DIR, or the user's cache directory."""
+def cache_path() -> Path | None:
+    """Where the rendered set is kept, a file in `storage.cache_folder`; None where there is no such folder."""
     import matplotlib
 
-    chosen = os.environ.get("GSSF_CACHE_DIR")
-    if chosen:
-        folder = Path(chosen)
-    else:
-        from platformdirs import user_cache_dir
-
-        folder = Path(user_cache_dir("gssf_triton"))
-    return folder / f"glyphs-v{FORMAT}-mpl{matplotlib.__version__}-ucd{unicodedata.unidata_version}.npz"
+    folder = cache_folder()
+    return folder and folder / f"glyphs-v{FORMAT}-mpl{matplotlib.__version__}-ucd{unicodedata.unidata_version}.npz"
 
 
 def _read(path: Path) -> Glyphs:
@@ -184,7 +178,13 @@ def load_glyphs(progress: bool = True) -> Glyphs:
     """
     check_flags(progress=progress)
     path = cache_path()
-    if path.exists():
+    if path is None:
+        warn_once(
+            "glyphs", f"this user has no cache directory, the glyph set is not kept: {CACHE_VARIABLE} chooses one"
+        )
+        return render(progress)
+    # Not path.exists(), which raises where the folder may not be searched.
+    if os.path.exists(path):
         try:
             return _read(path)
         except (OSError, ValueError) as fault:
@@ -198,5 +198,5 @@ def load_glyphs(progress: bool = True) -> Glyphs:
     try:
         _write(path, glyphs)
     except OSError as refusal:
-        warnings.warn(f"the glyph set could not be cached in {path.parent} ({refusal})", stacklevel=2)
+        warn_once(("glyphs", path), f"the glyph set could not be cached in {path.parent} ({refusal})")
     return glyphs
