@@ -27,11 +27,12 @@ from gssf_triton.autotune.configs import (
 )
 from gssf_triton.autotune.devices import Device, identify, identify_for_torch
 from gssf_triton.autotune.keys import RANKED_ROWS, WITHOUT_COLUMNS, Key, distance, make_key, numerics
-from gssf_triton.autotune.plans import Plan, PlanChoice, forced_plan
+from gssf_triton.autotune.plans import Plan, PlanChoice, as_compiled, forced_plan
 from gssf_triton.autotune.retrieval_configs import RetrievalConfig
 from gssf_triton.autotune.space import SPACES, TORCH_KERNELS, Config
 from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry, TableError, shipped_for
+from gssf_triton.backend import TRITON_RELEASE
 
 #: Answers remembered before all are forgotten: a program whose every batch has another size must not grow for ever.
 MOST_REMEMBERED = 16_384
@@ -129,7 +130,8 @@ def find(
 
     exact = entries.get(key)
     if exact is not None and usable(exact.config):
-        return Answer(exact.config, f"{exact.source}, for this very key", exact)
+        config = exact.config if exact.source == "measured" else _modelled(key.kernel, exact.config, device)
+        return Answer(config, f"{exact.source}, for this very key", exact)
     near = [
         (far, other)
         for other, entry in entries.items()
@@ -140,7 +142,14 @@ def find(
         return Answer(
             entries[other].config, f"measured, for the neighbour {other}, {far:.1f} doublings off", entries[other]
         )
-    return Answer(fallback, "model: no table has this key or a tuned neighbour")
+    return Answer(_modelled(key.kernel, fallback, device), "model: no table has this key or a tuned neighbour")
+
+
+def _modelled(kernel: str, config: Config, device: Device) -> Config:
+    """A choice of the model's, in the package's tables or made anew, as the installed Triton compiles for it."""
+    if kernel == "plan" and isinstance(config, PlanChoice):
+        return as_compiled(config, device.arch, TRITON_RELEASE)
+    return config
 
 
 @contextmanager
@@ -170,7 +179,7 @@ def _resolve(
     fallback = model.choice(kernel, M, N, D, B, dtype, device.arch, tf32=tf32, batch=batch)
     chosen = mode.mode()
     if chosen == "off" or not M * D * batch or (not N and kernel not in WITHOUT_COLUMNS):
-        return fallback, True
+        return _modelled(kernel, fallback, device), True
     key = make_key(kernel, numerics(dtype, tf32), M, N, D, B, batch)
     lasting = True
     with _lock:

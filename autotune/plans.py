@@ -35,6 +35,9 @@ LIBRARY_FLOPS = {"half": 790e12, "float": 55e12, "tf32": 390e12, "double": 50e12
 ONE_PASS_EFFICIENCY = 0.7
 #: Column tile of the one-pass kernel: the fold is recomputed for each.
 ONE_PASS_BLOCK_N = 128
+#: The first release of Triton of which the one-pass kernel's products overlap on sm_90. ptxas serialises what older
+#: ones make of it in small tiles and in TF32 (C7515), whichever assembler's it is.
+OVERLAPPING_TRITON = (3, 8)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,21 @@ class PlanChoice:
     def resolve(self, M: int, N: int) -> Plan:
         """The plan for S (M, N)."""
         return Plan(self.kind, (N < M) == (self.fold == "fewer"))
+
+
+def as_compiled(choice: PlanChoice, arch: str, triton: tuple[int, ...]) -> PlanChoice:
+    """The model's choice for the kernels that a release of Triton makes of an architecture.
+
+    The estimate of one pass is of products that overlap. Without it, fold and the library's product is the best plan.
+
+    Example:
+        >>> from gssf_triton.autotune.plans import PlanChoice, as_compiled
+        >>> as_compiled(PlanChoice("one_pass", "fewer"), "sm_90", (3, 6))
+        PlanChoice(kind='fold_product', fold='fewer')
+    """
+    if choice.kind == "one_pass" and arch.startswith("sm_90") and triton < OVERLAPPING_TRITON:
+        return PlanChoice("fold_product", choice.fold)
+    return choice
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,10 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 TRITON_VERSION = _installed_triton()
+#: Its major and minor number; nothing without one.
+TRITON_RELEASE = _release(TRITON_VERSION or "")
 #: Whether there is a Triton that the kernels run with.
-HAS_TRITON = TRITON_VERSION is not None and _release(TRITON_VERSION) >= _release(OLDEST_TRITON)
+HAS_TRITON = TRITON_VERSION is not None and _release(OLDEST_TRITON) <= TRITON_RELEASE
 
 #: Ampere is the oldest NVIDIA architecture with bfloat16 and TF32 tensor cores, which the configurations assume.
 OLDEST_CAPABILITY = (8, 0)

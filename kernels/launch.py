@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +18,17 @@ from torch import Tensor
 
 from gssf_triton.autotune.configs import dot_precision
 from gssf_triton.autotune.devices import identify
+from gssf_triton.kernels import toolchain
+from gssf_triton.kernels.tile import INTERPRETED
 
 #: Offsets below this fit the 32-bit arithmetic that Triton uses for 32-bit operands.
 INT32_LIMIT = 2**31
+
+#: The most programs of a launch along each axis of its grid: CUDA's limits.
+MAX_GRID = (2**31 - 1, 65_535, 65_535)
+
+#: Sizes and strides that are multiples of this let tiles move 16 bytes at a time, whatever the dtype.
+ALIGNMENT = 16
 
 
 def describe(device: torch.device) -> str:
@@ -47,12 +60,38 @@ def precision(dtype: torch.dtype, device: torch.device, *, from_half: bool = Fal
 def pointer(name: str, x: Tensor | None, dims: str, absent: Tensor, stride: str | None = None) -> dict[str, Any]:
     """A tensor as a kernel's pointer and, next to it, its strides: `x_ptr`, `stride_xm`, `stride_xd` for dims "md".
 
-    An absent tensor gets a pointer that is never read, and strides of 0.
+    An absent tensor gets a pointer that is never read, and strides of 0; so has the batch "z" of a single matrix, whose
+    stride would change with the matrix's size, and mean nothing.
     """
     letter = stride or name
     tensor = absent if x is None else x
     strides = [0] * len(dims) if x is None else x.stride()
+    if x is not None and dims[0] == "z" and x.shape[0] == 1:
+        strides = (0, *strides[1:])
     return {f"{name}_ptr": tensor} | {f"stride_{letter}{d}": s for d, s in zip(dims, strides, strict=True)}
+
+
+def matrix(name: str, x: Tensor | None, dims: str, absent: Tensor, stride: str | None = None) -> dict[str, Any]:
+    """As `pointer`, for a matrix with a side as long as a batch: all sizes share two kernels, even and ragged ones.
+
+    Triton compiles anew for an argument that is 1, or a multiple of 16, where it was not before. So the kernel is not
+    to specialise these strides, and is told what matters of them: the stride along the contiguous side is None, and
+    EVEN_S (of a matrix "s") tells that this side and all other strides are multiples of 16. A kernel reads them by
+    `tile.stride_of` and `tile.side_of`.
+    """
+    letter, even = stride or name, f"EVEN_{name.upper()}"
+    arguments = pointer(name, x, dims, absent, letter)
+    if x is None:
+        return arguments | {even: False}
+    sizes, strides = x.shape[-2:], x.stride()[-2:]
+    # Of two strides of 1, one side has a single number, and counts as the contiguous one: its length is the other's
+    # stride in any matrix that is contiguous.
+    unit = min((side for side in (1, 0) if strides[side] == 1), key=lambda side: sizes[side], default=None)
+    pitches = [arguments[f"stride_{letter}{d}"] for d in dims]
+    if unit is not None:
+        arguments[f"stride_{letter}{dims[-2:][unit]}"] = None
+        pitches[unit - 2] = sizes[unit]
+    return arguments | {even: all(pitch % ALIGNMENT == 0 for pitch in pitches)}
 
 
 @dataclass(frozen=True)
@@ -128,8 +167,52 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, /, **argume
     Triton starts kernels on the current device, whichever that is: beside tensors of another one they fail, or, where
     one device may read the other's memory, run on the wrong one, unordered with what writes the tensors.
     """
+    assert all(n <= most for n, most in zip(grid, MAX_GRID, strict=False)), f"a grid of {grid}, beyond {MAX_GRID}"
+    find_room()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments)
+        name = getattr(kernel, "__name__", "")
+        if not toolchain.is_watched(name) or toolchain.is_sound(arch := describe(device)):
+            kernel[grid](**arguments)
+            return
+        further, context = toolchain.compiled(name, arguments, arch)
+        with context:
+            kernel[grid](**arguments, **further)
+
+
+@cache
+def find_room() -> None:
+    """Once a process: where Triton cannot write what it compiles, have it write into a temporary folder, and warn."""
+    if INTERPRETED:
+        return
+    folder = triton.knobs.cache.dir
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as fault:
+        instead = tempfile.TemporaryDirectory(prefix="gssf-triton-")
+        _kept.append(instead)  # removed when the process ends
+        triton.knobs.cache.dir = instead.name
+        warnings.warn(
+            f"Triton's cache {folder} cannot be written ({fault}): kernels are compiled anew in every process; set "
+            "TRITON_CACHE_DIR to a folder that can",
+            stacklevel=3,
+        )
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def items_a_grid(programs: int) -> int:
+    """How many items of so many programs each one launch takes, at least one."""
+    return max(1, MAX_GRID[0] // programs)
+
+
+def runs(items: int, programs: int) -> Iterator[slice]:
+    """[0, items) in runs whose launches, of `programs` programs an item, fit a grid."""
+    step = items_a_grid(programs)
+    for start in range(0, items, step):
+        yield slice(start, min(start + step, items))
 
 
 def options(config: Config) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from gssf_triton.autotune import lookup
 from gssf_triton.autotune.plans import Plan
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.kernels.toolchain import may_launch
+from gssf_triton.ops import forms
 from gssf_triton.torch_backend import accumulate_dtype, as_rows
 
 Weights = tuple[Tensor | None, Tensor | None]
@@ -52,8 +54,12 @@ def _size(n: int | torch.SymInt) -> int:
 def _plan(a: Tensor, b: Tensor, W_blocks: Tensor | None, normalize: bool) -> Plan:
     batch, M, N, D = (_size(n) for n in (*a.shape[:2], b.shape[1], a.shape[2]))
     plan = lookup.plan(batch, M, N, D, _size(_block_size(W_blocks)), a.dtype, a.device)
-    if normalize and a.dtype == torch.float16 and plan.kind == "one_pass":
-        # The one-pass kernel scales at the end: T of a long row would leave float16's range before that.
+    if plan.kind != "one_pass":
+        return plan
+    # The one-pass kernel scales at the end: T of a long row would leave float16's range before that.
+    overflows = normalize and a.dtype == torch.float16
+    # Without blocks it is called with the diagonal.
+    if overflows or not may_launch("pairwise", a.dtype, a.device, has_diag=True, has_blocks=W_blocks is not None):
         return Plan("fold_product", plan.fold_b)
     return plan
 
@@ -65,10 +71,7 @@ def _plan(a: Tensor, b: Tensor, W_blocks: Tensor | None, normalize: bool) -> Pla
     "gssf::fold", mutates_args=(), schema="(Tensor x, Tensor? w_diag, Tensor? w_blocks, bool normalize) -> Tensor"
 )
 def _fold(x: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool) -> Tensor:
-    from gssf_triton.kernels import fold as kernels
-    from gssf_triton.kernels.launch import Metric
-
-    return kernels.fold(x, Metric(w_diag, w_blocks), normalize)
+    return forms.fold(x, w_diag, w_blocks, normalize)
 
 
 @_fold.register_fake
@@ -142,13 +145,10 @@ def _pairwise(
     fold_b: bool,
 ) -> tuple[Tensor, Tensor]:
     """(S, T of the folded side), the latter empty where one pass computes S."""
-    from gssf_triton.kernels import fold as fold_kernels
     from gssf_triton.kernels import pairwise as kernels
     from gssf_triton.kernels.launch import Metric
 
-    rows, columns, metric = (
-        (b, a, Metric(w_diag, _transposed(w_blocks))) if fold_b else (a, b, Metric(w_diag, w_blocks))
-    )
+    rows, columns, blocks = (b, a, _transposed(w_blocks)) if fold_b else (a, b, w_blocks)
 
     def matrix() -> tuple[Tensor, Tensor]:
         """An empty S, and the view of it whose rows are the folded side's."""
@@ -157,18 +157,17 @@ def _pairwise(
 
     if kind == "one_pass":
         S, view = matrix()
-        kernels.pairwise(rows, columns, metric, normalize, view)
+        kernels.pairwise(rows, columns, Metric(w_diag, blocks), normalize, view)
         return S, a.new_empty(0)
 
-    identity = Metric(None, None)
-    folded = fold_kernels.fold(as_rows(rows), metric, normalize).view(rows.shape)
+    folded = forms.fold(as_rows(rows), w_diag, blocks, normalize).view(rows.shape)
     if normalize:
-        columns = fold_kernels.fold(as_rows(columns), identity, True).view(columns.shape)
+        columns = forms.fold(as_rows(columns), None, None, True).view(columns.shape)
     if kind == "fold_product" and out_dtype == a.dtype:
         left, right = (columns, folded) if fold_b else (folded, columns)
         return torch.matmul(left, right.mT), folded
     S, view = matrix()
-    kernels.pairwise(folded, columns, identity, False, view)
+    kernels.pairwise(folded, columns, Metric(None, None), False, view)
     return S, folded
 
 
@@ -295,15 +294,12 @@ def _gradient(
     needs_diag: bool,
     needs_blocks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from gssf_triton.kernels import gradient as kernels
-    from gssf_triton.kernels.launch import Metric
-
     if p is not None and p.dtype == x.dtype:
         plan = lookup.gradient_plan(p.shape[0], p.shape[1], p.shape[2], x.shape[2], block_size, x.dtype, x.device)
         if plan.kind == "fold_product":
             x = torch.matmul(p, x)
             p = None
-    grads = kernels.gradient(p, x, y, Metric(w_diag, w_blocks), block_size, (needs_rows, needs_diag, needs_blocks))
+    grads = forms.gradient(p, x, y, w_diag, w_blocks, block_size, (needs_rows, needs_diag, needs_blocks))
     rows, d_diag, d_blocks = (x.new_empty(0) if grad is None else grad for grad in grads)
     return rows, d_diag, d_blocks
 

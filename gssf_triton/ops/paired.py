@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gssf_triton.ops import forms
 from gssf_triton.ops.bilinear import cast_like, fold, gradient, unit_rows, unit_rows_vjp
 from gssf_triton.torch_backend import accumulate_dtype
 
@@ -20,10 +21,7 @@ def paired(
     a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
 ) -> Tensor:
     """The diagonal of S, (N,), of a and b (N, D)."""
-    from gssf_triton.kernels import paired as kernels
-    from gssf_triton.kernels.launch import Metric
-
-    return kernels.paired(a, b, Metric(w_diag, w_blocks), normalize, out_dtype)
+    return forms.paired(a, b, w_diag, w_blocks, normalize, out_dtype)
 
 
 @paired.register_fake

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gssf_triton.ops import forms
 from gssf_triton.ops.bilinear import add, bilinear_gradients
-from gssf_triton.torch_backend import as_rows
 
 
 @torch.library.custom_op(
@@ -21,15 +21,7 @@ def pairwise_terms(
     a: Tensor, b: Tensor, w_diag: Tensor, w_blocks: Tensor, normalize: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(diagonal, block) terms of S, each (Z, M, N), of a (Z, M, D) and b (Z, N, D)."""
-    from gssf_triton.kernels import fold as fold_kernels
-    from gssf_triton.kernels import pairwise as kernels
-    from gssf_triton.kernels.launch import Metric
-
-    if normalize and a.dtype == torch.float16:  # as in bilinear._plan
-        identity = Metric(None, None)
-        a, b = (fold_kernels.fold(as_rows(x), identity, True).view(x.shape) for x in (a, b))
-        normalize = False
-    return kernels.pairwise_terms(a, b, Metric(w_diag, w_blocks), normalize, out_dtype)
+    return forms.pairwise_terms(a, b, w_diag, w_blocks, normalize, out_dtype)
 
 
 @pairwise_terms.register_fake

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gssf_triton.kernels.toolchain import may_launch
 from gssf_triton.region_word import torch_backend, torch_cross_attention, triton_backend
 from gssf_triton.region_word.torch_backend import Side
 from gssf_triton.torch_backend import accumulate_dtype
@@ -130,7 +131,8 @@ def cross_attention(
     """Scores (I, T) of regions (I, R, D) and words (T, L, D) as they are, and of T of the normalised regions."""
     sides = Side(regions, region_mask, True), folded, Side(words, word_mask, True)
     with full_precision(regions):
-        module = triton_backend if backend == "triton" else torch_cross_attention
+        runs = backend == "triton" and may_launch("cross_attention", words.dtype, words.device)
+        module = triton_backend if runs else torch_cross_attention
         return module.cross_attention(*sides, smooth)
 
 
