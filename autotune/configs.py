@@ -91,6 +91,11 @@ def is_small_memory(arch: str) -> bool:
     return arch.startswith("gfx")
 
 
+def _splits_padding(B: int) -> bool:
+    """True for blocks that are padded and longer than 64 lanes: masks, and addresses of channels, take registers."""
+    return padded_block(B) > 64 and padded_block(B) != B
+
+
 def pairwise_config(
     M: int, N: int, D: int, B: int, dtype: torch.dtype, arch: str, *, terms: bool = False
 ) -> PairwiseConfig:
@@ -101,16 +106,35 @@ def pairwise_config(
     if dtype == torch.float64:
         return PairwiseConfig(32, 32, 16, num_warps=4, num_stages=1)
     if not half:
-        # float32 on the FMA units (precision "highest") keeps operands in registers: 64×64 is what does not spill.
-        return PairwiseConfig(64, 32 if terms else 64, 32, num_warps=4, num_stages=2)
+        # float32 on the FMA units (precision "highest") keeps operands in registers: 64×64 is what does not spill, and
+        # half as much of it a thread on Ampere (but for blocks of 32), and where the fold is a loop of its own.
+        halves = (arch.startswith("sm_8") and B not in (0, 32)) or (arch.startswith("sm_") and padded_block(B) > 32)
+        warps = 8 if halves and not terms else 4
+        return PairwiseConfig(64, 32 if terms else 64, 32, num_warps=warps, num_stages=2)
     small = min(M, N) <= 64 or M * N <= 512 * 512
     if is_small_memory(arch):
         return PairwiseConfig(64, 64 if small or terms else 128, 32, num_warps=4, num_stages=2)
+    padded = padded_block(B)
     # Two accumulators and 64 lanes of both folds are more registers than Ampere's mma.sync leaves.
-    block_k = 32 if 0 < padded_block(B) <= 32 or (terms and arch.startswith("sm_8")) else 64
+    block_k = 32 if 0 < padded <= 32 or (terms and arch.startswith("sm_8")) or _splits_padding(B) else 64
+    if arch.startswith("sm_9") and not (small or terms) and padded == B:
+        block_k = 64  # needs no `drains`
     if small or terms:
-        return PairwiseConfig(64, 64, block_k, num_warps=4, num_stages=3)
-    return PairwiseConfig(128, 128, block_k, num_warps=8, num_stages=3)
+        return PairwiseConfig(64, 64, block_k, num_warps=8 if terms and _splits_padding(B) else 4, num_stages=3)
+    return PairwiseConfig(64 if _splits_padding(B) else 128, 128, block_k, num_warps=8, num_stages=3)
+
+
+def drains(config: PairwiseConfig, B: int, dtype: torch.dtype, arch: str, *, terms: bool, even: bool = True) -> bool:
+    """Whether the one-pass kernel finishes a step's product with b before the next step's fold; `even`: S has no tail.
+
+    On sm_90 it may stay in flight, but where the fold's registers are then written in between, ptxas (13.4, Triton 3.9)
+    gives up, and has every single instruction wait for the one before (its warning C7515). It does not where the fold
+    is a loop of its own, nor in the tiles that are large enough to be worth it.
+    """
+    if not arch.startswith("sm_9") or padded_block(B) > config.BLOCK_K:
+        return False
+    wide = config.BLOCK_N >= 128 and (config.BLOCK_K >= 64 or config.BLOCK_M <= 64)
+    return terms or not even or not wide or dtype.itemsize > 2
 
 
 def stream_config(dtype: torch.dtype, arch: str, *, teacher: bool = False) -> PairwiseConfig:
@@ -129,8 +153,8 @@ def stream_config(dtype: torch.dtype, arch: str, *, teacher: bool = False) -> Pa
         return PairwiseConfig(64, 64, 32, num_warps=4, num_stages=2)
     if teacher:
         return PairwiseConfig(64, 64, 64, num_warps=4, num_stages=3)
-    # 32 numbers of S a thread: with 64, the logits, their exponentials and the slope beside them spill.
-    return PairwiseConfig(128, 64, 64, num_warps=8, num_stages=3)
+    # 32 numbers of S a thread, on sm_100 16: with more, the logits, their exponentials and the slope beside them spill.
+    return PairwiseConfig(128, 32 if arch.startswith("sm_10") else 64, 64, num_warps=8, num_stages=3)
 
 
 def fold_config(M: int, D: int, B: int, dtype: torch.dtype, arch: str) -> FoldConfig:
@@ -140,7 +164,7 @@ def fold_config(M: int, D: int, B: int, dtype: torch.dtype, arch: str) -> FoldCo
     if dtype == torch.float64:
         return FoldConfig(16, 16, num_warps=4, num_stages=1)
     half = dtype in (torch.float16, torch.bfloat16)
-    block_k = 64 if half else 32
+    block_k = 64 if half and not _splits_padding(B) else 32
     return FoldConfig(64, block_k, num_warps=8 if arch.startswith("sm_8") else 4, num_stages=2)
 
 
@@ -168,9 +192,19 @@ def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> Gra
             return GradientConfig(32, 32, block_c, 16, num_warps=8, num_stages=1)
     # Three TF32 products to an exact one: [16, 256] numbers of R, high and low parts, are all of a thread's registers.
     apart = block_c > 128 and dtype == torch.float32 and not tf32 and arch.startswith("sm_")
-    # With four warps the compiler for sm_100 settles on 96 or 128 registers for blocks of up to 32, and spills.
-    wide = (block_c > 128 and arch.startswith("sm_")) or (block_c <= 64 and arch.startswith("sm_10"))
-    return GradientConfig(16, 32, block_c, 16, num_warps=8 if wide else 4, num_stages=1, rows_apart=apart)
+    return GradientConfig(
+        16, 32, block_c, 16, num_warps=8 if _exact_gradient_is_wide(B, arch) else 4, num_stages=1, rows_apart=apart
+    )
+
+
+def _exact_gradient_is_wide(B: int, arch: str) -> bool:
+    """Where four warps of the exact gradient's tile spill: they hold too much, or get too few registers."""
+    block_c = max(padded_block(B), 64)
+    if arch.startswith("sm_8"):
+        return block_c > 128 or B == 0
+    if arch.startswith("sm_9"):
+        return block_c >= 128
+    return arch.startswith("sm_") and (block_c > 128 or (block_c <= 64 and arch.startswith("sm_10")))
 
 
 def chunk_config(device_type: str) -> ChunkConfig:
@@ -220,6 +254,8 @@ def late_interaction_config(R: int, L: int, D: int, dtype: torch.dtype, arch: st
         return LateInteractionConfig(64, 64 // words, words, 32, num_warps=4, num_stages=2)
     # 16 numbers of S a thread: pooling holds a maximum, a sum and an index beside each, and 32 spill.
     if not half:
+        if arch.startswith("sm_10"):  # eight warps get 128 registers, which are too few
+            return LateInteractionConfig(64, 32 // words, words, 32, num_warps=4, num_stages=1)
         return LateInteractionConfig(64, 64 // words, words, 32, num_warps=8, num_stages=2)
     return LateInteractionConfig(64, 64 // words, words, 64, num_warps=8, num_stages=3)
 

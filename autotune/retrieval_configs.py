@@ -80,7 +80,8 @@ def retrieval_config(dtype: torch.dtype, arch: str, precision: str) -> Retrieval
         return RetrievalConfig(32, 32, 32, num_warps=4, num_stages=1, max_spans=3, programs=4)
     if dtype == torch.float32:
         exact = precision == "ieee" and arch.startswith("sm_")
-        return RetrievalConfig(32 if exact else 64, 64, 32, num_warps=8, num_stages=2)
+        columns = 32 if exact and arch.startswith("sm_9") else 64
+        return RetrievalConfig(32 if exact else 64, columns, 32, num_warps=8, num_stages=2)
     if is_small_memory(arch):
         return RetrievalConfig(64, 64, 32, num_warps=4, num_stages=2)
-    return RetrievalConfig(64, 64, 64, num_warps=8, num_stages=3)
+    return RetrievalConfig(64, 32 if arch.startswith("sm_10") else 64, 64, num_warps=8, num_stages=3)

@@ -13,16 +13,18 @@ from gssf_triton.kernels.launch import (
     Metric,
     accumulator,
     launch,
+    matrix,
     needs_wide_channels,
     numerics,
     options,
     pointer,
     precision,
+    runs,
 )
-from gssf_triton.kernels.tile import cast, dot, inverse_norm, nearest, similarity_tile
+from gssf_triton.kernels.tile import cast, dot, inverse_norm, nearest, side_of, similarity_tile, stride_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_gi", "stride_gr", "stride_gc", "I", "T", "R", "L", "chunks"])
 def cross_attention_kernel(
     x_ptr,
     stride_xi,
@@ -41,6 +43,9 @@ def cross_attention_kernel(
     word_scale_ptr,
     word_share_ptr,
     gram_ptr,
+    stride_gi,
+    stride_gr,
+    stride_gc,
     order_ptr,
     out_ptr,
     I,  # noqa: E741 (the paper's letter)
@@ -57,6 +62,7 @@ def cross_attention_kernel(
     WORDS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_REGION_MASK: tl.constexpr,
+    EVEN_GRAM: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -115,8 +121,9 @@ def cross_attention_kernel(
         s = tl.where(valid_m[:, None], s, 0.0)
         numerator = tl.sum(alpha * s, axis=0) * word_scale
 
-        pair = valid_m[:, None] & valid_m[None, :]
-        gram = tl.load(gram_ptr + image * R * R + (region * R)[:, None] + region[None, :], mask=pair, other=0.0)
+        gram_rows = gram_ptr + image * stride_of(stride_gi, EVEN_GRAM) + offs_m * stride_of(stride_gr, EVEN_GRAM)
+        pair = valid_m[:, None] & (valid_m & (offs_m < side_of(R, stride_gc, EVEN_GRAM)))[None, :]
+        gram = tl.load(gram_rows[:, None] + offs_m[None, :] * stride_of(stride_gc, EVEN_GRAM), mask=pair, other=0.0)
         weights = nearest(cast(alpha, gram.dtype), GRAM_PRECISION)
         attended = dot(nearest(gram, GRAM_PRECISION), weights, tl.zeros([BLOCK_M, BLOCK_N], ACC), GRAM_PRECISION)
         squares = tl.maximum(tl.sum(alpha * attended, axis=0), 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -140,11 +147,30 @@ def scores(
     smooth: float,
 ) -> Tensor:
     """Scores (I, T) of regions x, their fold z (I, R, D) and words y (T, L, D), of one dtype; gram (I, R, R)."""
-    (images, R, D), (captions, L, _) = x.shape, y.shape
-    out = torch.empty((images, captions), dtype=accumulator(x.dtype), device=x.device)
-    config = lookup.cross_attention(R, L, D, x.dtype, x.device)
+    out = torch.empty((x.shape[0], y.shape[0]), dtype=accumulator(x.dtype), device=x.device)
     if order is None:
-        order = torch.arange(captions, device=x.device)
+        order = torch.arange(y.shape[0], device=x.device)
+    for run in runs(x.shape[0], y.shape[0]):  # a program has a pair, at least
+        mask = None if region_mask is None else region_mask[run]
+        _launch(x[run], z[run], y, gram[run], word_share, region_scale[run], word_scale, mask, order, smooth, out[run])
+    return out
+
+
+def _launch(
+    x: Tensor,
+    z: Tensor,
+    y: Tensor,
+    gram: Tensor,
+    word_share: Tensor,
+    region_scale: Tensor,
+    word_scale: Tensor,
+    region_mask: Tensor | None,
+    order: Tensor,
+    smooth: float,
+    out: Tensor,
+) -> None:
+    (images, R, D), (captions, L, _) = x.shape, y.shape
+    config = lookup.cross_attention(R, L, D, x.dtype, x.device)
     launch(
         cross_attention_kernel,
         (images * triton.cdiv(captions, config.CAPTIONS),),
@@ -156,7 +182,7 @@ def scores(
         region_scale_ptr=region_scale.contiguous(),
         word_scale_ptr=word_scale.contiguous(),
         word_share_ptr=word_share.contiguous(),
-        gram_ptr=gram.contiguous(),
+        **matrix("gram", gram, "irc", x, stride="g"),
         order_ptr=order,
         out_ptr=out,
         I=images, T=captions, R=R, L=L, D=D, chunks=triton.cdiv(D, config.BLOCK_K),
@@ -168,4 +194,3 @@ def scores(
         GRAM_PRECISION=precision(gram.dtype, x.device, whole_rows=True),
         **options(config),
     )  # fmt: skip
-    return out

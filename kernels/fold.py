@@ -12,7 +12,7 @@ from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, nume
 from gssf_triton.kernels.tile import cast, channels, clamped_rows, fold_chunk, folded, inverse_norm, load_masked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunks", "chunks_per_program"])
 def fold_kernel(
     x_ptr,
     stride_xm,
@@ -67,7 +67,7 @@ def fold_kernel(
         if NORMALIZE:
             t *= scale[:, None]
         offs, valid = channels(chunk, D, B, BLOCK_B, BLOCK_K, WIDE)
-        ptrs = t_ptr + (rows * stride_tm)[:, None] + (offs * stride_td)[None, :]
+        ptrs = t_ptr + (offs_m.to(tl.int64) * stride_tm)[:, None] + (offs * stride_td)[None, :]
         tl.store(ptrs, cast(t, t_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & valid[None, :])
 
 

@@ -18,13 +18,15 @@ from gssf_triton.kernels.launch import (
     Metric,
     acc_type,
     accumulator,
+    items_a_grid,
     launch,
+    matrix,
     needs_wide_channels,
     options,
     pointer,
     precision,
 )
-from gssf_triton.kernels.tile import cast, clamped_rows, dot, nearest
+from gssf_triton.kernels.tile import cast, clamped_rows, dot, nearest, side_of, stride_of
 
 
 @triton.jit
@@ -39,7 +41,7 @@ def lane_parts(lanes, D, B: tl.constexpr, BLOCK_B: tl.constexpr):
         return group, inner, offs, (inner < B) & (offs < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_pz", "stride_pm", "stride_pn", "batch", "M", "N", "lane_count", "splits"])
 def gradient_kernel(
     p_ptr,
     stride_pz,
@@ -83,6 +85,7 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     GRAD_DIAG: tl.constexpr,
     GRAD_BLOCKS: tl.constexpr,
+    EVEN_P: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     EPILOGUE_PRECISION: tl.constexpr,
@@ -117,13 +120,16 @@ def gradient_kernel(
         mask_m = offs_m < M
         x_base = x_ptr + z * stride_xz
         if PRODUCT:
-            p_rows = p_ptr + z * stride_pz + rows_m * stride_pm
+            p_rows = p_ptr + z * stride_of(stride_pz, EVEN_P) + rows_m * stride_of(stride_pm, EVEN_P)
+            p_mask = (offs_m < side_of(M, stride_pm, EVEN_P))[:, None]
             r = tl.zeros([BLOCK_M, BLOCK_C], ACC)
             for step in range(0, tl.cdiv(N, BLOCK_N)):
-                offs_n, rows_n = clamped_rows(step, N, BLOCK_N)
+                offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
+                # Not `clamped_rows`: what lies past x's last row may be NaN, and 0 times that would be in every sum.
+                rows_n = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
                 p = tl.load(
-                    p_rows[:, None] + (rows_n * stride_pn)[None, :],
-                    mask=mask_m[:, None] & (offs_n < N)[None, :],
+                    p_rows[:, None] + (offs_n.to(tl.int64) * stride_of(stride_pn, EVEN_P))[None, :],
+                    mask=p_mask & (offs_n < side_of(N, stride_pn, EVEN_P))[None, :],
                     other=0.0,
                 )
                 x_ptrs = x_base + (rows_n * stride_xn)[:, None] + (channel_q * stride_xd)[None, :]
@@ -224,8 +230,9 @@ def gradient(
         return folded.view(batch, M, D).to(x.dtype), sum_diag, sum_blocks
 
     row_tiles = batch * triton.cdiv(M, config.BLOCK_M)
-    # All row tiles side by side, unless each would need its own slice of the weights' partial sums.
-    splits = min(row_tiles, config.max_splits) if needs_diag or needs_blocks else row_tiles
+    # All row tiles side by side, unless each would need its own slice of the weights' partial sums, or there are more
+    # than a grid holds: a program walks as many as it takes.
+    splits = min(row_tiles, config.max_splits if needs_diag or needs_blocks else items_a_grid(max(D, 1)))
 
     work = batch and M and D and (p is None or N)
     make = torch.empty if work else torch.zeros
@@ -267,7 +274,7 @@ def _launch(
         gradient_kernel,
         (triton.cdiv(lanes, config.BLOCK_C) * splits,),
         x.device,
-        **pointer("p", p, "zmn", x),
+        **matrix("p", p, "zmn", x),
         **pointer("x", x, "znd", x),
         **pointer("y", y, "zmd", x),
         **metric.arguments(x, cast=False) | {"B": block_size, "BLOCK_B": padded},

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, numerics, options, pointer
+from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, numerics, options, pointer, runs
 from gssf_triton.kernels.tile import cast, grouped_tile, similarity_tile
 
 #: Epilogues.
@@ -96,7 +96,7 @@ def pool_tile(
     return top, total, best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["I", "T", "R", "L", "chunks"])
 def late_interaction_kernel(
     x_ptr,
     stride_xi,
@@ -231,7 +231,9 @@ def late_interaction_kernel(
                         total_k = tl.sum(tl.where(row, total, 0.0), axis=0)
                         share_k = tl.exp(sharpness * (s - finite_shift(top_k)[None, :])) / total_k[None, :]
                         weight = tl.where((slots == k)[:, None] & (s != float("-inf")), share_k, weight)
-                    ptrs = out_ptr + (flat * I)[None, :] * R + (images * R + regions)[:, None]
+                    # An image's rows follow the one's before it: all of a tile's are a run.
+                    run = (tile_i * IMAGES).to(tl.int64) * R + first + offs_m
+                    ptrs = out_ptr + (flat * I)[None, :] * R + run[:, None]
                     tl.store(ptrs, cast(weight, out_ptr.dtype.element_ty), mask=valid[:, None] & in_range[None, :])
     if MODE == SCORES:
         at = tile_t * CAPTIONS + tl.arange(0, CAPTIONS)
@@ -295,10 +297,29 @@ def _launch(
     )  # fmt: skip
 
 
-def scores(x: Tensor, y: Tensor, word_share: Tensor, dtype: torch.dtype, **arguments: Any) -> Tensor:
+def scores(
+    x: Tensor,
+    y: Tensor,
+    word_share: Tensor,
+    dtype: torch.dtype,
+    *,
+    region_mask: Tensor | None = None,
+    region_scale: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor:
     """Scores (I, T), in `dtype`, of regions x (I, R, D) and words y (T, L, D), of one dtype; `word_share` (T, L)."""
     out = torch.empty((x.shape[0], y.shape[0]), dtype=dtype, device=x.device)
-    _launch(SCORES, x, y, out, word_share, **arguments)
+    for run in runs(x.shape[0], y.shape[0]):  # a program has a pair, at least
+        _launch(
+            SCORES,
+            x[run],
+            y,
+            out[run],
+            word_share,
+            region_mask=None if region_mask is None else region_mask[run],
+            region_scale=None if region_scale is None else region_scale[run],
+            **arguments,
+        )
     return out
 
 

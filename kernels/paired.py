@@ -12,7 +12,7 @@ from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, nume
 from gssf_triton.kernels.tile import cast, channels, clamped_rows, fold_chunk, folded, inverse_norm, load_masked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunks"])
 def paired_kernel(
     a_ptr,
     stride_am,
@@ -64,7 +64,7 @@ def paired_kernel(
             squares_b += tl.sum(b * b, axis=1)
     if NORMALIZE:
         s *= inverse_norm(squares_a) * inverse_norm(squares_b)
-    tl.store(s_ptr + rows * stride_sm, cast(s, s_ptr.dtype.element_ty), mask=offs_m < M)
+    tl.store(s_ptr + offs_m.to(tl.int64) * stride_sm, cast(s, s_ptr.dtype.element_ty), mask=offs_m < M)
 
 
 def paired(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor:

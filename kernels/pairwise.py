@@ -8,11 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, numerics, options, pointer
-from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, similarity_tile
+from gssf_triton.autotune.configs import drains
+from gssf_triton.kernels.launch import (
+    Metric,
+    describe,
+    items_a_grid,
+    launch,
+    matrix,
+    needs_wide_channels,
+    numerics,
+    options,
+    pointer,
+    runs,
+)
+from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, side_of, similarity_tile, stride_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sz", "stride_sm", "stride_sn", "M", "N", "chunks"])
 def pairwise_kernel(
     a_ptr,
     stride_az,
@@ -48,9 +60,11 @@ def pairwise_kernel(
     TERMS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EVEN_D: tl.constexpr,
+    EVEN_S: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    DRAIN: tl.constexpr,
 ):
     """S[z, i, j] = T(a[z, i]) · b[z, j]; one program owns one [BLOCK_M, BLOCK_N] tile of one matrix of the batch.
 
@@ -69,9 +83,11 @@ def pairwise_kernel(
         b_ptr + z * stride_bz + rows_n * stride_bn, stride_bd,
         w_diag_ptr, stride_wd, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D, chunks,
         B, BLOCK_B, BLOCK_M, BLOCK_N, BLOCK_K, HAS_DIAG, HAS_BLOCKS, TERMS, NORMALIZE, EVEN_D, WIDE, PRECISION, ACC,
+        DRAIN,
     )  # fmt: skip
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    offs = z * stride_sz + (rows_m * stride_sm)[:, None] + (rows_n * stride_sn)[None, :]
+    mask = (offs_m < side_of(M, stride_sm, EVEN_S))[:, None] & (offs_n < side_of(N, stride_sn, EVEN_S))[None, :]
+    rows = z * stride_of(stride_sz, EVEN_S) + offs_m.to(tl.int64) * stride_of(stride_sm, EVEN_S)
+    offs = rows[:, None] + (offs_n.to(tl.int64) * stride_of(stride_sn, EVEN_S))[None, :]
     tl.store(s_ptr + offs, cast(s, s_ptr.dtype.element_ty), mask=mask)
     if TERMS:
         tl.store(s_diag_ptr + offs, cast(s_diag, s_diag_ptr.dtype.element_ty), mask=mask)
@@ -91,19 +107,28 @@ def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_
     kernel = "terms" if terms else "product" if metric.is_identity else "pairwise"
     config = lookup.tile(M, N, D, metric.block_size, a.dtype, a.device, kernel=kernel, batch=batch)
     lanes = metric.lanes(D)
-    grid = (batch * triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    if batch > items_a_grid(tiles):
+        for run in runs(batch, tiles):
+            _launch(a[run], b[run], metric, normalize, s[run], None if s_diag is None else s_diag[run])
+        return
+    stored = matrix("s", s, "zmn", a)
     launch(
         pairwise_kernel,
-        grid,
+        (batch * tiles,),
         a.device,
         **pointer("a", a, "zmd", a),
         **pointer("b", b, "znd", a),
         **metric.arguments(a),
-        **pointer("s", s, "zmn", a),
+        **stored,
         s_diag_ptr=s if s_diag is None else s_diag,
         M=M, N=N, D=D, chunks=triton.cdiv(lanes, config.BLOCK_K),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, GROUP_M=config.GROUP_M,
         TERMS=terms, NORMALIZE=normalize,
+        # Norms are sums of their own beside the products, which keeps ptxas from giving up.
+        DRAIN=not (normalize or metric.is_identity) and drains(
+            config, metric.block_size, a.dtype, describe(a.device), terms=terms, even=stored["EVEN_S"]
+        ),
         EVEN_D=metric.is_even(D, config.BLOCK_K), WIDE=needs_wide_channels(a, b),
         **numerics(a),
         **options(config),

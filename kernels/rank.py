@@ -14,7 +14,7 @@ from gssf_triton.kernels.tile import clamped_rows
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_mm", "stride_mn", "spans", "tiles", "first", "M", "N", "chunks"])
 def rank_kernel(
     a_ptr,
     stride_am,
@@ -49,6 +49,7 @@ def rank_kernel(
     HAS_MASK: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_CAMS: tl.constexpr,
+    EVEN_MASK: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -70,14 +71,14 @@ def rank_kernel(
         keys, same_id = ranked_tile(
             tile_n, offs_m, rows_m, a_ptr, stride_am, stride_ad, b_ptr, stride_bn, stride_bd, scale_ptr, exclude_ptr,
             mask_ptr, stride_mm, stride_mn, a_ids_ptr, b_ids_ptr, a_cams_ptr, b_cams_ptr, first, N, D, chunks,
-            BLOCK_M, BLOCK_N, BLOCK_K, HAS_SCALE, HAS_EXCLUDE, HAS_MASK, HAS_IDS, HAS_CAMS, EVEN_D, WIDE,
+            BLOCK_M, BLOCK_N, BLOCK_K, HAS_SCALE, HAS_EXCLUDE, HAS_MASK, HAS_IDS, HAS_CAMS, EVEN_MASK, EVEN_D, WIDE,
             PRECISION, ACC,
         )  # fmt: skip
         if COUNT:
             part += tl.sum((keys > bar[:, None]).to(tl.int32), axis=1)
         else:
             part = tl.maximum(part, tl.max(tl.where(same_id, keys, ABSENT), axis=1))
-    tl.store(part_ptr + rows_m * spans + span, part, mask=offs_m < M)
+    tl.store(part_ptr + offs_m.to(tl.int64) * spans + span, part, mask=offs_m < M)
 
 
 def _parts(

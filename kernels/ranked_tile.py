@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune.retrieval_configs import RetrievalConfig
-from gssf_triton.kernels.launch import Metric, needs_wide_channels, numerics, options, pointer
-from gssf_triton.kernels.tile import clamped_rows, similarity_tile
+from gssf_triton.kernels.launch import Metric, matrix, needs_wide_channels, numerics, options, pointer
+from gssf_triton.kernels.tile import clamped_rows, similarity_tile, stride_of
 from gssf_triton.retrieval.scoring import Exclusions, Scores
 
 #: The key of what may not be ranked.
@@ -67,6 +67,7 @@ def ranked_tile(
     HAS_MASK: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_CAMS: tl.constexpr,
+    EVEN_MASK: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -91,7 +92,8 @@ def ranked_tile(
     if HAS_EXCLUDE:
         keep &= tl.load(exclude_ptr + rows_m)[:, None] != index[None, :]
     if HAS_MASK:
-        keep &= tl.load(mask_ptr + (rows_m * stride_mm)[:, None] + (rows_n * stride_mn)[None, :]) != 0
+        mask_rows = mask_ptr + rows_m * stride_of(stride_mm, EVEN_MASK)
+        keep &= tl.load(mask_rows[:, None] + (rows_n * stride_of(stride_mn, EVEN_MASK))[None, :]) != 0
     same_id = keep
     if HAS_IDS:
         same_id = tl.load(a_ids_ptr + rows_m)[:, None] == tl.load(b_ids_ptr + rows_n)[None, :]
@@ -123,7 +125,7 @@ def tile_arguments(
         **pointer("b", block, "nd", queries),
         "scale_ptr": queries if scale is None else scale,
         **labels("exclude", exclusions.exclude),
-        **pointer("mask", mask, "mn", queries, stride="m"),
+        **matrix("mask", mask, "mn", queries, stride="m"),
         **labels("a_ids", exclusions.query_ids),
         **labels("b_ids", of_block(exclusions.gallery_ids)),
         **labels("a_cams", exclusions.query_cams),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 from gssf_triton.autotune import lookup
 from gssf_triton.autotune.configs import TRITON_CHUNK_ARRAYS
 from gssf_triton.kernels.epilogues import EPILOGUES
-from gssf_triton.kernels.launch import Metric, acc_type, accumulator, launch, needs_wide_channels, options, pointer
+from gssf_triton.kernels.launch import (
+    ALIGNMENT,
+    Metric,
+    acc_type,
+    accumulator,
+    launch,
+    needs_wide_channels,
+    options,
+    pointer,
+)
 from gssf_triton.kernels.launch import precision as product_precision
 from gssf_triton.kernels.pairwise import pairwise
 from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, similarity_tile
@@ -24,8 +34,11 @@ from gssf_triton.streaming.epilogues import Kept
 #: are at most 2 in size (`losses.common.incoming`), so 2¹⁴ leaves them below float16's 65,504.
 HALF_SLOPE_SCALE = 2.0**14
 
+#: A multiple of every BLOCK_K there is.
+LONGEST_STEP = 128
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["stride_rk", "stride_ck", "stride_sm", "M", "N", "chunks", "teacher_chunks", "diagonal"])
 def stream_kernel(
     t_ptr,
     stride_tm,
@@ -53,7 +66,6 @@ def stream_kernel(
     totals_ptr,
     slope_ptr,
     stride_sm,
-    stride_sn,
     M,
     N,
     D,
@@ -116,8 +128,10 @@ def stream_kernel(
         mask_m, mask_n, totals_ptr + pid, tiles_m * tiles_n, SLOPE, COLUMNS, SUMS,
     )  # fmt: skip
     if SLOPE:
-        ptrs = slope_ptr + (rows_m * stride_sm)[:, None] + (rows_n * stride_sn)[None, :]
-        tl.store(ptrs, cast(slope * slope_scale, slope_ptr.dtype.element_ty), mask=valid)
+        # Rows of the slope end at a multiple of 16, and so does what is stored of them: 16 bytes at a time, whatever N.
+        ptrs = slope_ptr + (offs_m.to(tl.int64) * (stride_sm // 16 * 16))[:, None] + offs_n[None, :]
+        stored = mask_m[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]
+        tl.store(ptrs, cast(slope * slope_scale, slope_ptr.dtype.element_ty), mask=stored)
 
 
 class TritonEngine:
@@ -144,7 +158,8 @@ class TritonEngine:
         totals = t.new_empty((shape.totals, tiles_m * tiles_n), dtype=acc)
         if not wants_slope and shape.makes_slope:
             totals.zero_()
-        slope = t.new_empty((M, N)) if wants_slope else None
+        pitch = triton.cdiv(N, ALIGNMENT) * ALIGNMENT
+        slope = t.new_empty((M, pitch)) if wants_slope else None
         teacher_t = None if operands.teacher_t is None else operands.teacher_t[rows]
         teacher_y = None if operands.teacher_y is None else operands.teacher_y[columns]
         E = 0 if teacher_t is None else teacher_t.shape[1]
@@ -162,7 +177,7 @@ class TritonEngine:
             row_ids_ptr=t if operands.row_ids is None else operands.row_ids[rows].contiguous(),
             column_ids_ptr=t if operands.column_ids is None else operands.column_ids[columns].contiguous(),
             scalars_ptr=operands.scalars, row_out_ptr=row_out, column_out_ptr=column_out, totals_ptr=totals,
-            **pointer("slope", slope, "mn", t, stride="s"),
+            slope_ptr=t if slope is None else slope, stride_sm=pitch,
             M=M, N=N, D=D, chunks=triton.cdiv(D, config.BLOCK_K), E=E, teacher_chunks=triton.cdiv(E, config.BLOCK_K),
             diagonal=rows.start + operands.offset - columns.start, slope_scale=slope_scale(t.dtype),
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, GROUP_M=config.GROUP_M,
@@ -172,16 +187,38 @@ class TritonEngine:
             PRECISION=product_precision(t.dtype, t.device), ACC=acc_type(acc),
             **options(config),
         )  # fmt: skip
-        return Kept(row_out, column_out, totals.sum(1), slope)
+        return Kept(row_out, column_out, totals.sum(1), None if slope is None else slope[:, :N])
 
     def add_product(self, out: Tensor, p: Tensor, x: Tensor) -> None:
         if p.dtype == out.dtype:
             out.addmm_(p, x)
             return
-        # The library would round a half-precision product to half precision before it is added.
-        product = torch.empty((1, *out.shape), dtype=out.dtype, device=out.device)
-        pairwise(p[None], x.mT[None], Metric(None, None), False, product)
-        out.add_(product[0], alpha=1 / slope_scale(p.dtype))
+        alpha = 1 / slope_scale(p.dtype)
+        if adds_halves_in_float32(p.dtype, out.dtype, p.device):
+            torch.addmm(out, p, x, alpha=alpha, out_dtype=out.dtype, out=out)
+            return
+        # This library would round a half-precision product to half precision before it is added. Ours takes whole steps
+        # of the sum alone, which need no masks: what is left of a batch would be another kernel for every kind of size.
+        steps = p.shape[1] // LONGEST_STEP * LONGEST_STEP
+        if steps:
+            product = torch.empty((1, *out.shape), dtype=out.dtype, device=out.device)
+            pairwise(p[None, :, :steps], x[:steps].mT[None], Metric(None, None), False, product)
+            out.add_(product[0], alpha=alpha)
+        out.addmm_(p[:, steps:].to(out.dtype), x[steps:].to(out.dtype), alpha=alpha)
+
+
+@cache
+def adds_halves_in_float32(dtype: torch.dtype, sums: torch.dtype, device: torch.device) -> bool:
+    """True where the library adds products of `dtype` to a matrix of `sums` with none of them rounded to `dtype`.
+
+    Asked of the library itself, once, by a small product: newer versions of torch do so on some devices.
+    """
+    x, out = torch.zeros((16, 16), dtype=dtype, device=device), torch.zeros((16, 16), dtype=sums, device=device)
+    try:
+        torch.addmm(out, x, x, out_dtype=sums, out=out)
+    except (RuntimeError, TypeError):  # not on this device, and no such argument
+        return False
+    return True
 
 
 def slope_scale(dtype: torch.dtype) -> float:

@@ -80,9 +80,36 @@ def clamped_rows(tile, rows, BLOCK: tl.constexpr):
     """Row numbers of a tile and the ones to load: rows past the end load row 0, so that loads need no row mask.
 
     What those rows compute is never stored; a NaN in row 0 therefore stays in row 0.
+
+    The hint gives back the contiguity that the clamp hides from the compiler, without which tiles move one number at a
+    time. It is untrue of a ragged last tile: where rows are a matrix's contiguous side, 16 bytes that start inside it
+    may end past it, and rows past the end then hold whatever follows. Such a load stays within 16 aligned bytes whose
+    first number exists, so it never faults. Two uses are therefore wrong: rows that are summed over, since what
+    follows may be NaN, and addresses of stores, for which masked row numbers will do.
     """
     offs = tile * BLOCK + tl.arange(0, BLOCK)
-    return offs, tl.where(offs < rows, offs, 0).to(tl.int64)
+    clamped = tl.where(offs < rows, offs, 0)
+    return offs, tl.max_contiguous(tl.multiple_of(clamped, BLOCK), BLOCK).to(tl.int64)
+
+
+@triton.jit
+def stride_of(stride, EVEN: tl.constexpr):
+    """A stride of a `launch.matrix`, told to the compiler: 1 along the contiguous side, multiples of 16 where EVEN."""
+    if stride is None:
+        return 1
+    elif EVEN:
+        return stride // 16 * 16
+    else:
+        return stride
+
+
+@triton.jit
+def side_of(size, stride, EVEN: tl.constexpr):
+    """The length of a `launch.matrix`'s side, told to the compiler: where EVEN a contiguous one is a multiple of 16."""
+    if stride is None and EVEN:
+        return size // 16 * 16
+    else:
+        return size
 
 
 @triton.jit
@@ -244,12 +271,14 @@ def similarity_tile(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    DRAIN: tl.constexpr = False,
 ):
     """S between a tile of rows of a and one of b, in one pass over the channels: load, fold, product.
 
     `a_rows` [BLOCK_M] and `b_rows` [BLOCK_N] point at the rows' first channels. Returns (s, s_diag), [BLOCK_M, BLOCK_N]
     in ACC. With TERMS, s holds the block term and s_diag the diagonal one; without, s is the whole and s_diag repeats
-    it. NORMALIZE takes both sides' norms from the tiles the product loads anyway, and scales at the end.
+    it. NORMALIZE takes both sides' norms from the tiles the product loads anyway, and scales at the end. DRAIN: see
+    `configs.drains`.
     """
     s = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     if TERMS:
@@ -276,6 +305,11 @@ def similarity_tile(
         else:
             # Folded before: straight from shared memory to the tensor cores, with no detour through ACC.
             s = dot(a, b, s, PRECISION)
+        if DRAIN:
+            # Whoever looks at a sum waits for it. This look costs nothing else: it is gone from the machine code.
+            s = tl.where(chunk >= 0, s, 0.0)
+            if TERMS:
+                s_diag = tl.where(chunk >= 0, s_diag, 0.0)
     if NORMALIZE:
         scale = inverse_norm(squares_a)[:, None] * inverse_norm(squares_b)[None, :]
         s *= scale

@@ -16,7 +16,7 @@ from gssf_triton.retrieval.scan import Lists
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_mm", "stride_mn", "spans", "tiles", "first", "M", "N", "chunks"])
 def topk_kernel(
     a_ptr,
     stride_am,
@@ -50,6 +50,7 @@ def topk_kernel(
     HAS_MASK: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_CAMS: tl.constexpr,
+    EVEN_MASK: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -71,7 +72,7 @@ def topk_kernel(
         keys, _ = ranked_tile(
             tile_n, offs_m, rows_m, a_ptr, stride_am, stride_ad, b_ptr, stride_bn, stride_bd, scale_ptr, exclude_ptr,
             mask_ptr, stride_mm, stride_mn, a_ids_ptr, b_ids_ptr, a_cams_ptr, b_cams_ptr, first, N, D, chunks,
-            BLOCK_M, BLOCK_N, BLOCK_K, HAS_SCALE, HAS_EXCLUDE, HAS_MASK, HAS_IDS, HAS_CAMS, EVEN_D, WIDE,
+            BLOCK_M, BLOCK_N, BLOCK_K, HAS_SCALE, HAS_EXCLUDE, HAS_MASK, HAS_IDS, HAS_CAMS, EVEN_MASK, EVEN_D, WIDE,
             PRECISION, ACC,
         )  # fmt: skip
         highest = tl.max(keys, axis=1)
@@ -81,7 +82,7 @@ def topk_kernel(
             keys = tl.where(keys == highest[:, None], ABSENT, keys)
             lowest = tl.min(best, axis=1)
             highest = tl.max(keys, axis=1)
-    ptrs = part_ptr + ((rows_m * spans + span) * K)[:, None] + slots[None, :]
+    ptrs = part_ptr + ((offs_m.to(tl.int64) * spans + span) * K)[:, None] + slots[None, :]
     tl.store(ptrs, best, mask=(offs_m < M)[:, None] & (slots >= 0)[None, :])
 
 

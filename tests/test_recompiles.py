@@ -1,0 +1,29 @@
+"""A new batch size compiles nothing: Triton's own cache keys, counted on the stub of a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.kernels
+
+COUNT = Path(__file__).parent / "compilations.py"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_batch_size_compiles_anew(dtype: str, tmp_path: Path) -> None:
+    """Once an even and a ragged size have been seen; the losses compile nothing at their first ragged one either."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    run = subprocess.run(
+        [sys.executable, str(COUNT), dtype], capture_output=True, text=True, env=environment, timeout=600, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, list[list[int]]] = json.loads(run.stdout)
+    assert len(found) >= 25
+    assert {name: sizes for name, sizes in found.items() if any(new for _, new in sizes)} == {}
