@@ -11,8 +11,11 @@ TEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 STUDY_FLAGS ?=
+FIRST_FLAGS ?=
 CHECK_FLAGS ?=
 FUZZ_FLAGS ?=
+GATE_FLAGS ?=
+REHEARSE_FLAGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -24,11 +27,14 @@ STAMP := $(VENV)/.setup-done
 RUNS := $(VENV)/.setup-runs-done
 # The package as a wheel lays it out, for mypy.
 TYPING := build/typing
+# The oldest Triton supported, which the first GPU machines hold, and where it is unpacked.
+OLDEST_TRITON := 3.6.0
+OLDEST := build/triton-$(OLDEST_TRITON)
 
-.PHONY: help setup test lint format aot fuzz demo studies bench gpu-check wheel audit check clean
+.PHONY: help setup test lint format aot aot-oldest rehearse fuzz demo studies bench first-run gpu-check wheel audit check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## set up .venv with the package, editable, and all it is developed with
 
@@ -60,8 +66,21 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-aot: $(STAMP) ## compile every tile configuration for GPUs that need not be there
-	env -u TRITON_INTERPRET $(BIN)/python -m gssf_triton.autotune.compile_gate
+aot: $(STAMP) ## compile what public calls launch, for GPUs that need not be there, and hold it to the gate's rules
+	env -u TRITON_INTERPRET $(BIN)/python -m gssf_triton.autotune.compile_gate $(GATE_FLAGS)
+
+# The oldest Triton that the kernels run with, beside the newest that $(VENV) has: found first on the path.
+$(OLDEST)/.done: constraints.txt | $(STAMP)
+	rm -rf $(OLDEST)
+	$(PIP) install --quiet --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON)
+	@touch $@
+
+aot-oldest: $(OLDEST)/.done ## the same for sm_90 in bfloat16, with the oldest Triton supported
+	env -u TRITON_INTERPRET PYTHONPATH=$(OLDEST) $(BIN)/python -m gssf_triton.autotune.compile_gate \
+		--arch sm_90 --numerics bf16 $(GATE_FLAGS)
+
+rehearse: $(STAMP) ## what public calls cost on a GPU, and what the compiler makes of their kernels, without one
+	env -u TRITON_INTERPRET $(BIN)/python -m gssf_triton.autotune.rehearse $(REHEARSE_FLAGS)
 
 fuzz: $(STAMP) ## random cases of every public function against float64 until Ctrl-C, into runs/fuzz
 	$(BIN)/python tests/fuzz $(FUZZ_FLAGS)
@@ -74,6 +93,9 @@ studies: $(RUNS) ## redo all studies of the metric, some hours on two cores, int
 
 bench: $(RUNS) ## measure speed and memory on this machine's GPU, or its CPU where it has none
 	$(BIN)/python perf/sweep.py $(BENCH_FLAGS)
+
+first-run: $(STAMP) ## the first five minutes on a GPU: which kernels are right, and how fast each is, into runs/first_run
+	$(BIN)/python perf/first_run.py --out runs/first_run $(FIRST_FLAGS)
 
 gpu-check: $(STAMP) ## check what only a GPU shows, or, without one, what of that needs none
 	TRITON_INTERPRET=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))') \

@@ -34,6 +34,8 @@ from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped, shipped_for
 from gssf_triton.autotune.targets import SHIPPED_DEVICES
 from gssf_triton.command.usage import Parser, UsageError, default_device, parse_device, positive
+from gssf_triton.kernels import toolchain
+from gssf_triton.storage import CACHE_VARIABLE
 
 
 def _shapes(args: argparse.Namespace, default: str) -> list[Shape]:
@@ -172,13 +174,12 @@ def check(args: argparse.Namespace) -> int:
     if args.no_compile:
         return 0
     from gssf_triton.autotune import compile_gate
-    from gssf_triton.autotune.launches import table_launches
 
-    launches = [launch for table in tables for launch in table_launches(table)]
-    if not launches:
+    cases = [case for table in tables for case in compile_gate.table_cases(table)]
+    if not cases:
         print("no kernel to compile")
         return 0
-    return 1 if compile_gate.run(launches, args.jobs, verbose=not args.quiet) else 0
+    return 1 if compile_gate.run(cases, args.jobs, verbose=not args.quiet) else 0
 
 
 def export(args: argparse.Namespace) -> int:
@@ -215,11 +216,28 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _cache_state(store: Store) -> str:
-    if not store.path.exists():
+    if store.path is None:
+        return f"this user has no cache directory, {CACHE_VARIABLE} chooses one"
+    try:
+        store.path.stat()
+    except FileNotFoundError:
         return "none yet"
+    except OSError as fault:
+        return f"cannot be used ({fault})"
     entries = store.read()
     aside = len(list(store.path.parent.glob(f"{store.path.name}.broken-*")))
     return f"{len(entries)} entries" + (f", {aside} broken file(s) set aside" if aside else "")
+
+
+def _assembler(device: Device) -> str:
+    """What assembles the kernels, and which of them therefore run; of Hopper's kernels where there is no GPU."""
+    from gssf_triton.backend import HAS_TRITON
+
+    if not HAS_TRITON:
+        return "none without Triton"
+    if device.arch in ("cpu", "interpreter"):
+        return f"for sm_90 it would be {toolchain.describe('sm_90')}"
+    return toolchain.describe(device.arch)
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -243,12 +261,13 @@ def doctor(args: argparse.Namespace) -> int:
         "driver": devices.driver(device),
         "processor": f"{devices.cpu_model()}, {devices.cores()} core(s), {torch.get_num_threads()} thread(s)",
         "backend": f"auto takes {resolve_backend('auto', sample, None)}",
+        "assembler": _assembler(device),
         "interpreter": "on" if interpreter_is_on() else "off",
         mode.VARIABLE: f"{mode.mode()} (environment: {os.environ.get(mode.VARIABLE, 'not set')})",
         "float32 products": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "tables shipped": tables,
-        "user's cache": str(store.path),
+        "user's cache": str(store.path or "nowhere"),
         "cache state": _cache_state(store),
     }
     width = max(map(len, lines))

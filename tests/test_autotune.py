@@ -1,17 +1,14 @@
-"""Configurations, plans and the compile gate: pure data and arithmetic, testable on any machine."""
+"""Configurations and plans: pure data and arithmetic, testable on any machine."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 
 from gssf_triton.autotune import configs, plans
-from gssf_triton.autotune.launches import ARCHITECTURES, FULL_ARCH, all_launches
+from gssf_triton.autotune.targets import ARCHITECTURES
 
 HALF, FULL = torch.bfloat16, torch.float32
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -81,53 +78,6 @@ def test_force_plan_holds_inside_and_ends_with_the_block() -> None:
         plans.force_plan("fast"),
     ):
         pass
-
-
-def test_the_gate_covers_every_target_numerics_and_kernel() -> None:
-    launches = all_launches()
-    assert len(launches) == len(set(launches))
-    seen = {(x.arch, x.numerics, x.kernel) for x in launches}
-    numerics = ("bf16", "fp16", "fp32", "tf32")
-    kernels = ("pairwise", "fold", "paired", "gradient", "topk", "rank", "late_interaction", "cross_attention")
-    everywhere = [(n, k) for n in numerics for k in kernels if n != "fp16" or k == "gradient"]
-    of_features = {(a, *x) for a in ARCHITECTURES for x in everywhere} | {(FULL_ARCH, "fp16", k) for k in kernels}
-    of_features.remove(("sm_80", "fp32", "paired"))  # the others are in its tables
-    # Losses keep half-precision operands in float16.
-    assert seen == of_features | {(a, n, "stream") for a in ARCHITECTURES for n in numerics if n != "bf16"}
-
-
-def test_the_gate_fails_on_each_fault() -> None:
-    from gssf_triton.autotune.compile_gate import faults
-    from gssf_triton.autotune.resources import Resources
-
-    launch = next(
-        x for x in all_launches(["sm_90"]) if x.wants_tensor_cores and x.tensor_instruction.startswith("wgmma")
-    )
-    good = Resources(registers=128, shared=1000, spills=0, tensor_ops=4)
-    assert faults(launch, good) == []
-    assert "does not compile: E" in faults(launch, replace(good, error="E"))[0]
-    assert "232,449 bytes" in faults(launch, replace(good, shared=232_449))[0]
-    assert "spills (8)" in faults(launch, replace(good, spills=8))[0]
-    assert "no wgmma.mma_async" in faults(launch, replace(good, tensor_ops=0))[0]
-
-
-@pytest.mark.kernels
-def test_the_gate_compiles_without_a_gpu_and_reports_failures_by_exit_status() -> None:
-    """One kernel for one target, in a process of its own: compiling needs decorators that the interpreter replaces."""
-    program = """
-from dataclasses import replace
-from gssf_triton.autotune.launches import all_launches
-from gssf_triton.autotune.resources import compile_launch
-
-good = next(x for x in all_launches(["sm_90"]) if x.kernel == "fold" and x.numerics == "bf16" and "B=32" in x.variant)
-resources = compile_launch(good)
-assert not resources.error and resources.tensor_ops and resources.registers and resources.shared, resources
-bad = replace(good, constants=tuple((k, 24 if k == "BLOCK_M" else v) for k, v in good.constants))
-assert compile_launch(bad).error
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.kernels

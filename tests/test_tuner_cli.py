@@ -189,15 +189,17 @@ def test_show_under_off_is_the_model(capsys: Output, monkeypatch: pytest.MonkeyP
 def test_check_runs_the_compile_gate_over_the_tables(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list = []
 
-    def gate(launches: list, jobs: int, verbose: bool) -> int:
-        seen.append((launches, jobs, verbose))
+    def gate(cases: list, jobs: int, verbose: bool) -> int:
+        seen.append((cases, jobs, verbose))
         return len(seen) - 1
 
+    # Recording launches takes a process without the interpreter: tests/test_compile_gate.py does.
+    monkeypatch.setattr(compile_gate, "table_cases", lambda table: [table.arch])
     monkeypatch.setattr(compile_gate, "run", gate)
     assert main(["check", "--jobs", "3", "--quiet"]) == 0
-    launches, jobs, verbose = seen[0]
+    cases, jobs, verbose = seen[0]
     assert jobs == 3 and not verbose
-    assert {launch.arch for launch in launches} == {table.arch for table in shipped() if table.arch != "cpu"}
+    assert sorted(cases) == sorted(table.arch for table in shipped())
     assert main(["check"]) == 1, "what the gate refuses fails the command"
     assert main(["check", "--no-compile"]) == 0 and len(seen) == 2
     assert "all legal" in capsys.readouterr().out

@@ -6,15 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from tuner_kit import H100
 
-from gssf_triton.autotune import launches, model, tables
-from gssf_triton.autotune.configs import GradientConfig, PairwiseConfig
+from gssf_triton.autotune import model, tables
 from gssf_triton.autotune.devices import Device
-from gssf_triton.autotune.launches import all_launches, table_launches
 from gssf_triton.autotune.model_tables import model_table
 from gssf_triton.autotune.shapes import GPU_KERNELS, SETS, keys_for
 from gssf_triton.autotune.space import TORCH_KERNELS
@@ -50,44 +47,6 @@ def test_a_table_is_written_as_it_is_rendered(table: Table) -> None:
     assert render(table) == text and parse(text) == table
 
 
-@tables_of_gpus
-def test_the_gate_compiles_every_configuration_of_a_table(table: Table) -> None:
-    def what_the_compiler_sees(launch: launches.Launch) -> tuple:
-        constants = tuple((k, v) for k, v in launch.constants if k != "GROUP_M")
-        return launch.kernel, launch.arch, launch.numerics, constants, launch.num_warps, launch.num_stages
-
-    gate = {what_the_compiler_sees(launch) for launch in all_launches()}
-    mine = table_launches(table)
-    assert mine and {what_the_compiler_sees(launch) for launch in mine} <= gate
-    tiles = {
-        (key.kernel, entry.config) for key, entry in table.entries.items() if "plan" not in key.kernel
-    }  # every one leads to a launch
-    launched = {(x.num_warps, x.num_stages, dict(x.constants)["BLOCK_M"]) for x in mine}
-    assert {(c.num_warps, c.num_stages, c.BLOCK_M) for _, c in tiles} <= launched
-
-
-def test_a_tables_new_configuration_becomes_a_new_launch() -> None:
-    key = next(key for key in GPU_TABLES[0].entries if key.kernel == "pairwise")
-    tile = PairwiseConfig(32, 64, 32, num_warps=4, num_stages=4)
-    table = replace(GPU_TABLES[0], entries={key: Entry(tile, "measured", 1.0, 0.0)})
-    (launch,) = table_launches(table)
-    assert launch not in all_launches([table.arch])
-    assert dict(launch.constants)["BLOCK_N"] == 64 and launch.num_stages == 4
-    assert table_launches(replace(table, arch="cpu", entries={})) == []
-
-
-@pytest.mark.parametrize("B", [32, 256])
-def test_a_gradient_that_keeps_its_rows_apart_is_launched_without_them(B: int) -> None:
-    from gssf_triton.autotune.keys import Key
-
-    key = Key("gradient", "fp32", 1024, B, 512, 512)
-    config = model.default(key, "sm_90")
-    assert isinstance(config, GradientConfig)
-    table = Table("x", "sm_90", ("x",), {}, {key: Entry(config, "model")})
-    (launch,) = table_launches(table)
-    assert dict(launch.constants)["ROWS"] is not config.rows_apart
-
-
 def test_tables_serve_the_cards_they_name() -> None:
     table = next(table for table in GPU_TABLES if table.arch == "sm_90")
     assert table.serves(H100) and table.serves(Device("x", "NVIDIA H200", "sm_90"))
@@ -110,11 +69,11 @@ def test_a_table_with_a_tile_too_large_for_the_target_is_refused() -> None:
 # both sides of a limit, for one architecture of each kind: shared memory, registers, LDS.
 COMPARE = """
 import triton
+from gssf_triton.autotune.compile_gate import table_cases
+from gssf_triton.autotune.compiled import compile_launch
 from gssf_triton.autotune.configs import PairwiseConfig
 from gssf_triton.autotune.keys import Key
-from gssf_triton.autotune.launches import table_launches
 from gssf_triton.autotune.model import tile_usage
-from gssf_triton.autotune.resources import compile_launch
 from gssf_triton.autotune.tables import Entry, Table
 from gssf_triton.autotune.targets import ARCHITECTURES
 
@@ -129,9 +88,8 @@ CASES = [
 for arch, numerics, B, tile, expected in CASES:
     config = PairwiseConfig(*tile)
     key = Key("pairwise" if B else "product", numerics, 1024, B, 8192, 8192)
-    table = Table("x", arch, ("x",), {}, {key: Entry(config, "model")})
-    (launch,) = table_launches(table)
-    real = compile_launch(launch)
+    (made,) = table_cases(Table("x", arch, ("x",), {}, {key: Entry(config, "model")}))
+    real = compile_launch(made.launch).facts
     guess = tile_usage(config, B, numerics, arch)
     fits = real.shared <= ARCHITECTURES[arch].shared_bytes and not real.spills and not real.error
     case = (arch, numerics, B, tile, guess, real)
@@ -151,31 +109,37 @@ def test_the_models_verdicts_are_the_compilers() -> None:
 # What the model passes compiles, fits and spills nothing, in the heaviest variant of each kernel that keeps something
 # of a tile in the tile's stead; its count of shared memory is never below the compiler's.
 EPILOGUES = """
-from gssf_triton.autotune import model, ranking
-from gssf_triton.autotune.compile_gate import faults
+from gssf_triton.autotune import lookup, model, ranking
+from gssf_triton.autotune.compile_gate import RULES, Case
+from gssf_triton.autotune.compiled import compile_launch
 from gssf_triton.autotune.keys import RANKED_ROWS, Key
-from gssf_triton.autotune.launches import table_launches
-from gssf_triton.autotune.resources import compile_launch
-from gssf_triton.autotune.tables import Entry, Table
+from gssf_triton.autotune.public_calls import distillation, loss, region_words, search
+from gssf_triton.autotune.rehearsal import recording
 
-HEAVIEST = {"stream": "softmax_slope_both", "stream_teacher": "distillation_slope", "ranked": "k=64",
-            "late_interaction": "weights lse", "cross_attention": "table"}
 CASES = [
-    ("sm_90", Key("stream", "fp16", 1024, 0, 8192, 8192)),
-    ("sm_80", Key("stream_teacher", "fp16", 1024, 0, 8192, 8192)),
-    ("sm_80", Key("ranked", "bf16", 1024, 0, *RANKED_ROWS)),
-    ("sm_100", Key("late_interaction", "bf16", 1024, 0, 64, 32)),
-    ("gfx942", Key("cross_attention", "bf16", 1024, 0, 64, 32)),
+    ("sm_90", Key("stream", "fp16", 1024, 0, 8192, 8192), loss("info_nce", 8192, ids=True, label_smoothing=0.1)),
+    ("sm_80", Key("stream_teacher", "fp16", 1024, 0, 8192, 8192), distillation(8192, "fp16")),
+    ("sm_80", Key("ranked", "bf16", 1024, 0, *RANKED_ROWS), search(1024, 65_536, 64, 1024, mask=True)),
+    ("sm_100", Key("late_interaction", "bf16", 1024, 0, 64, 32),
+     region_words("late_interaction", 100, 500, 64, 32, pooling="lse-mean")),
+    ("gfx942", Key("cross_attention", "bf16", 1024, 0, 64, 32),
+     region_words("cross_attention_sim", 100, 500, 64, 32)),
 ]
-for arch, key in CASES:
+KERNELS = {"stream_teacher": "stream", "ranked": "topk"}
+for arch, key, call in CASES:
     # Not the model's own choice, which the gate compiles, but the one of the rest that takes most.
     rest = ranking.candidates(key, arch)[1:]
     config = max(rest, key=lambda c: (model.usage(c, key, arch).accumulators, model.usage(c, key, arch).shared))
-    table = Table("x", arch, ("x",), {}, {key: Entry(config, "model")})
-    launch = next(x for x in table_launches(table) if x.variant == HEAVIEST[key.kernel])
-    real = compile_launch(launch)
-    assert not faults(launch, real), (launch, real)
-    assert real.shared <= model.usage(config, key, arch).shared + model.SLACK, (launch, real)
+    with recording(arch) as tape, lookup.use(key.kernel, config):
+        records = call.rehearse(tape, key.dtype)
+    launched = [launch for record in records for launch in record.distinct()]
+    name = KERNELS.get(key.kernel, key.kernel) + "_kernel"
+    launch = [launch for launch in launched if launch.kernel == name][-1]
+    made = compile_launch(launch)
+    # Whether its loads are wide and its products overlap is the tuner's to measure.
+    case, hard = Case(launch, (1,), ""), ("compiles", "shared memory", "spills")
+    assert not [rule.name for rule in RULES if rule.name in hard and rule.broken(case, made)], (launch, made.facts)
+    assert made.facts.shared <= model.usage(config, key, arch).shared + model.SLACK, (launch, made.facts)
 """
 
 

@@ -1,0 +1,80 @@
+"""Compile a recorded launch for a GPU that need not be there, and say what came of it."""
+
+from __future__ import annotations
+
+import io
+import re
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+
+from gssf_triton.autotune.binary import Facts, has_register_operands, inspect
+from gssf_triton.autotune.rehearsal import Launch
+from gssf_triton.autotune.targets import ARCHITECTURES
+
+#: A product in Triton's own text: its operands' type and the rows of its result; and how float32 is multiplied.
+DOT = re.compile(r"tt\.dot\b.*: tensor<\d+x\d+x(\w+)> \* tensor<[^>]*> -> tensor<(\d+)x")
+PRECISION = re.compile(r"inputPrecision = (\w+)")
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A product of the source: the rows of its result, the operands' type, and how float32 is multiplied."""
+
+    rows: int
+    dtype: str
+    precision: str
+
+    @property
+    def wants_tensor_cores(self) -> bool:
+        """Exact float32 runs on NVIDIA's FMA units."""
+        return self.dtype in ("f16", "bf16") or (self.dtype == "f32" and self.precision != "ieee")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A launch's products and what the compiler made of them; `facts.error` where it made nothing."""
+
+    facts: Facts
+    dots: tuple[Dot, ...] = ()
+
+
+def dots_of(ttir: str) -> tuple[Dot, ...]:
+    """The products of Triton's own text."""
+    found = []
+    for line in ttir.splitlines():
+        if dot := DOT.search(line):
+            precision = PRECISION.search(line)
+            found.append(Dot(int(dot[2]), dot[1], precision[1].lower() if precision else "ieee"))
+    return tuple(found)
+
+
+def compile_launch(launch: Launch, instructions: bool = False) -> Compiled:
+    """Compile and inspect one launch; a compiler's error is a result, not an exception.
+
+    `instructions`: read the machine code of every launch, not only where operands in registers may be overwritten.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    arch = ARCHITECTURES[launch.arch]
+    log = io.StringIO()
+    try:
+        with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
+            triton.knobs.nvidia.dump_ptxas_log = True
+            triton.knobs.compilation.always_compile = True  # what is found in a cache has no log
+            compiled = triton.compile(
+                launch.source(), target=GPUTarget(arch.backend, arch.code, arch.warp), options=dict(launch.options)
+            )
+    except Exception as error:  # the compiler raises many kinds, and each is what the gate is there to report
+        lines = str(error).strip().splitlines() or [""]
+        return Compiled(Facts(error=f"{type(error).__name__}: {lines[-1]}"))
+    facts = inspect(
+        compiled.asm,
+        backend=arch.backend,
+        code=arch.code,
+        num_warps=launch.num_warps,
+        shared=compiled.metadata.shared,
+        log=log.getvalue(),
+        machine_code=instructions or ("ptx" in compiled.asm and has_register_operands(compiled.asm["ptx"])),
+    )
+    return Compiled(facts, dots_of(compiled.asm["ttir"]))

@@ -1,0 +1,86 @@
+"""The stub GPU and what is recorded on it: the package's whole Python path, without a GPU and without data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gssf_triton.autotune.stub import stub_gpu
+
+PROGRAM = """
+import json, pickle
+import torch
+import gssf_triton
+from gssf_triton.autotune.public_calls import loss, pairwise, ranking, search
+from gssf_triton.autotune.rehearsal import recording
+
+found = {}
+for arch in ("sm_90", "gfx942"):
+    with recording(arch) as tape:
+        forward, backward = pairwise(8192, 8192, 32).rehearse(tape, "bf16")
+        found[arch] = [[launch.kernel for launch, _ in record.launches] for record in (forward, backward)]
+        found[arch + " products"] = forward.operations["matmul"] + forward.operations["bmm"]
+        launch = forward.launches[0][0]
+        assert pickle.loads(pickle.dumps(launch)) == launch and launch.arch == arch
+with recording("sm_90") as tape:
+    for call in (search(64, 1_000_000, 10), ranking(64, 1_000_000), loss("info_nce", 4096)):
+        records = call.rehearse(tape, "bf16")
+        found[call.name] = sorted({launch.kernel for record in records for launch, _ in record.launches})
+    x = torch.empty(16, 64, device="cuda")
+    try:
+        x.sum().item()
+    except Exception as error:
+        found["host"] = type(error).__name__
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.kernels
+def test_public_calls_are_rehearsed_at_real_sizes() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for arch in ("sm_90", "gfx942"):
+        forward, backward = found[arch]
+        assert forward.count("fold_kernel") == 2 and "gradient_kernel" in backward
+        assert found[arch + " products"] == 1
+    assert found["topk 64×1,000,000 k=10"] == ["fold_kernel", "topk_kernel"]
+    assert found["ranks 64×1,000,000"] == ["fold_kernel", "rank_kernel"]
+    assert {"stream_kernel", "fold_kernel"} <= set(found["info_nce 4,096 pairs"])
+    assert found["host"], "a value asked for on the host: there is none, and a GPU would have to wait"
+
+
+def test_the_disguise_ends_with_its_block() -> None:
+    with stub_gpu("sm_90", backing="cpu"):
+        x = torch.ones(3, device="cuda")
+        assert x.device == torch.device("cuda", 0) and x.is_cuda and torch.cuda.is_available()
+        assert torch.cuda.get_device_capability() == (9, 0)
+        assert (x + 1).sum().item() == 6, "with the CPU behind it, it computes"
+        assert torch.empty_like(x).is_cuda and x.new_zeros(2).is_cuda and x.to("cuda").is_cuda
+    assert x.device.type == "cpu" and not x.is_cuda
+    assert "device" not in vars(torch.Tensor) and "is_cuda" not in vars(torch.Tensor)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "sm_120"])
+def test_the_stub_is_known_by_its_architecture(arch: str) -> None:
+    from gssf_triton.autotune.devices import identify
+
+    with stub_gpu(arch):
+        assert identify(torch.device("cuda", 0)).arch == arch
+    assert identify(torch.device("cpu")).arch == "interpreter"
+
+
+@pytest.mark.kernels
+def test_recording_wants_kernels_that_compile() -> None:
+    from gssf_triton.autotune.rehearsal import recording
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernels compile here")
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"), recording("sm_90"):
+        pass
