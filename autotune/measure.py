@@ -1,8 +1,8 @@
 """Seconds of a call: warm-up, then the median of many samples and their spread.
 
-A sample is one stretch of a monotonic clock on a CPU, and on a GPU the time between two events, with the L2 cache
-flushed before it, as in `triton.testing.do_bench`. Calls that are to be compared are timed in turn, round after round,
-so that a machine that slows down slows all of them down.
+A sample is one stretch of a monotonic clock on a CPU. On a GPU it is the time between two events on the device, which
+spins before the first until the host has queued all of the call; what the host took for that stands apart. Calls that
+are to be compared are timed in turn, round after round, so that a machine that slows down slows all of them down.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -19,8 +19,24 @@ Call = Callable[[], object]
 
 #: Written before a sample on a GPU: larger than any L2 cache.
 FLUSH_BYTES = 256 * 2**20
+#: Cycles that a GPU spins for before a sample, about 1 ms at its fastest clock; more where the host takes longer …
+SPIN_CYCLES = 2_000_000
+#: … by this factor beyond what it took, as often as this, and up to as many cycles (0.2 s).
+SPIN_MARGIN, SPIN_RAISES, MOST_SPIN_CYCLES = 1.5, 4, 400_000_000
 #: Calls whose time is not looked at: compilation, caches, clocks.
 WARM_UP = 2
+
+
+class Sample(NamedTuple):
+    """Seconds of one call on its device.
+
+    On a GPU also the seconds that the host took to queue it, and whether it was `exposed`: the device had to wait for
+    the host, whose time is then part of `seconds`, as it is for whoever reads a value of the device in the call.
+    """
+
+    seconds: float
+    host: float | None = None
+    exposed: bool = False
 
 
 class Clock(Protocol):
@@ -48,21 +64,54 @@ class CpuClock:
 
 
 class GpuClock(CpuClock):
-    """Events on the device's stream around a call, the L2 cache flushed before it."""
+    """Seconds between two events around one call, the L2 cache flushed before it (as `triton.testing.do_bench`).
 
-    def __init__(self, device: torch.device) -> None:
+    Between flush and call the device spins. Where the host took longer than the spin, the sample is taken again behind
+    a longer one. A call that waits for the device outlasts every spin: its samples are taken without, and are exposed.
+    """
+
+    def __init__(self, device: torch.device, flush_bytes: int = FLUSH_BYTES) -> None:
         self.device = device
-        self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+        self.flush = torch.empty(flush_bytes // 4, dtype=torch.int32, device=device)
+        self.cycles = SPIN_CYCLES
+        self.waiting: set[Call] = set()
 
     def sample(self, call: Call) -> float:
         with torch.cuda.device(self.device):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self.flush.zero_()
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+            return self.take(call).seconds
+
+    def take(self, call: Call) -> Sample:
+        """A sample, on the current device."""
+        for _ in range(SPIN_RAISES if call not in self.waiting else 0):
+            sample, spun, busy = self._behind_spin(call, self.cycles)
+            if busy < spun:
+                return sample
+            longer = int(self.cycles * SPIN_MARGIN * busy / max(spun, 1e-9))
+            if longer > MOST_SPIN_CYCLES:
+                break
+            self.cycles = longer
+        if call not in self.waiting:
+            self.waiting.add(call)
+            self.cycles = SPIN_CYCLES
+        return self._behind_spin(call, 0)[0]._replace(exposed=True)
+
+    def _behind_spin(self, call: Call, cycles: int) -> tuple[Sample, float, float]:
+        """The sample, what the spin took on the device, and what the host took from before it to the last event."""
+        before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        self.flush.zero_()
+        queued = time.perf_counter()
+        before.record()
+        if cycles:
+            torch.cuda._sleep(cycles)
+        start.record()
+        called = time.perf_counter()
+        call()
+        host = time.perf_counter() - called
+        end.record()
+        busy = time.perf_counter() - queued
+        torch.cuda.synchronize()
+        spun = before.elapsed_time(start) * 1e-3
+        return Sample(start.elapsed_time(end) * 1e-3, host), spun, busy
 
 
 def clock_for(device: torch.device) -> Clock:

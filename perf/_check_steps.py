@@ -1,57 +1,31 @@
-"""The steps of gpu_check.py. Each yields findings, rows of a table, that it has as soon as it has them."""
+"""The steps of gpu_check.py that run in its own process. Each yields findings as soon as it has them."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import torch
 from _check_calls import CALLS, KERNELS, Call, Problem, launches
-from _losses import BARS
-from _machine import slug
-from _operation import FLOOR, FLOOR_TF32, relative_error
+from _errors import NUMERICS, Finding, finding, held_to_float64
+from _operation import FLOOR, relative_error
+from _where import where_wrong
 from torch import Tensor
 
 import gssf_triton
+from gssf_triton.autotune.devices import identify
 from gssf_triton.autotune.plans import force_plan
+from gssf_triton.kernels import toolchain
 
-ROOT = Path(__file__).resolve().parent.parent
-Finding = dict[str, Any]
-
-#: (numerics, dtype of the features, float32 precision, the contract's largest error, a chain of products' largest:
-#: a loss's bar, and in TF32, where a product after another adds its bias to it, as much again for each of three).
-NUMERICS = (
-    ("fp32", torch.float32, "highest", FLOOR["fp32"], BARS["fp32"]),
-    ("tf32", torch.float32, "high", FLOOR_TF32, 3 * FLOOR_TF32),
-    ("fp16", torch.float16, "highest", FLOOR["fp16"], max(FLOOR["fp16"], BARS["fp16"])),
-    ("bf16", torch.bfloat16, "highest", FLOOR["bf16"], max(FLOOR["bf16"], BARS["bf16"])),
-)
 REPEATS = {"cuda": 100, "cpu": 3}
-#: Processes that compile at once, and how long they may take together.
-COMPILERS, COMPILE_SECONDS = 12, 120.0
 #: Products that keep the device busy while a call is repeated once.
-LOAD = 20
-#: Of one sanitizer; the launches that it is told to watch are compiled before, and take seconds.
-SANITIZER_SECONDS = 60.0
-#: What a program is given to end by itself once it is interrupted.
-GRACE_SECONDS = 10.0
-#: What the tests import, and what those of integrations import besides.
-TESTED = ("pytest", "xdist", "hypothesis", "matplotlib", "PIL", "scipy", "sklearn", "tqdm")
-INTEGRATED = ("faiss", "open_clip", "pytorch_metric_learning", "sentence_transformers", "timm", "transformers")
-#: Of one suite of the sweep.
-SWEEP_SECONDS = 50.0
+LOAD, LOAD_SIDE = 20, 4096
+#: Rows of what is large, where inputs are to be small.
+SMALL = 80
 #: Rows and columns of a large result that are held to float64.
 PROBED = 64
 
@@ -60,13 +34,18 @@ PROBED = 64
 class Machine:
     """Where the steps run, and until when (`time.monotonic()`); `small`: on inputs as small as the interpreter's.
 
-    Of n parts of the calls the i-th is run, `part` (i, n).
+    Of n parts of the calls the i-th is run, `part` (i, n); of all calls only those of these `names`, where there are
+    any. `repeats`: how often a call is repeated, where not as often as usual. `folder`: where programs that a step
+    starts leave their results.
     """
 
     device: torch.device
     deadline: float
     small: bool = False
     part: tuple[int, int] = (0, 1)
+    names: tuple[str, ...] = ()
+    repeats: int | None = None
+    folder: Path = Path()
 
     @property
     def kind(self) -> str:
@@ -74,65 +53,23 @@ class Machine:
 
     @property
     def calls(self) -> Sequence[Call]:
-        return CALLS[self.part[0] :: self.part[1]]
+        chosen = [call for call in CALLS if not self.names or call.name in self.names]
+        return chosen[self.part[0] :: self.part[1]]
 
     @property
     def left(self) -> float:
         return max(0.0, self.deadline - time.monotonic())
 
 
-@contextmanager
-def precision(name: str) -> Iterator[None]:
-    """torch.set_float32_matmul_precision for a while."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def finding(name: str, ok: bool, **facts: Any) -> Finding:
-    return {"name": name, "ok": ok, **facts}
-
-
-def compiled(machine: Machine) -> Iterator[Finding]:
-    """The kernels of the steps to come, compiled by several processes at once: one would take minutes."""
-    jobs = min(COMPILERS, os.cpu_count() or 1, len(CALLS))
-    deadline = time.monotonic() + min(machine.left, COMPILE_SECONDS)
-    command = [sys.executable, "perf/gpu_check.py", "--device", str(machine.device), "--out", os.devnull]
-    parts = [
-        [*command, "--only", *steps, "--part", f"{i}/{jobs}"]
-        for steps in (["errors"], ["launched", "--small"])
-        for i in range(jobs)
-    ]
-    try:
-        with ThreadPool(jobs) as pool:
-            results = pool.map(lambda part: _output(part, deadline - time.monotonic(), {}), parts)
-    finally:
-        for group in list(RUNNING):
-            _kill(group)
-    # What is wrong with a result, the steps to come will say; a program that ends before it says anything broke.
-    broken = [_tail(output) for _, output in results if not re.search(r"^(errors|launched) ", output, re.MULTILINE)]
-    yield finding("compiled", not broken, processes=len(parts), broken=broken[:3])
-
-
 def errors(machine: Machine) -> Iterator[Finding]:
-    """Every call against the torch backend in float64, which the tests hold to the definition, in every numerics."""
-    for name, dtype, setting, product, chain in NUMERICS:
+    """Every call against the torch backend in float64, in every numerics."""
+    for numerics in NUMERICS:
         for seed, call in enumerate(machine.calls):
-            bound = 0.0 if call.exact else chain if call.chain else product
-            problem = Problem.make(call, machine.device, dtype, seed)
-            exact = problem.double().results("torch")
-            with precision(setting):
-                found = problem.results("triton")
-            if call.exact:
-                worst, where = float((found["out"] != exact["out"]).double().mean()), "out"
-            else:
-                worst, where = max((relative_error(found[part], exact[part]), part) for part in found)
-            yield finding(
-                f"{call.name}, {name}", worst <= bound, error=worst, of=where, bound=bound,
-            )  # fmt: skip
+            problem = Problem.make(call, machine.device, numerics.dtype, seed, machine.small)
+            found, results, exact = held_to_float64(problem, numerics)
+            if not found["ok"]:
+                found["where"] = where_wrong(results[found["of"]], exact[found["of"]], found["bound"])
+            yield found
 
 
 def launched(machine: Machine) -> Iterator[Finding]:
@@ -144,22 +81,30 @@ def launched(machine: Machine) -> Iterator[Finding]:
                 results = Problem.make(call, machine.device, dtype, seed, machine.small).results("triton")
                 finite = all(bool(torch.isfinite(x).all()) for x in results.values())
                 yield finding(f"{call.name}, {dtype}", finite, kernels=sorted(seen))
-    yield finding("every kernel", seen == set(KERNELS), missing=sorted(set(KERNELS) - seen))
+    if machine.names:
+        return
+    missing = set(KERNELS) - seen
+    # What the compiler of this machine would make wrong is left to torch.
+    unsound = not toolchain.is_sound(identify(machine.device).arch)
+    left = {name for name in missing if unsound and toolchain.is_watched(f"{name}_kernel")}
+    yield finding("every kernel", missing == left, missing=sorted(missing - left), left_to_torch=sorted(left))
 
 
 def determinism(machine: Machine) -> Iterator[Finding]:
     """The same bits from every repeat while another stream keeps the device busy."""
+    dtype = torch.bfloat16 if machine.kind == "cuda" else torch.float32
+    repeats = machine.repeats or REPEATS["cpu" if machine.small else machine.kind]
     for seed, call in enumerate(machine.calls):
-        problem = Problem.make(call, machine.device, torch.bfloat16 if machine.kind == "cuda" else torch.float32, seed)
+        problem = Problem.make(call, machine.device, dtype, seed, machine.small)
         differing = 0
-        with _load(machine.device) as keep_busy, _deterministic(call.fused):
+        with _load(machine.device, SMALL if machine.small else LOAD_SIDE) as keep_busy, _deterministic(call.fused):
             first = problem.results("triton")
-            for _ in range(REPEATS[machine.kind] - 1):
+            for _ in range(repeats - 1):
                 keep_busy()
                 again = problem.results("triton")
                 # NaN equals NaN here: the question is the bits.
                 differing += any(not torch.equal(_bits(first[part]), _bits(again[part])) for part in first)
-        yield finding(call.name, differing == 0, repeats=REPEATS[machine.kind], differing=differing)
+        yield finding(call.name, differing == 0, repeats=repeats, differing=differing)
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -167,12 +112,12 @@ def _bits(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _load(device: torch.device) -> Iterator[Callable[[], None]]:
+def _load(device: torch.device, side: int) -> Iterator[Callable[[], None]]:
     """What queues some products on a stream of their own: a few at a time, or the queue is full and the host waits."""
     if device.type != "cuda":
         yield lambda: None
         return
-    stream, x = torch.cuda.Stream(device), torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    stream, x = torch.cuda.Stream(device), torch.randn(side, side, device=device, dtype=torch.bfloat16)
     stream.wait_stream(torch.cuda.current_stream(device))
 
     def keep_busy() -> None:
@@ -198,8 +143,9 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 def graphs(machine: Machine) -> Iterator[Finding]:
     """Forward and backward captured in a CUDA graph, replayed on other inputs: the eager call's bits."""
     for seed, call in enumerate(machine.calls):
-        problem = Problem.make(call, machine.device, torch.bfloat16, seed)
-        other = Problem.make(call, machine.device, torch.bfloat16, seed + 1000)
+        problem, other = (
+            Problem.make(call, machine.device, torch.bfloat16, number, machine.small) for number in (seed, seed + 1000)
+        )
         try:
             with _deterministic(call.fused):
                 replayed, eager = _replay(problem, other), other.results("triton")
@@ -235,7 +181,7 @@ def large(machine: Machine) -> Iterator[Finding]:
     """Past 2³¹ entries: S and its gradient, the features alone, a search, and a loss whose S would have as many."""
     bf16, device = torch.bfloat16, machine.device
     D, B = 256, 32
-    side = 46_400  # side² = 2.15 · 10⁹ > 2³¹
+    side = SMALL if machine.small else 46_400  # side² = 2.15 · 10⁹ > 2³¹
     generator = torch.Generator(device=device).manual_seed(0)
 
     def normal(*size: int, dtype: torch.dtype = bf16) -> Tensor:
@@ -250,8 +196,8 @@ def large(machine: Machine) -> Iterator[Finding]:
     with force_plan("one_pass"):
         S = gssf_triton.pairwise_sim(a, b, **W, backend="triton")
     exact = gssf_triton.pairwise_sim(a[last].double(), b[last].double(), **exact_W, backend="torch")
-    error = relative_error(S[-PROBED:, -PROBED:], exact)
-    yield finding("S of 46,400 × 46,400", error <= FLOOR["bf16"], error=error, entries=S.numel())
+    error = relative_error(S.detach()[-PROBED:, -PROBED:], exact)
+    yield finding(f"S of {side:,} × {side:,}", error <= FLOOR["bf16"], error=error, entries=S.numel())
     dS = torch.zeros_like(S)
     dS[:, -PROBED:] = normal(side, PROBED)
     with force_plan("one_pass"):
@@ -261,7 +207,7 @@ def large(machine: Machine) -> Iterator[Finding]:
     yield finding("its gradient's last rows", error <= FLOOR["bf16"], error=error)
     del S, dS, da, exact
 
-    rows = 2**31 // D + 1000
+    rows = SMALL if machine.small else 2**31 // D + 1000
     x = normal(rows, D)
     few = normal(PROBED, D)
     S = gssf_triton.pairwise_sim(few, x, **W, backend="triton")
@@ -274,7 +220,7 @@ def large(machine: Machine) -> Iterator[Finding]:
     yield finding("topk finds their last row", int(found) == rows - 1, found=int(found), wanted=rows - 1)
     del x
 
-    N = 65_536
+    N = SMALL if machine.small else 65_536
     a, b = normal(N, D), normal(N, D)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -283,135 +229,4 @@ def large(machine: Machine) -> Iterator[Finding]:
     peak = torch.cuda.max_memory_allocated(device) - before
     held = gssf_triton.info_nce(a.float(), b.float(), **W, **options, backend="torch")
     error = relative_error(loss.double(), held.double())
-    yield finding("info_nce at 65,536 pairs", error <= FLOOR["bf16"], error=error, mib=peak // 2**20)
-
-
-def _sanitized(tool: str) -> Callable[[Machine], Iterator[Finding]]:
-    def step(machine: Machine) -> Iterator[Finding]:
-        program = shutil.which("compute-sanitizer")
-        if program is None:
-            yield finding(tool, False, reason="compute-sanitizer is not installed")
-            return
-        launches = [sys.executable, "perf/gpu_check.py", "--only", "launched", "--small", "--out", os.devnull]
-        # Compiling inside a sanitizer takes as many times as long as everything else does there.
-        done, output = _output(launches, min(machine.left, SANITIZER_SECONDS), {})
-        if done != 0:
-            yield finding(tool, False, reason="the launches fail without it", exit_status=done, last=_tail(output))
-            return
-        command = [program, "--tool", tool, "--error-exitcode", "9"]
-        if tool == "memcheck":
-            # torch asks the driver for what it may not have, and goes on without: such errors are no kernel's.
-            command += ["--report-api-errors", "no"]
-        command += launches
-        # Without torch's cache every tensor is an allocation of its own, so that reading past one is noticed.
-        seconds = min(machine.left, SANITIZER_SECONDS)
-        done, output = _output(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-        if "Device not supported" in output:
-            yield finding(tool, False, reason="compute-sanitizer does not work here", exit_status=done)
-            return
-        found = re.findall(r"^=+ *((?:Invalid|Error|Warning|.*hazard).*)", output, flags=re.MULTILINE)
-        reports = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
-        yield finding(tool, done == 0, exit_status=done, reports=reports or _tail(output), found=found[:10])
-
-    step.__doc__ = f"compute-sanitizer's {tool} over one launch of every kernel."
-    return step
-
-
-memcheck, racecheck = _sanitized("memcheck"), _sanitized("racecheck")
-
-
-def _tail(output: str) -> list[str]:
-    return output.splitlines()[-5:]
-
-
-def _output(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Exit status, None where the time was up, and what was printed.
-
-    A program whose time is up is interrupted, with all that it started, so that it can say what it knows; what is still
-    there after that would share the device with the steps to come, and is killed.
-    """
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment, text=True, errors="replace", stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    RUNNING.add(process.pid)
-    done = None
-    try:
-        output, _ = process.communicate(timeout=max(1.0, seconds))
-        done = process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            output, _ = process.communicate(timeout=GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            _kill(process.pid)
-            output, _ = process.communicate()
-    finally:
-        _kill(process.pid)
-    return done, output
-
-
-#: The process groups that were started and not yet killed.
-RUNNING: set[int] = set()
-
-
-def _kill(group: int) -> None:
-    RUNNING.discard(group)
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def sweep(suite: str) -> Callable[[Machine], Iterator[Finding]]:
-    def step(machine: Machine) -> Iterator[Finding]:
-        limit = min(machine.left - 5, SWEEP_SECONDS)
-        command = [sys.executable, "perf/sweep.py", "--suite", suite, "--time-limit", f"{limit:.0f}"]
-        out = ROOT / "perf/results" / slug(machine.device) / f"{suite}.json"
-        command += ["--device", str(machine.device), "--out", str(out), "--no-plots"]
-        done, output = _output(command, machine.left - GRACE_SECONDS, {})
-        yield finding(f"sweep, {suite}", done == 0, exit_status=done, last=_tail(output))
-
-    step.__doc__ = f"perf/sweep.py's suite {suite}, as much of it as SWEEP_SECONDS take."
-    return step
-
-
-def _missing(modules: Sequence[str]) -> list[str]:
-    return [name for name in modules if importlib.util.find_spec(name) is None]
-
-
-def tests(machine: Machine) -> Iterator[Finding]:
-    """The whole test suite, its kernels on this device."""
-    if lacking := _missing(TESTED):
-        yield finding("pytest", False, reason=f"the tests need {', '.join(lacking)}")
-        return
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=50", "-p", "no:cacheprovider", "-n", "auto"]
-    if missing := _missing(INTEGRATED):
-        command.append("--ignore=tests/integrations")
-    # What the sweeps take is theirs.
-    done, output = _output(command, machine.left - 3 * SWEEP_SECONDS, {})
-    counts = re.findall(r"(\d+) (passed|failed|errors?|skipped)", output.splitlines()[-1] if output else "")
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.MULTILINE)
-    yield finding(
-        "pytest",
-        done == 0,
-        exit_status=done,
-        counts={kind: int(n) for n, kind in counts},
-        failed=failed[:50],
-        integrations_lack=missing,
-    )
-
-
-#: Step → (what it does, whether it needs a GPU), the most telling first.
-STEPS: dict[str, tuple[Callable[[Machine], Iterator[Finding]], bool]] = {
-    "compiled": (compiled, True),
-    "errors": (errors, False),
-    "launched": (launched, False),
-    "determinism": (determinism, False),
-    "graphs": (graphs, True),
-    "large": (large, True),
-    "memcheck": (memcheck, True),
-    "racecheck": (racecheck, True),
-    "tests": (tests, True),
-    "sweep quick": (sweep("quick"), True),
-    "sweep losses": (sweep("losses"), True),
-    "sweep retrieval": (sweep("retrieval"), True),
-}
+    yield finding(f"info_nce at {N:,} pairs", error <= FLOOR["bf16"], error=error, mib=peak // 2**20)

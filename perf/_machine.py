@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 from _cells import DTYPES
-from _timing import Effort, Spread, clock_for, interleave
+from _timing import BRIEF, Effort, Spread, clock_for, interleave
 
 import gssf_triton
+from gssf_triton.autotune.devices import identify
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Bytes of the buffer that is copied to measure the bandwidth: far beyond any cache.
@@ -24,6 +26,10 @@ MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}
 #: Half precision has no fast product on many CPUs: a smaller one tells as much.
 MATRIX_SIDE_CPU_HALF = 512
 CEILING_SAMPLES = 5, 20
+#: Of both, to see that it runs.
+SMALL_BYTES, SMALL_SIDE = 2**16, 32
+#: The commit of a copy of the checkout that has no git.
+COMMIT_VARIABLE = "GSSF_COMMIT"
 
 
 def _output(*command: str) -> str | None:
@@ -66,6 +72,19 @@ def device_named(name: str | None) -> torch.device:
     if device == torch.device("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that a GPU was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back all memory that nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def slug(device: torch.device) -> str:
@@ -111,36 +130,55 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> dict[str, Any]:
-    """The checkout's commit, and whether code differs from it; the results themselves are no code."""
+    """The checkout's commit, and whether code differs from it; the results themselves are no code.
+
+    A copy without git is told it by `COMMIT_VARIABLE`.
+    """
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return {"hash": told, "dirty": None}
     revision = _output("git", "rev-parse", "HEAD")
     changes = _output("git", "status", "--porcelain", "--", ".", ":!perf/results")
     return {"hash": revision, "dirty": None if revision is None else bool(changes)}
 
 
-def copy_bandwidth(device: torch.device, seconds: float) -> Spread:
+def assembler(device: torch.device) -> dict[str, Any] | None:
+    """The program that makes machine code of what Triton compiles for this device."""
+    arch = identify(device).arch
+    if not arch.startswith("sm_"):
+        return None
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool = get_ptxas(int(arch.removeprefix("sm_")))
+    return {"path": tool.path, "version": tool.version}
+
+
+def copy_bandwidth(device: torch.device, effort: Effort, size: int) -> Spread:
     """Bytes a second of a copy, reads and writes counted (a CPU's reads of the lines it is to write are not)."""
-    source = torch.randint(0, 2**31 - 1, (COPY_BYTES[device.type] // 4,), dtype=torch.int32, device=device)
+    source = torch.randint(0, 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    effort = Effort(*CEILING_SAMPLES, seconds)
-    (samples,) = interleave({"copy": lambda: target.copy_(source)}, clock_for(device), effort).values()
-    return Spread.of([2 * source.numel() * 4 / s for s in samples], largest_is_best=True)
+    (samples,) = interleave({"copy": lambda: target.copy_(source)}, clock_for(device, effort), effort).values()
+    return Spread.of([2 * source.numel() * 4 / s.seconds for s in samples], largest_is_best=True)
 
 
-def matrix_rate(dtype: str, device: torch.device, seconds: float) -> Spread:
+def matrix_rate(dtype: str, device: torch.device, effort: Effort, n: int) -> Spread:
     """FLOP/s of the library's square product."""
-    half_on_cpu = device.type == "cpu" and dtype != "fp32"
-    n = MATRIX_SIDE_CPU_HALF if half_on_cpu else MATRIX_SIDE[device.type]
-    effort = Effort(*CEILING_SAMPLES, seconds)
     x, y = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
-    (samples,) = interleave({"product": lambda: x @ y.T}, clock_for(device), effort).values()
-    return Spread.of([2 * n**3 / s for s in samples], largest_is_best=True)
+    (samples,) = interleave({"product": lambda: x @ y.T}, clock_for(device, effort), effort).values()
+    return Spread.of([2 * n**3 / s.seconds for s in samples], largest_is_best=True)
 
 
-def ceilings(device: torch.device, dtypes: list[str], seconds: float) -> dict[str, Any]:
-    """The roofline's two lines for each dtype, each from samples of about `seconds`."""
+def ceilings(device: torch.device, dtypes: list[str], seconds: float, *, small: bool = False) -> dict[str, Any]:
+    """The roofline's two lines for each dtype, each from samples of about `seconds`; `small`: to see that it runs."""
+    effort = BRIEF if small else Effort(*CEILING_SAMPLES, seconds)
+
+    def side(dtype: str) -> int:
+        half_on_cpu = device.type == "cpu" and dtype != "fp32"
+        return SMALL_SIDE if small else MATRIX_SIDE_CPU_HALF if half_on_cpu else MATRIX_SIDE[device.type]
+
+    size = SMALL_BYTES if small else COPY_BYTES[device.type]
     return {
-        "copy_bytes_per_second": copy_bandwidth(device, seconds).as_dict(),
-        "flops_per_second": {dtype: matrix_rate(dtype, device, seconds).as_dict() for dtype in dtypes},
+        "copy_bytes_per_second": copy_bandwidth(device, effort, size).as_dict(),
+        "flops_per_second": {dtype: matrix_rate(dtype, device, effort, side(dtype)).as_dict() for dtype in dtypes},
     }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import zlib
 from typing import Any
 
+import _machine
 import torch
 from _cells import DTYPES, Cell
 from _costs import cost
@@ -24,7 +24,7 @@ from _operation import (
     largest_error,
 )
 from _registry import OPERATIONS, contenders_for
-from _timing import Effort, Spread, clock_for, interleave, peak_bytes
+from _timing import Effort, Spread, clock_for, interleave, peak_bytes, spreads
 from torch import Tensor
 
 
@@ -67,12 +67,6 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"
 
 
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def measure(cell: Cell, device: torch.device, effort: Effort, seed: int, wanted: set[str] | None) -> dict[str, Any]:
     """The cell's entry in the results.
 
@@ -112,15 +106,15 @@ def measure(cell: Cell, device: torch.device, effort: Effort, seed: int, wanted:
                 programs[contender.name] = program
         except Exception as error:  # one contender that cannot run leaves the others' figures standing
             entry |= {"status": "failed", "reason": _first_line(error)}
-        _release(device)
+        _machine.release(device)
     referee.agreed = None
-    _release(device)
-    samples = interleave({name: p.call(cell.mode) for name, p in programs.items()}, clock_for(device), effort)
+    _machine.release(device)
+    samples = interleave({name: p.call(cell.mode) for name, p in programs.items()}, clock_for(device, effort), effort)
     baseline = samples.get(operation.baseline)
-    for name, seconds in samples.items():
-        entries[name]["seconds"] = Spread.of(seconds).as_dict()
+    for name, taken in samples.items():
+        entries[name] |= spreads(taken)
         if baseline:
-            ratios = [mine / its for mine, its in zip(seconds, baseline, strict=True)]
+            ratios = [mine.seconds / its.seconds for mine, its in zip(taken, baseline, strict=True)]
             entries[name]["relative"] = Spread.of(ratios).as_dict()
     return {
         "operation": cell.operation,

@@ -7,22 +7,30 @@ is offered once an operation belongs to it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from _attention import ATTENTION
 from _cells import Cell, Shape, grid
+from _goals import GOALS
 from _losses import LOSSES
 from _operation import Contender, Operation
 from _pairwise import PAIRWISE
 from _region_word import CROSS_ATTENTION, LATE_INTERACTION
 from _retrieval import RANKS, TOPK
 
+
+def _with_goals(operation: Operation) -> Operation:
+    goals = {("goals", kind): cells for kind, cells in GOALS.get(operation.name, {}).items()}
+    return replace(operation, cells={**operation.cells, **goals})
+
+
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation
+    operation.name: _with_goals(operation)
     for operation in (PAIRWISE, *LOSSES, TOPK, RANKS, LATE_INTERACTION, CROSS_ATTENTION, ATTENTION)
 }
 
 #: In the order they are offered.
-SUITES = ("quick", "full", "losses", "retrieval", "attention")
+SUITES = ("quick", "full", "losses", "retrieval", "attention", "goals")
 
 
 def suites() -> list[str]:

@@ -1,7 +1,9 @@
 """Time and memory of calls that stand beside each other.
 
 Contenders are timed in turn, A B C, B A C, …, so that a machine that slows down slows all of them down, and their times
-are compared within a round. A sample is one stretch of a monotonic clock on the CPU, a pair of events on a GPU.
+are compared within a round. A sample is one stretch of a monotonic clock on the CPU. On a GPU it is the time between
+two events on the device, which spins before the first until the host has queued all of the call; what the host took
+for that stands apart.
 """
 
 from __future__ import annotations
@@ -10,29 +12,39 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-Call = Callable[[], object]
+from gssf_triton.autotune import measure
+from gssf_triton.autotune.measure import Call as Call
+from gssf_triton.autotune.measure import Sample as Sample
 
 #: Read and written before each sample on a CPU, and …
 CPU_FLUSH_BYTES = 64 * 2**20
-#: … written before each on a GPU, so that no input is found in a cache (of 50 MB on the largest).
-GPU_FLUSH_BYTES = 256 * 2**20
+#: … written before each on a GPU, so that no input is found in a cache.
+GPU_FLUSH_BYTES = measure.FLUSH_BYTES
 #: Calls of each contender whose time is not reported, before the first sample.
 WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Samples of one cell: as many rounds as fit into `seconds`, within the two bounds."""
+    """Samples of one cell: as many rounds as fit into `seconds`, within the two bounds.
+
+    Before each `flush_bytes` are written, as many as the device's caches may hold where it is None.
+    """
 
     least: int
     most: int
     seconds: float
+    flush_bytes: int | None = None
+
+
+#: What shows that something runs.
+BRIEF = Effort(1, 1, 0.0, flush_bytes=2**16)
 
 
 @dataclass(frozen=True)
@@ -59,49 +71,40 @@ class Spread:
 class CpuClock:
     """Seconds of one call by the monotonic clock, the caches flushed before it."""
 
-    def __init__(self) -> None:
-        self.flush = torch.zeros(CPU_FLUSH_BYTES // 4, dtype=torch.int32)
+    def __init__(self, flush_bytes: int = CPU_FLUSH_BYTES) -> None:
+        self.flush = torch.zeros(flush_bytes // 4, dtype=torch.int32)
 
-    def round(self, calls: list[Call]) -> list[float]:
-        """Seconds of each call, in turn."""
+    def round(self, calls: list[Call]) -> list[Sample]:
+        """A sample of each call, in turn."""
         samples = []
         for call in calls:
             self.flush.add_(1)
             start = time.perf_counter()
             call()
-            samples.append(time.perf_counter() - start)
+            samples.append(Sample(time.perf_counter() - start))
         return samples
 
 
-class GpuClock:
-    """Seconds between two events around one call, the L2 cache flushed before it (as `triton.testing.do_bench`)."""
+class GpuClock(measure.GpuClock):
+    """The tuner's clock, with what the host took beside its samples."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.flush = torch.empty(GPU_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-
-    def round(self, calls: list[Call]) -> list[float]:
-        """Seconds of each call, in turn."""
-        pairs = []
-        for call in calls:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self.flush.zero_()
-            start.record()
-            call()
-            end.record()
-            pairs.append((start, end))
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) * 1e-3 for start, end in pairs]
+    def round(self, calls: list[Call]) -> list[Sample]:
+        """A sample of each call, in turn."""
+        return [self.take(call) for call in calls]
 
 
-def clock_for(device: torch.device) -> CpuClock | GpuClock:
-    return GpuClock(device) if device.type == "cuda" else CpuClock()
+def clock_for(device: torch.device, effort: Effort) -> CpuClock | GpuClock:
+    """The clock of a device."""
+    if device.type == "cuda":
+        return GpuClock(device, effort.flush_bytes or GPU_FLUSH_BYTES)
+    return CpuClock(effort.flush_bytes or CPU_FLUSH_BYTES)
 
 
-def interleave(calls: Mapping[str, Call], clock: CpuClock | GpuClock, effort: Effort) -> dict[str, list[float]]:
-    """Samples of each call in seconds, the i-th of each from the same round, the order new in every round."""
+def interleave(calls: Mapping[str, Call], clock: CpuClock | GpuClock, effort: Effort) -> dict[str, list[Sample]]:
+    """Samples of each call, the i-th of each from the same round, the order new in every round."""
     for call in calls.values():
         clock.round([call] * WARM_UP)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0).shuffle
     start = time.perf_counter()
@@ -109,9 +112,19 @@ def interleave(calls: Mapping[str, Call], clock: CpuClock | GpuClock, effort: Ef
         if done >= effort.least and time.perf_counter() - start > effort.seconds:
             break
         shuffle(order)
-        for name, seconds in zip(order, clock.round([calls[name] for name in order]), strict=True):
-            samples[name].append(seconds)
+        for name, sample in zip(order, clock.round([calls[name] for name in order]), strict=True):
+            samples[name].append(sample)
     return samples
+
+
+def spreads(samples: list[Sample]) -> dict[str, Any]:
+    """What a table of results says of samples: "seconds", and where they come from a GPU the host's beside them."""
+    found: dict[str, Any] = {"seconds": Spread.of([sample.seconds for sample in samples]).as_dict()}
+    hosts = [sample.host for sample in samples if sample.host is not None]
+    if hosts:
+        found["host_seconds"] = Spread.of(hosts).as_dict()
+        found["host_exposed"] = any(sample.exposed for sample in samples)
+    return found
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

@@ -1,15 +1,17 @@
-"""Everything that only a GPU can show, in one run of under nine minutes; without a GPU, the parts that need none.
+"""The second program on a GPU, in under six and a half minutes: what only a GPU can show once first_run.py was right.
 
     python perf/gpu_check.py                     # into perf/results/DEVICE/gpu_check.json; a CPU's into runs/
-    python perf/gpu_check.py --only errors graphs
+    python perf/gpu_check.py --only errors large
     python perf/gpu_check.py --resume            # the steps that a run cut short did not finish
+    python perf/gpu_check.py --assembler PATH    # Triton's kernels by another ptxas
     TRITON_INTERPRET=1 python perf/gpu_check.py --device cpu    # what needs no GPU, in Triton's interpreter
 
 The steps, the most telling first: the kernels compiled; errors of every function in fp32, TF32, fp16 and bf16 against
-the contract; one launch of every kernel; the same bits from 100 repeats under load; forward and backward captured in
-CUDA graphs; S, features and searches past 2³¹ entries; compute-sanitizer's memcheck and racecheck; the whole test
-suite; the sweep's suites. The file is rewritten after each. Exit status: 0, or 1 where something failed, 2 for
-arguments that don't fit, 130 when interrupted.
+the contract, or, of chains of products, against wider bounds; S, features and searches past 2³¹ entries; the same bits
+from 100 repeats under load; compute-sanitizer's memcheck over a launch of every kernel, and its racecheck over those
+that read back what they wrote; the goals' cells beside their peers (goals.json, a run of sweep.py); forward and
+backward captured in CUDA graphs. Nothing need be installed. The file is rewritten after each step. Exit status: 0, or 1
+where something failed, 2 for arguments that don't fit, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -19,20 +21,25 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import _importable  # noqa: F401
+import _layout
 import _machine
 import _results
 import torch
-from _check_steps import STEPS, Machine
+from _check_calls import CALLS
+from _check_programs import STEPS, WHOLE
+from _check_steps import Machine
 from sweep import RESULTS, now
 from tqdm import tqdm
 
 #: Seconds that a run may take.
-BUDGET = 530.0
+BUDGET = 380.0
 #: What a run that goes on must have in common with the one before.
-SAME = ("device", "driver", "versions", "commit")
+SAME = ("device", "driver", "versions", "commit", "assembler")
 #: What a check without a GPU writes tells of this machine alone and is not kept with the results.
 WITHOUT_GPU = _machine.ROOT / "runs" / "gpu_check.json"
 
@@ -45,14 +52,15 @@ def new_check(device: torch.device) -> dict[str, Any]:
         **_machine.describe(device),
         "versions": _machine.versions(),
         "commit": _machine.commit(),
+        "assembler": _machine.assembler(device),
         "steps": {},
     }
 
 
 def run_step(name: str, machine: Machine) -> dict[str, Any]:
     """A step's findings, and whether all are as they should be; a step that breaks off keeps what it had."""
-    step, needs_gpu = STEPS[name]
-    if needs_gpu and machine.kind != "cuda":
+    step = STEPS[name]
+    if step.needs_gpu and machine.kind != "cuda":
         return {"status": "needs a GPU", "findings": []}
     if machine.left < 1:
         return {"status": "no time left", "findings": []}
@@ -60,7 +68,7 @@ def run_step(name: str, machine: Machine) -> dict[str, Any]:
     findings: list[dict[str, Any]] = []
     status = "ok"
     try:
-        for found in step(machine):
+        for found in step.run(machine):
             findings.append(found)
             if machine.left <= 0:
                 return {"status": "no time left", "seconds": _since(started), "findings": findings}
@@ -99,30 +107,43 @@ def _part(text: str) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="perf/gpu_check.py", description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--device", help="cpu, cuda, … (default: a GPU where there is one)")
-    p.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), metavar="STEP", help="these steps")
+    p.add_argument("--only", nargs="+", choices=list(STEPS), default=WHOLE, metavar="STEP", help="these steps")
+    p.add_argument("--calls", nargs="+", choices=[call.name for call in CALLS], default=(), help="these calls alone")
     p.add_argument("--out", type=Path, metavar="JSON", help="default: perf/results/DEVICE/gpu_check.json")
     p.add_argument("--resume", action="store_true", help="keep the steps of the file that went well")
-    p.add_argument("--small", action="store_true", help="launch on inputs as small as the interpreter's")
+    p.add_argument("--small", action="store_true", help="inputs as small as the interpreter's")
+    p.add_argument("--assembler", metavar="PATH", help="the ptxas that Triton's kernels are assembled with")
     p.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="the calls of the I-th of N parts")
-    p.add_argument("--budget", type=float, default=BUDGET, help="seconds in all (default: %(default)g)")
+    p.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        help="seconds in all, from which the steps have theirs (default: %(default)g)",
+    )
     args = p.parse_args(argv)
     try:
         device = _machine.device_named(args.device)
     except (ValueError, RuntimeError) as error:
         p.error(str(error).splitlines()[0])
-    machine = Machine(device, time.monotonic() + args.budget, args.small, args.part)
-    if machine.kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if args.assembler:
+        try:
+            os.environ |= _layout.assembled_with(args.assembler)
+        except ValueError as error:
+            p.error(f"--assembler: {error}")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         p.error("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
     # A shell that starts this in the background has it ignore interrupts, and all that it starts in turn; programs
     # whose time is up are interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Read when the library's first handle is made: without it products may not repeat under deterministic algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if machine.kind == "cuda":
-        torch.cuda.set_device(machine.device)
-    check = new_check(machine.device)
-    usual = RESULTS / check["device"]["slug"] / "gpu_check.json" if machine.kind == "cuda" else WITHOUT_GPU
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    check = new_check(device)
+    usual = RESULTS / check["device"]["slug"] / "gpu_check.json" if device.type == "cuda" else WITHOUT_GPU
     out = args.out or usual
+    end = time.monotonic() + args.budget
+    machine = Machine(device, end, args.small, args.part, tuple(args.calls), folder=out.parent)
     if args.resume and out.exists():
         try:
             held = _results.read(out, ("steps", *SAME))
@@ -134,9 +155,12 @@ def main(argv: list[str] | None = None) -> int:
         check["steps"] = {name: step for name, step in held["steps"].items() if step["status"] == "ok"}
     try:
         with tqdm([name for name in args.only if name not in check["steps"]], unit="step") as bar:
+            limit = time.monotonic()
             for name in bar:
                 bar.set_description(name)
-                check["steps"][name] = run_step(name, machine)
+                # A step alone has all the time there is; of several none takes what those to come need.
+                limit = end if len(args.only) == 1 else limit + STEPS[name].seconds * args.budget / BUDGET
+                check["steps"][name] = run_step(name, replace(machine, deadline=min(limit, end)))
                 if out != Path(os.devnull):
                     _results.write(out, check)
     except KeyboardInterrupt:

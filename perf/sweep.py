@@ -18,6 +18,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import torch
 from _cells import DTYPES, Cell, Shape
 from _measure import measure
 from _registry import contender_names, custom_cells, labels, members, suite_cells, suites
-from _timing import Effort
+from _timing import BRIEF, Effort
 from tqdm import tqdm
 
 #: How often the machine's own ceilings are measured again.
@@ -90,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
         default="highest",
         help="high allows TF32 (default: highest)",
     )
+    p.add_argument("--small", action="store_true", help="a CPU's cells, a sample each: to see that it runs")
     p.add_argument("--no-plots", action="store_true", help="write the JSON only")
     return p
 
@@ -130,7 +132,7 @@ def measure_all(
     dtypes = list(dict.fromkeys(cell.dtype for cell in cells))
 
     def raise_ceilings() -> None:
-        found = _machine.ceilings(device, dtypes, effort.seconds)
+        found = _machine.ceilings(device, dtypes, effort.seconds, small=effort == BRIEF)
         run["ceilings"] = _machine.higher(run["ceilings"], found) if run["ceilings"] else found
 
     run["planned"] = [cell.key for cell in cells]
@@ -177,6 +179,9 @@ def summary(run: _results.Run) -> str:
                 if run["device"]["type"] == "cuda":
                     seconds = entry["seconds"]["median"]
                     time_text = f"  {seconds * 1e3:9.3f} ms {cell['count'] / seconds:9.3g} {cell['unit']}/s"
+                    if "host_seconds" in entry:  # runs of before have none
+                        mark = "!" if entry["host_exposed"] else ""
+                        time_text += f"  host {entry['host_seconds']['median'] * 1e6:7.0f} µs{mark}"
                 spread = f"{ratio['median']:6.3f} × baseline [{ratio['q1']:.3f}, {ratio['q3']:.3f}]"
                 peak = f"{entry['peak_bytes'] / 2**20:9.1f} MiB"
                 lines.append(f"    {names[name]:28} {spread}{time_text}{peak}  n={ratio['n']}")
@@ -213,14 +218,14 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision(args.float32_precision)
-    base = EFFORTS.get((args.suite, device.type), USUAL_EFFORT[device.type])
-    effort = Effort(base.least, base.most, base.seconds if args.seconds is None else args.seconds)
+    base = BRIEF if args.small else EFFORTS.get((args.suite, device.type), USUAL_EFFORT[device.type])
+    effort = base if args.seconds is None else replace(base, seconds=args.seconds)
     suite = "custom" if args.shape else args.suite
     try:
         if args.shape:
             cells = custom_cells(members(args.suite), args.shape, args.dtype or ["fp32"])
         else:
-            cells = suite_cells(args.suite, device.type)
+            cells = suite_cells(args.suite, "cpu" if args.small else device.type)
     except ValueError as error:
         p.error(f"--shape: {error}")
     settings = {

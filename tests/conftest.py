@@ -65,7 +65,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 #: What imports kernels cannot even be collected without Triton.
-collect_ignore = [] if HAS_TRITON else ["test_tuner_choice.py"]
+collect_ignore = [] if HAS_TRITON else ["test_first_tasks.py", "test_tuner_choice.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import _machine
-import _measure
 import pytest
 
 PERF = Path(__file__).resolve().parent.parent / "perf"
@@ -15,4 +14,4 @@ def quick(patch: pytest.MonkeyPatch) -> None:
     """Small ceilings, and between contenders no collection of all the garbage of a test run."""
     patch.setitem(_machine.COPY_BYTES, "cpu", 2**16)
     patch.setitem(_machine.MATRIX_SIDE, "cpu", 32)
-    patch.setattr(_measure, "_release", lambda *_: None)
+    patch.setattr(_machine, "release", lambda *_: None)

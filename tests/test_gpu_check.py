@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import _check_calls
+import _check_programs
 import _check_steps
+import _process
 import gpu_check
 import pytest
 import torch
-from _check_steps import Finding, Machine
+from _check_programs import Step
+from _check_steps import Machine
+from _errors import Finding, finding
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,16 +96,18 @@ def test_bits_that_differ_are_seen(monkeypatch: pytest.MonkeyPatch, machine: Mac
 
 
 def good(machine: Machine) -> Iterator[Finding]:
-    yield _check_steps.finding("good", True)
+    yield finding("good", True)
 
 
 def broken(machine: Machine) -> Iterator[Finding]:
-    yield _check_steps.finding("before", True)
+    yield finding("before", True)
     raise RuntimeError("in the middle")
 
 
 def test_a_step_that_breaks_off_stops_no_other(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "STEPS", {"one": (broken, False), "two": (good, False), "three": (good, True)})
+    monkeypatch.setattr(
+        gpu_check, "STEPS", {"one": Step(broken, 9), "two": Step(good, 9), "three": Step(good, 9, needs_gpu=True)}
+    )
     out = tmp_path / "check.json"
     status, run = check(device, out, "--only", "one", "two", "three")
     assert status == 1
@@ -120,13 +126,13 @@ def test_a_step_that_breaks_off_stops_no_other(tmp_path: Path, device: str, monk
         raise AssertionError("done already")
         yield
 
-    monkeypatch.setattr(gpu_check, "STEPS", {"one": (mended, False), "two": (again, False)})
+    monkeypatch.setattr(gpu_check, "STEPS", {"one": Step(mended, 9), "two": Step(again, 9)})
     status, run = check(device, out, "--only", "one", "two", "--resume")
     assert status == 0 and ran == ["one"] and list(run["steps"]) == ["two", "one"]
 
 
 def test_another_machines_file_is_not_resumed(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "STEPS", {"one": (good, False)})
+    monkeypatch.setattr(gpu_check, "STEPS", {"one": Step(good, 9)})
     out = tmp_path / "check.json"
     _, run = check(device, out, "--only", "one")
     out.write_text(json.dumps(run | {"versions": {"torch": "1.0"}}), encoding="utf-8")
@@ -139,7 +145,7 @@ def test_a_program_whose_time_is_up_says_what_it_knows_and_leaves_nothing_behind
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted, and killed where it does not end: neither it nor what it started runs on beside the next step."""
-    monkeypatch.setattr(_check_steps, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(_process, "GRACE_SECONDS", 0.5)
     child = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     program = f"""
 import signal, subprocess, sys, time
@@ -152,15 +158,15 @@ try:
 except KeyboardInterrupt:
     print("told", flush=True)
 """
-    done, output = _check_steps._output([sys.executable, "-c", program], 3.0, {})
-    assert done is None and not _check_steps.RUNNING and output.split() == ["begun", "told"]
+    done, output = _process.output([sys.executable, "-c", program], 3.0, {})
+    assert done is None and not _process.RUNNING and output.split() == ["begun", "told"]
     # The child may take a moment to be gone, and stays listed where nobody waits for it.
     status = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
     limit = time.monotonic() + 10
     while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < limit:
         time.sleep(0.05)
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
-    assert _check_steps._output([sys.executable, "-c", "print(3); exit(7)"], 30.0, {}) == (7, "3\n")
+    assert _process.output([sys.executable, "-c", "print(3); exit(7)"], 30.0, {}) == (7, "3\n")
 
 
 def test_parts_make_up_the_whole(machine: Machine, tmp_path: Path, device: str) -> None:
@@ -209,12 +215,12 @@ def test_a_sanitizers_words_are_kept(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     # What it watches runs once without it.
     monkeypatch.setattr(sys, "executable", "/bin/true")
-    (found,) = _check_steps.memcheck(machine)
+    (found,) = _check_programs.memcheck(machine)
     assert found.items() >= expected.items(), found
     assert "--tool memcheck" in log.read_text() and "--only launched" in log.read_text()
 
 
 def test_no_time_left_is_said(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "STEPS", {"one": (good, False)})
+    monkeypatch.setattr(gpu_check, "STEPS", {"one": Step(good, 9)})
     status, run = check(device, tmp_path / "check.json", "--only", "one", "--budget", "0")
     assert status == 1 and run["steps"]["one"]["status"] == "no time left"

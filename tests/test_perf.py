@@ -333,7 +333,7 @@ def test_every_sample_starts_with_cold_caches() -> None:
     clock = _timing.CpuClock()
     seen: list[int] = []
     samples = clock.round([lambda: seen.append(int(clock.flush[0]))] * 3)
-    assert seen == [1, 2, 3] and all(seconds > 0 for seconds in samples)
+    assert seen == [1, 2, 3] and all(sample.seconds > 0 and sample.host is None for sample in samples)
 
 
 def test_peak_memory_counts_what_was_held_at_once() -> None:

@@ -87,6 +87,6 @@ def test_errors_stay_within_the_contract(
 ) -> None:
     """Of values and gradients, in float32 where TF32 is allowed and in float16, whose folded gradients take it."""
     monkeypatch.setattr(_check_steps, "CALLS", [call])
-    monkeypatch.setattr(_check_steps, "NUMERICS", [n for n in _check_steps.NUMERICS if n[0] in ("tf32", "fp16")])
+    monkeypatch.setattr(_check_steps, "NUMERICS", [n for n in _check_steps.NUMERICS if n.name in ("tf32", "fp16")])
     found = list(_check_steps.errors(_check_steps.Machine(torch.device(device), float("inf"))))
     assert len(found) == 2 and all(f["ok"] for f in found), found

@@ -1,0 +1,60 @@
+"""A process of first_run.py: it does the tasks that come in on stdin, one a line, and prints what it finds.
+
+A line that begins with `MARK` is a message; everything else that it or its libraries print is for the log. It ends with
+whoever started it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+#: Of a message.
+MARK = "@first "
+#: Lines of a traceback that are kept.
+TRACEBACK_LINES = 12
+
+
+def say(**message: Any) -> None:
+    """One message, on a line of its own whatever was printed before."""
+    sys.stdout.flush()
+    sys.stdout.write(f"\n{MARK}{json.dumps(message)}\n")
+    sys.stdout.flush()
+
+
+def _listen(tasks: queue.Queue[dict[str, Any]]) -> None:
+    """Take tasks in until there is nobody any more who would give one; then end, with all that was started."""
+    for line in sys.stdin:
+        tasks.put(json.loads(line))
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def main() -> None:
+    tasks: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
+    began = time.perf_counter()
+    import _first_tasks  # what it imports may be broken: only now would that be told
+
+    say(ready=round(time.perf_counter() - began, 2))
+    while True:
+        task = tasks.get()
+        started = time.perf_counter()
+        try:
+            for row in _first_tasks.run(task):
+                say(row=row)
+        except Exception as error:
+            lines = traceback.format_exc().splitlines()[-TRACEBACK_LINES:]
+            facts = getattr(error, "facts", {})
+            say(row={"name": task["name"], "ok": False, "failure": {"traceback": lines, **facts}})
+        say(end=task["name"], seconds=round(time.perf_counter() - started, 2), healthy=_first_tasks.is_healthy())
+
+
+if __name__ == "__main__":
+    main()
