@@ -1,4 +1,4 @@
-"""A training script's data loading, run by test_concurrency.py as a process of its own: METHOD FOLDER.
+"""A training script's data loading, run by test_concurrency.py as a process of its own: FOLDER.
 
 The parent computes on several threads first, as any training script does before its next epoch's workers start.
 """
@@ -43,7 +43,7 @@ class Scored(Dataset[tuple[torch.Tensor, ...]]):
         return S, loss, *found
 
 
-def main(method: str, folder: str) -> None:
+def main(folder: str) -> None:
     torch.set_num_threads(2)
     x = torch.randn(1024, 256)
     gssf_triton.pairwise_sim(x, x, torch.ones(256)).exp().sum()
@@ -54,12 +54,15 @@ def main(method: str, folder: str) -> None:
     expected = [dataset[item] for item in range(len(dataset))]
     torch.set_num_threads(2)
     # A spawned worker imports everything anew: one will do.
-    epochs, workers = (2, 2) if method == "fork" else (1, 1)
-    for epoch in range(epochs):
-        loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=method, timeout=100)
-        for found, wanted in zip(loader, expected, strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True)), f"epoch {epoch}"
-    print("the same bits")
+    for method, epochs, workers in (("fork", 2, 2), ("spawn", 1, 1)):
+        for epoch in range(epochs):
+            loader = DataLoader(
+                dataset, batch_size=None, num_workers=workers, multiprocessing_context=method, timeout=100
+            )
+            for found, wanted in zip(loader, expected, strict=True):
+                same = (torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+                assert all(same), f"{method}, epoch {epoch}"
+        print(f"{method}: the same bits", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 import gssf_triton
 
 
-@pytest.fixture(params=[True, False], ids=["deterministic", "default"])
+@pytest.fixture
 def deterministic(request: pytest.FixtureRequest) -> Iterator[bool]:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(request.param)
@@ -31,7 +31,12 @@ def run(function: str, tensors: dict[str, Tensor], grads: list[Tensor], **option
 
 
 @pytest.mark.parametrize("function", ["pairwise_sim", "pairwise_terms", "paired_sim", "transform"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "deterministic"),
+    [(torch.float32, True), (torch.bfloat16, False)],
+    ids=["float32-deterministic", "bfloat16-default"],
+    indirect=["deterministic"],
+)
 def test_same_call_same_bits(function: str, dtype: torch.dtype, deterministic: bool, backend: str, device: str) -> None:
     M = 67 if device == "cpu" else 4099  # several tiles of rows, the last one ragged
     N = M if function == "paired_sim" else M // 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from glyph_model import MAX_WORDS, tokenize
-from glyph_retrieval import parse
+from glyph_retrieval import main, parse
 from glyph_training import LOSSES, Run, Settings, info_nce, load_teacher, recalls, test_pairs
 
 from gssf_triton.data.glyphs import Glyphs, load_glyphs
@@ -119,7 +119,7 @@ def test_other_settings_in_the_same_folder_are_refused(split: tuple[Glyphs, Glyp
         make(split, tmp_path / "x.pt", Settings(**{**TINY.__dict__, "steps": 8}))
 
 
-def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
+def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, str(EXAMPLES / "glyph_retrieval.py"), "--out", str(tmp_path / "run"), "--steps", "4"]
     command += ["--batch-size", "32", "--dim", "32", "--block-size", "8", "--held-out", "60", "--metric", "all"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -131,14 +131,14 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     for name in ("learning_curve.png", "learning_curve.svg", "retrieval_sheet.png"):
         assert (tmp_path / "run" / name).stat().st_size > 1000
 
-    again = subprocess.run([*command, "--block-size", "16"], capture_output=True, text=True)
-    assert again.returncode == 2 and "other settings (block_size)" in again.stderr
+    assert main([*command[2:], "--block-size", "16"]) == 2
+    assert "other settings (block_size)" in capsys.readouterr().err
 
 
-def test_misuse_ends_in_one_clear_line() -> None:
-    command = [sys.executable, str(EXAMPLES / "glyph_retrieval.py"), "--dim", "100", "--block-size", "32"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "--block-size must divide --dim = 100, got 32" in done.stderr
+def test_misuse_ends_in_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--dim", "100", "--block-size", "32"])
+    assert stopped.value.code == 2 and "--block-size must divide --dim = 100, got 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,11 @@ def scores(call: dict[str, Any], normalize: bool) -> Any:
     return naive.scores_of(call["a"], call["b"], call["W_diag"], call["W_blocks"], normalize=normalize).tolist()
 
 
-REAL = pytest.mark.parametrize("real", [False, True], ids=["ties", "real"])
+#: Ties may part at a cut; real numbers are in chunks alone.
+REAL = pytest.mark.parametrize(
+    ("real", "cut"), [(False, "whole"), (False, "chunks"), (True, "chunks")], indirect=["cut"],
+    ids=["ties-whole", "ties-chunks", "real-chunks"],
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- image–text

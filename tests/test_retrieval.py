@@ -17,8 +17,6 @@ import gssf_triton
 from gssf_triton.autotune import retrieval_configs
 from gssf_triton.retrieval import scan
 
-KINDS = ["diag", "blocks", "diag+blocks"]
-
 
 @pytest.fixture(params=["whole", "chunks"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -55,11 +53,20 @@ def expected_topk(call: dict[str, Any], k: int, excluded: dict[str, Tensor]) -> 
     return values, indices
 
 
-SHAPES = [(1, 1), (1, 33), (5, 1), (9, 31), (35, 131)]
+#: Every shape with both terms, and each term alone once: the kernels see rows that are folded already.
+PROBLEMS = [(1, 1, "diag+blocks"), (1, 33, "diag+blocks"), (5, 1, "diag+blocks"), (9, 31, "diag"), (9, 31, "blocks"),
+            (9, 31, "diag+blocks"), (35, 131, "diag+blocks")]  # fmt: skip
+problems = pytest.mark.parametrize(("Q", "N", "kind"), PROBLEMS, ids=str)
+#: Every share with every special value, in one chunk and in many by turns.
+EXCLUSIONS = [
+    pytest.param(share, special, ("whole", "chunks")[(row + column) % 2], id=f"{share:.0%}-kept-{special}")
+    for row, share in enumerate((0.02, 0.5, 0.98))
+    for column, special in enumerate((None, float("nan"), float("inf"), -float("inf"), 0.0))
+]
+excluding = pytest.mark.parametrize(("share", "special", "cut"), EXCLUSIONS, indirect=["cut"])
 
 
-@pytest.mark.parametrize(("Q", "N"), SHAPES, ids=lambda n: str(n))
-@pytest.mark.parametrize("kind", KINDS)
+@problems
 def test_topk_is_a_sort(Q: int, N: int, kind: str, cut: str, backend: str, device: str) -> None:
     call = problem(Q, N, kind, device)
     for k in sorted({1, min(N, 10), N}):
@@ -69,8 +76,7 @@ def test_topk_is_a_sort(Q: int, N: int, kind: str, cut: str, backend: str, devic
         assert values.tolist() == expected_values
 
 
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.98], ids=lambda s: f"{s:.0%}-kept")
-@pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf"), 0.0], ids=str)
+@excluding
 def test_topk_with_exclusions(share: float, special: float | None, cut: str, backend: str, device: str) -> None:
     Q, N = 20, 100
     call, excluded = problem(Q, N, "diag+blocks", device, special), exclusions(Q, N, device, share)
@@ -110,7 +116,12 @@ def test_copies_of_an_item_go_by_index(where: str, cut: str, device: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("normalize", [False, True], ids=["as-is", "normalize"])
+@pytest.mark.parametrize(
+    ("normalize", "cut"),
+    [(False, "whole"), (True, "chunks")],
+    indirect=["cut"],
+    ids=["as-is-whole", "normalize-chunks"],
+)
 def test_topk_of_real_numbers(dtype: torch.dtype, normalize: bool, cut: str, backend: str, device: str) -> None:
     queries, gallery = features(23, 40, dtype=dtype, device=device), features(131, 40, dtype=dtype, device=device)
     gallery *= torch.rand(131, 1).to(gallery) * 3
@@ -148,8 +159,7 @@ def expected_ranks(call: dict[str, Any], labels: dict[str, Tensor], excluded: di
     return [found[0] if found else -1 for found in places]
 
 
-@pytest.mark.parametrize(("Q", "N"), SHAPES, ids=lambda n: str(n))
-@pytest.mark.parametrize("kind", KINDS)
+@problems
 def test_ranks_are_places_in_a_sort(Q: int, N: int, kind: str, cut: str, backend: str, device: str) -> None:
     call = problem(Q, N, kind, device)
     labels = {name: x for name, x in ids(Q, N, device).items() if name.endswith("ids")}
@@ -158,8 +168,7 @@ def test_ranks_are_places_in_a_sort(Q: int, N: int, kind: str, cut: str, backend
     assert found.tolist() == expected_ranks(call, labels, {})
 
 
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.98], ids=lambda s: f"{s:.0%}-kept")
-@pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf"), 0.0], ids=str)
+@excluding
 def test_ranks_with_exclusions(share: float, special: float | None, cut: str, backend: str, device: str) -> None:
     Q, N = 20, 100
     call, excluded = problem(Q, N, "diag+blocks", device, special), exclusions(Q, N, device, share)
@@ -169,19 +178,21 @@ def test_ranks_with_exclusions(share: float, special: float | None, cut: str, ba
     assert (found == -1).any(), "the case has unmatched queries"
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8], ids=str)
-def test_integers_of_any_width(dtype: torch.dtype, cut: str, backend: str, device: str) -> None:
+@pytest.mark.parametrize("cut", ["chunks"], indirect=True)
+def test_integers_of_any_width(cut: str, backend: str, device: str) -> None:
     """Labels and places come as they are stored, also where the gallery has more items than they can count."""
     call, labels = problem(9, 200, "diag", device), ids(9, 200, device)
     exclude = torch.randint(-1, 100, (9,), device=device)
-    narrow = {name: x.to(dtype) for name, x in labels.items()}
-    for name, function, options in (
-        ("topk", gssf_triton.topk, {"k": 20}),
-        ("ranks", gssf_triton.ranks, None),
-    ):
-        found = function(**call, exclude=exclude.to(dtype), backend=backend, **(narrow if options is None else options))
-        expected = function(**call, exclude=exclude, backend=backend, **(labels if options is None else options))
-        assert repr(found) == repr(expected), name
+
+    def found(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        options = {**call, "exclude": exclude.to(dtype), "backend": backend}
+        narrow = {name: x.to(dtype) for name, x in labels.items()}
+        return (*gssf_triton.topk(**options, k=20), gssf_triton.ranks(**options, **narrow))
+
+    expected = found(torch.int64)
+    for dtype in (torch.int32, torch.int16, torch.int8):
+        for ours, theirs in zip(found(dtype), expected, strict=True):
+            assert ours.dtype == theirs.dtype and ours.equal(theirs), dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -215,7 +226,12 @@ def test_an_item_is_often_not_its_own_best_match(backend: str, device: str) -> N
 # ---------------------------------------------------------------- galleries on disk
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("dtype", "cut"),
+    [(np.float32, "whole"), (np.float16, "chunks"), (np.float32, "chunks"), (np.float64, "chunks")],
+    indirect=["cut"],
+    ids=lambda value: value if isinstance(value, str) else np.dtype(value).name,
+)
 def test_a_memory_mapped_gallery(dtype: Any, cut: str, backend: str, device: str, tmp_path: Path) -> None:
     """The same bits as from memory; the file is opened read-only and read in blocks."""
     gallery = features(131, 12).numpy().astype(dtype)
@@ -250,16 +266,16 @@ def test_an_array_of_any_strides(backend: str, device: str) -> None:
 # ---------------------------------------------------------------- promises
 
 
-@pytest.mark.parametrize("k", [3, 70])
-def test_the_score_matrix_is_never_held(k: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_score_matrix_is_never_held(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Q, N = 64, 640
     chunks = retrieval_configs.StreamChunks(rows=32, columns=64, block_rows=128)
     monkeypatch.setattr(retrieval_configs, "stream_chunks", lambda *shape: chunks)
     call = {"queries": features(Q, 8, device=device), "gallery": features(N, 8, device=device)}
     metric = weights("diag", 1, 8, device=device)
-    with Largest() as largest:
-        gssf_triton.topk(**call, **metric, k=k, normalize=True, backend=backend)
-    assert largest.bytes < Q * N * 4 // 3
+    for k in (3, 70):
+        with Largest() as largest:
+            gssf_triton.topk(**call, **metric, k=k, normalize=True, backend=backend)
+        assert largest.bytes < Q * N * 4 // 3
     labels = {name: x for name, x in ids(Q, N, device).items() if name.endswith("ids")}
     with Largest() as largest:
         gssf_triton.ranks(**call, **metric, **labels, normalize=True, backend=backend)

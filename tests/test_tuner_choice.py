@@ -153,9 +153,9 @@ KEYS = [
 def test_candidates_start_with_the_models_choice_and_are_all_legal(key: Key, arch: str) -> None:
     found = ranking.candidates(key, arch)
     assert found[0] == model.default(key, arch)
-    assert len(found) == len(set(found)) and found == ranking.candidates(key, arch)
+    assert len(found) == len(set(found))
     assert all(model.is_legal(config, key, arch) for config in found)
-    assert found[:3] == ranking.candidates(key, arch, limit=3)
+    assert found[:-1] == ranking.candidates(key, arch, limit=len(found) - 1), "the same order, cut where it is told"
     assert len(found) > 1, "there is something to tune on GPUs the gate does not compile for, too"
 
 
