@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -94,8 +95,6 @@ class Launch:
 
     def source(self) -> Any:
         """What `triton.compile` takes."""
-        from importlib import import_module
-
         from triton.compiler import ASTSource
 
         return ASTSource(
@@ -136,8 +135,6 @@ def _freeze(value: Any) -> Any:
 
 
 def _thaw(value: Any) -> Any:
-    from importlib import import_module
-
     import triton.language as tl
 
     if isinstance(value, tuple) and value and value[0] == FUNCTION:

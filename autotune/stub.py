@@ -21,8 +21,10 @@ from unittest import mock
 import torch
 import torch._dynamo  # a dispatch mode imports it at its first operation, when torch.cuda's functions are replaced
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gssf_triton import backend
 from gssf_triton.autotune import devices, lookup
 from gssf_triton.autotune.targets import ARCHITECTURES, SHIPPED_DEVICES, kin
 from gssf_triton.storage import CACHE_VARIABLE
@@ -76,8 +78,6 @@ class Disguise(TorchDispatchMode):
 
 def _implementation(func: Any) -> Callable[..., Any] | None:
     """What a custom operator of the package really does; torch would ask a meta tensor's for its shape alone."""
-    from torch._library.custom_ops import OPDEFS
-
     definition = OPDEFS.get(func._schema.name)
     return None if definition is None else definition._init_fn
 
@@ -246,8 +246,6 @@ def stub_host(arch: str = "sm_90") -> Iterator[None]:
 
     What is left out is the change of the current device at each launch.
     """
-    from gssf_triton import backend
-
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "interpreter_is_on", lambda: True))
         card = devices.Device(devices.slug(CARDS[arch]), CARDS[arch], arch)
