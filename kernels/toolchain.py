@@ -28,7 +28,7 @@ from gssf_triton.autotune import devices
 from gssf_triton.autotune.configs import dot_precision
 from gssf_triton.backend import TRITON_RELEASE
 
-#: The oldest assembler that register operands are safe with: 13.0 is reported to fail where 13.1 does not (#1262 above).
+#: The oldest assembler that register operands are safe with: 13.0 is reported to fail, 13.1 not to (#1262 above).
 SAFE_ASSEMBLER = (13, 1)
 #: The first release of Triton that copies register operands before a product reads them.
 COPIES_OPERANDS = (3, 7)
