@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import tempfile
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from gssf_triton import console
 from gssf_triton.autotune import devices, lookup, mode, model
 from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import NUMERICS, Key, dtype_of, make_key
@@ -33,9 +34,10 @@ from gssf_triton.autotune.space import SPACES, TORCH_KERNELS
 from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped, shipped_for
 from gssf_triton.autotune.targets import SHIPPED_DEVICES
-from gssf_triton.command.usage import Parser, UsageError, default_device, parse_device, positive
+from gssf_triton.command.usage import Parser, UsageError, check_output, default_device, parse_device, positive
 from gssf_triton.kernels import toolchain
-from gssf_triton.storage import CACHE_VARIABLE
+from gssf_triton.progress import bar
+from gssf_triton.storage import CACHE_VARIABLE, read_text, replacing
 
 
 def _shapes(args: argparse.Namespace, default: str) -> list[Shape]:
@@ -75,19 +77,18 @@ def tune(args: argparse.Namespace) -> int:
     from gssf_triton.autotune import tuner
 
     where = parse_device(args.device)
-    keys = keys_for(_shapes(args, "full" if where.type == "cuda" else "cpu"), _kernels(args, where))
+    on_cpu = where.type == "cpu"
+    keys = keys_for(_shapes(args, "cpu" if on_cpu else "full"), _kernels(args, where), on_cpu=on_cpu)
     if args.dry_run:
         for key in tuner.in_order(keys):
             print(key)
         return 0
-    from tqdm import tqdm
-
-    with tqdm(total=len(keys), unit="key", desc="tuning", disable=args.quiet) as bar:
+    with bar(total=len(keys), unit="key", desc="tuning", disable=args.quiet) as shown:
 
         def progress(key: Key, outcome: str) -> None:
-            bar.update()
+            shown.update()
             if not args.quiet:
-                bar.write(f"{key}: {outcome}")
+                shown.write(f"{key}: {outcome}")
 
         try:
             report = tuner.tune(
@@ -99,7 +100,7 @@ def tune(args: argparse.Namespace) -> int:
                 progress=progress,
             )
         except KeyboardInterrupt:
-            bar.close()
+            shown.close()
             print("stopped; what was found is kept, the same command goes on from here")
             return 1
     print(
@@ -122,13 +123,14 @@ def show(args: argparse.Namespace) -> int:
     """What would run for each shape, and why."""
     target = _named_device(args.target) if args.target else None
     where = None if target else parse_device(args.device)
-    default = GPU_KERNELS if where is None or where.type == "cuda" else CPU_KERNELS
+    on_cpu = where is not None and where.type == "cpu"
+    default = CPU_KERNELS if on_cpu else GPU_KERNELS
     for shape in _shapes(args, "quick"):
         print(f"M={shape.M} N={shape.N} D={shape.D} B={shape.B} {shape.dtype}")
         tf32 = shape.dtype == "tf32"
         lines: dict[str, None] = {}  # an ordered set: both gradients of a square S ask for the same
         for kernel, M, N, B in calls_of(shape, args.kernel or default):
-            key = make_key(kernel, numerics_in(kernel, shape.dtype), M, N, shape.D, B)
+            key = make_key(kernel, numerics_in(kernel, shape.dtype, on_cpu=on_cpu), M, N, shape.D, B)
             device, entries = _tables_for(key, where, target)
             fallback = model.choice(kernel, M, N, shape.D, B, dtype_of(key.dtype), device.arch, tf32=tf32)
             answer = lookup.find(key, device, entries, fallback)
@@ -154,10 +156,10 @@ def _read_tables(paths: Sequence[Path]) -> list[Table]:
     tables = []
     for path in paths:
         try:
-            tables.append(parse(path.read_text(encoding="utf-8")))
+            tables.append(parse(read_text(path)))
         except TableError as fault:
             raise TableError(f"{path}: {fault}") from None
-        except (OSError, UnicodeDecodeError) as fault:
+        except (OSError, ValueError) as fault:
             raise UsageError(f"{path} cannot be read ({fault})") from None
     return tables
 
@@ -186,7 +188,8 @@ def export(args: argparse.Namespace) -> int:
     """The user's results as a table that can ship: what holds for the device, without what holds for this machine."""
     where = parse_device(args.device)
     found: dict[Device, Table] = {}
-    for device in {devices.identify(where), devices.identify_for_torch(where)}:
+    here = {devices.identify(where), devices.identify_for_torch(where)}
+    for device in here:
         entries = {key: entry for key, entry in lookup.store_for(device).read().items() if entry.source == "measured"}
         if entries:
             found[device] = Table(device.slug, device.arch, (device.name,), {}, entries)
@@ -205,13 +208,16 @@ def export(args: argparse.Namespace) -> int:
     if str(target) == "-":
         print(text, end="")
         return 0
+    if not os.path.isdir(target.parent):
+        raise UsageError(f"--out: {target} cannot be written: {target.parent} is no folder")
+    # The table lacks what holds for this machine alone: in the cache's place it would be refused.
+    check_output("--out", target, *(lookup.store_for(device).path for device in here))
     try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, target)
+        with replacing(target) as file:
+            file.write(text.encode())
     except OSError as fault:
         raise UsageError(f"--out: {target} cannot be written ({fault.strerror})") from None
-    print(f"{target}: {len(table.entries)} entries for {table.slug}")
+    console.say(f"{target}: {len(table.entries)} entries for {table.slug}", target)
     return 0
 
 
@@ -332,9 +338,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
+    console.ready()
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        return int(args.run(args))
-    except UsageError as fault:
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        console.give_up_output()  # whoever read it has seen enough
+        return 0
+    except (UsageError, OSError) as fault:
         parser.exit(2, f"{parser.prog} {args.command}: {fault}\n")

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 
+from gssf_triton import console
 from gssf_triton.autotune import workloads
 from gssf_triton.autotune.binary import Access
 from gssf_triton.autotune.compiled import Compiled, compile_launch
@@ -32,6 +33,7 @@ from gssf_triton.autotune.tables import Table, shipped
 from gssf_triton.autotune.targets import ARCHITECTURES
 from gssf_triton.backend import TRITON_RELEASE
 from gssf_triton.kernels import toolchain
+from gssf_triton.progress import bar
 
 #: Programs that a grid may have, by dimension.
 MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
@@ -275,12 +277,10 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 def compile_all(launches: Sequence[Launch], jobs: int, *, instructions: bool = False) -> dict[Launch, Compiled]:
     """Compile in `jobs` processes, with a progress bar; `instructions` as `compile_launch` has it."""
-    from tqdm import tqdm
-
     made: dict[Launch, Compiled] = {}
     with _workers(jobs) as pool:
         futures = {pool.submit(compile_launch, launch, instructions): launch for launch in launches}
-        for future in tqdm(as_completed(futures), total=len(futures), unit="kernel", desc="compiling"):
+        for future in bar(as_completed(futures), total=len(futures), unit="kernel", desc="compiling"):
             made[futures[future]] = future.result()
     return made
 
@@ -309,6 +309,7 @@ def run(cases: Sequence[Case], jobs: int, verbose: bool = True) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    console.ready()
     parser = argparse.ArgumentParser(prog="gssf_triton.autotune.compile_gate", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES), help="targets")
     parser.add_argument(

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from gssf_triton import console
 from gssf_triton.autotune import devices
 from gssf_triton.autotune.binary import predicted_share
 from gssf_triton.autotune.compile_gate import Case, compile_all, faults
@@ -30,6 +30,8 @@ from gssf_triton.autotune.public_calls import NUMERICS, PublicCall, headline, lo
 from gssf_triton.autotune.rehearsal import Launch, Record, recording
 from gssf_triton.autotune.stub import stub_driver, stub_host
 from gssf_triton.autotune.targets import ARCHITECTURES
+from gssf_triton.command.usage import UsageError, check_output
+from gssf_triton.progress import bar
 from gssf_triton.storage import replacing
 
 #: Rows that host time is measured with: what torch computes of them on the CPU hardly counts.
@@ -72,7 +74,7 @@ def host_times(calls: Sequence[PublicCall], numerics: str, arch: str) -> dict[st
                 "forward": _microseconds(lambda: a @ b.T),
                 "backward": _microseconds(lambda: torch.autograd.grad(S, (a, b), S, retain_graph=True)),
             }
-            for call in tqdm(calls, unit="call", desc="host time"):
+            for call in bar(calls, unit="call", desc="host time"):
                 forward, backward = with_rows(call, HOST_ROWS).on_the_host(numerics)
                 found[call.name] = {"forward": _microseconds(forward)}
                 if backward is not None:
@@ -111,7 +113,7 @@ def call_rows(calls: Sequence[PublicCall], numerics: str, arch: str) -> tuple[li
     rows: list[dict[str, Any]] = []
     cases: dict[Launch, Case] = {}
     with recording(arch) as tape:
-        for call in tqdm(calls, unit="call", desc="rehearsal"):
+        for call in bar(calls, unit="call", desc="rehearsal"):
             try:
                 forward, backward = call.rehearse(tape, numerics)
             except RuntimeError as fault:
@@ -245,6 +247,7 @@ def rehearse(architectures: Sequence[str], numerics: str, jobs: int, *, host: bo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    console.ready()
     known = list(ARCHITECTURES)
     parser = argparse.ArgumentParser(prog="gssf_triton.autotune.rehearse", description=__doc__)
     parser.add_argument(
@@ -256,10 +259,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-host", action="store_true", help="do not measure the host's time")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write both tables' data there, too")
     args = parser.parse_args(argv)
+    if args.out:
+        try:
+            check_output("--out", args.out)
+        except UsageError as fault:
+            parser.error(str(fault))
     found = rehearse(args.arch, args.numerics, args.jobs, host=not args.no_host)
-    print(render_calls(found["calls"], found["host microseconds"]))
-    print()
-    print(render_kernels(found["kernels"]))
+    if not console.leads_to(sys.stdout, args.out):
+        print(f"{render_calls(found['calls'], found['host microseconds'])}\n\n{render_kernels(found['kernels'])}")
     if args.out:
         with replacing(args.out) as file:
             file.write((json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())

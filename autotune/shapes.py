@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gssf_triton.autotune.configs import REGIONS, WORDS, cross_attention_fits
 from gssf_triton.autotune.keys import NUMERICS, PAIR_KERNELS, RANKED_ROWS, STREAM_KERNELS, Key, make_key
+from gssf_triton.storage import read_text
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,22 @@ def calls_of(shape: Shape, kernels: Iterable[str]) -> Iterator[tuple[str, int, i
             yield kernel, M, N, B
 
 
-def numerics_in(kernel: str, numerics: str) -> str:
-    """What a kernel multiplies features of these numerics in: the losses' slopes need more bits than bfloat16 has."""
-    return "fp16" if kernel in STREAM_KERNELS and numerics == "bf16" else numerics
+def numerics_in(kernel: str, numerics: str, *, on_cpu: bool = False) -> str:
+    """What a kernel multiplies features of these numerics in.
+
+    The losses' slopes need more bits than bfloat16 has; what the torch backend streams on a CPU was folded in float32.
+    """
+    if kernel == "chunk" and on_cpu and numerics in ("bf16", "fp16"):
+        return "fp32"
+    return "fp16" if kernel in ("chunk", *STREAM_KERNELS) and numerics == "bf16" else numerics
 
 
-def keys_for(shapes: Iterable[Shape], kernels: Iterable[str]) -> list[Key]:
+def keys_for(shapes: Iterable[Shape], kernels: Iterable[str], *, on_cpu: bool = False) -> list[Key]:
     """The keys of several shapes, each once, in order."""
     kernels = tuple(kernels)
     return sorted(
         {
-            make_key(kernel, numerics_in(kernel, shape.dtype), M, N, shape.D, B)
+            make_key(kernel, numerics_in(kernel, shape.dtype, on_cpu=on_cpu), M, N, shape.D, B)
             for shape in shapes
             for kernel, M, N, B in calls_of(shape, kernels)
         }
@@ -134,7 +140,7 @@ def read_shapes(path: Path) -> list[Shape]:
         OSError: a file that cannot be read.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (ValueError, RecursionError) as fault:
         raise ValueError(f"{path} is no JSON: {fault}") from None
     if not isinstance(data, list) or not data:

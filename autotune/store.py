@@ -21,7 +21,7 @@ from gssf_triton.autotune import devices
 from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render
-from gssf_triton.storage import CACHE_VARIABLE, cache_folder, warn_once
+from gssf_triton.storage import CACHE_VARIABLE, cache_folder, read_text, regular, warn_once
 
 if sys.platform != "win32":
     import fcntl
@@ -49,6 +49,21 @@ def path_for(device: Device) -> Path | None:
     parts = identity(device)
     name = f"{device.slug}-driver-{parts['driver']}-triton-{parts['triton']}-gssf-{parts['gssf_triton']}"
     return folder / "autotune" / f"{devices.slug(name)}.json"
+
+
+def _beside(file: Path, ending: str) -> Path:
+    """The lock or the scratch file of a file: to open a pipe in its place would wait for ever.
+
+    Raises:
+        OSError: something else lies there.
+    """
+    path = file.with_name(file.name + ending)
+    try:
+        return regular(path)
+    except FileNotFoundError:
+        return path
+    except ValueError as fault:
+        raise OSError(str(fault)) from None
 
 
 class Store:
@@ -113,11 +128,13 @@ class Store:
         """
         blank = self._blank()
         try:
-            table = parse(self._file.read_text(encoding="utf-8"))
+            table = parse(read_text(self._file))
         except FileNotFoundError:
             return blank
-        except UnicodeDecodeError as fault:
-            raise TableError(f"no text: {fault}") from None
+        except TableError:
+            raise
+        except ValueError as fault:
+            raise TableError(str(fault)) from None
         if replace(table, entries={}) != replace(blank, identity=dict(blank.identity)):
             raise TableError(f"it is for {table.slug} ({dict(table.identity)})")
         return table
@@ -143,7 +160,7 @@ class Store:
         ):  # the replacement of the file is one step all the same; the last of two writers wins
             yield
             return
-        with open(self._file.with_name(self._file.name + ".lock"), "a", encoding="utf-8") as handle:
+        with open(_beside(self._file, ".lock"), "a", encoding="utf-8") as handle:
             deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
             while True:
                 try:
@@ -205,13 +222,14 @@ class Store:
 
     def _replace(self, text: str) -> None:
         """Whole or not at all. Under the lock one name will do, and what a killed writer left is overwritten."""
-        temporary = self._file.with_name(self._file.name + ".tmp")
+        target = Path(os.path.realpath(self._file))  # a link stays one
+        temporary = _beside(target, ".tmp")
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self._file)
+            os.replace(temporary, target)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise

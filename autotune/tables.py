@@ -17,6 +17,7 @@ from gssf_triton.autotune import model
 from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import NUMERICS, ROW_KERNELS, WITHOUT_COLUMNS, Key, bucket
 from gssf_triton.autotune.space import SPACES, Config, parse_config
+from gssf_triton.storage import read_text
 
 #: Raised when the file's layout or a configuration's meaning changes: older files are then set aside.
 FORMAT = 1
@@ -212,12 +213,13 @@ def render(table: Table) -> str:
 
 def _shipped(wanted: Callable[[Table], bool]) -> list[Table]:
     found = []
-    for path in sorted(SHIPPED.glob("*.json")):
+    # Not macOS's ._*.json of a copy to another disk.
+    for path in sorted(SHIPPED.glob("[!.]*.json")):
         try:
-            table, rows = _load(path.read_text(encoding="utf-8"))
+            table, rows = _load(read_text(path))
             if wanted(table):
                 found.append(_fill(table, rows))
-        except (TableError, UnicodeDecodeError) as fault:
+        except ValueError as fault:
             raise TableError(f"{path}: {fault}") from None
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gssf_triton.storage import reason, replacing, unusable
+from gssf_triton.storage import reason, regular, replacing, unusable
 
 REMEDY = "remove it, choose another --out, or start over with --fresh"
 
@@ -27,7 +27,7 @@ def load_checkpoint(path: Path, fields: Sequence[str]) -> dict[str, Any]:
         ValueError: any other file; it names the file and what to do.
     """
     expected = f"a checkpoint with {', '.join(fields)}"
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         # Whatever the first damaged field leads to.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from glyph_retrieval import describe_runs
 
+from gssf_triton import console
 from gssf_triton.storage import read_json, reason, unusable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,7 @@ def demo_section(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    console.ready()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where it would")
     args = parser.parse_args(argv)

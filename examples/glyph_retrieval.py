@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
 import statistics
 import sys
 import time
@@ -29,6 +28,8 @@ from glyph_training import LOSSES, METRICS, TITLES, Run, Settings, similarities,
 from tqdm import tqdm
 
 import gssf_triton
+from gssf_triton import console
+from gssf_triton.command.usage import UsageError, check_output
 from gssf_triton.data.glyphs import Glyphs, load_glyphs
 from gssf_triton.storage import replacing
 
@@ -61,9 +62,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--loss distillation needs --teacher, an earlier run's checkpoint, and no other loss takes one")
     if args.teacher is not None and not args.teacher.is_file():
         parser.error(f"--teacher: there is no {args.teacher}")
+    try:
+        pictures = [args.out / name for name in ("learning_curve.png", "learning_curve.svg", "retrieval_sheet.png")]
+        for path in (args.out / "results.json", *pictures, *checkpoints(args)):
+            check_output("--out", path, args.teacher)
+    except UsageError as fault:
+        parser.error(str(fault))
     if args.dim % args.block_size:
         parser.error(f"--block-size must divide --dim = {args.dim}, got {args.block_size}")
     return args
+
+
+def checkpoints(args: argparse.Namespace) -> list[Path]:
+    """Those that the run writes, and with --fresh all that earlier ones did."""
+    metrics = METRICS if args.metric == "all" else (args.metric,)
+    mine = [args.out / f"{metric}-{args.seed + i}.pt" for metric in metrics for i in range(args.seeds)]
+    return [*mine, *(path for metric in METRICS for path in args.out.glob(f"{metric}-*.pt") if args.fresh)]
 
 
 def describe_runs(results: list[dict[str, Any]]) -> str:
@@ -130,14 +144,16 @@ def train_all(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    console.ready()
     args = parse(argv)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     settings = Settings(
         steps=args.steps, batch_size=args.batch_size, dim=args.dim, block_size=args.block_size, loss=args.loss,
         held_out=args.held_out, teacher=str(args.teacher or ""),
     )  # fmt: skip
-    if args.fresh and args.out.exists():
-        shutil.rmtree(args.out)
+    if args.fresh:
+        for path in checkpoints(args):
+            path.unlink(missing_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         results = train_all(args, settings, load_glyphs(), torch.device(chosen))

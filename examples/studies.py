@@ -25,6 +25,7 @@ import study_runner
 from study_report import compare, markdown, plot, rates_table, replace_between, summary
 from study_runner import DEVELOPMENT_SEEDS, Study
 
+from gssf_triton import console
 from gssf_triton.storage import read_json
 
 STUDIES = ("image_text", "regions", "reid", "fine_grained", "distillation", "frozen", "attention")
@@ -134,6 +135,7 @@ def publish(out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    console.ready()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=STUDIES, help="which studies (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder (default: %(default)s)")

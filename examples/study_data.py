@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gssf_triton.data import Glyphs, load_cub200, load_glyphs, load_market1501, load_precomputed, load_sop
-from gssf_triton.storage import reason, replacing, unusable
+from gssf_triton.storage import reason, regular, replacing, unusable
 
 #: Words of a caption that are looked at; a glyph's name has at most MAX_WORDS.
 CAPTION_WORDS = 24
@@ -202,6 +202,8 @@ def photographs(paths: tuple[Path, ...], cache: Path) -> NDArray[np.uint8]:
             return _kept_photographs(kept, shape)
         except ValueError as fault:
             warnings.warn(f"{fault}: decoded again", stacklevel=2)
+            if not kept.is_file():
+                kept.unlink()
     with replacing(kept) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for path in tqdm(paths, desc="decoding images", unit="image", leave=False):
@@ -219,7 +221,7 @@ def _kept_photographs(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """
     expected = f"the decoded photographs, bytes of shape {shape}"
     try:
-        images: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+        images: NDArray[np.uint8] = np.load(regular(path), mmap_mode="r", allow_pickle=False)
     # Whatever the first damaged field of the header leads to.
     except Exception as error:
         raise unusable(path, expected, f"a file that cannot be read ({reason(error)})") from error

@@ -38,7 +38,9 @@ from study_trainer import Column, train
 from torch import Tensor
 from tqdm import tqdm
 
-from gssf_triton import viz
+from gssf_triton import console, viz
+from gssf_triton.command.usage import UsageError, check_output
+from gssf_triton.storage import replacing
 
 Metric = dict[str, Any]
 
@@ -124,6 +126,7 @@ def draw(task: FrozenTask, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    console.ready()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--column", default="both-32", help="a both-B column (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
@@ -132,6 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tower-steps", type=int, default=0, help="steps of the towers (0: the study's own)")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
+    try:
+        for name in ("look.json", "look.png"):
+            check_output("--out", args.out / name)
+    except UsageError as fault:
+        parser.error(str(fault))
     column = Column.parse(args.column)
     if column.kind != "both":
         parser.error(f"--column must have both terms, got {args.column}")
@@ -146,9 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if seed == 0:
             draw(task, args.out / "look.png")
     summary = answers(found)
-    (args.out / "look.json").write_text(
-        json.dumps({"column": str(column), "answers": summary, "runs": found}, indent=1)
-    )
+    with replacing(args.out / "look.json") as file:
+        file.write(json.dumps({"column": str(column), "answers": summary, "runs": found}, indent=1).encode())
     for name in found[0]:
         print(f"{name}: {np.mean([run[name] for run in found]):.3g}")
     for answer in summary:

@@ -20,6 +20,8 @@ from study_trainer import Column, Settings, Task, is_of_metric, train
 from tqdm import tqdm
 
 import gssf_triton
+from gssf_triton import console
+from gssf_triton.command.usage import UsageError, check_output
 from gssf_triton.data import DataError
 from gssf_triton.storage import read_json, replacing, unusable
 
@@ -187,7 +189,17 @@ def arguments(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("seeds", "steps", "batch_size", "dim", "width"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    try:
+        for ending in (".json", ".png"):
+            check_output("--out", results_file(study, args).with_suffix(ending))
+    except UsageError as fault:
+        parser.error(str(fault))
     return args
+
+
+def results_file(study: Study, args: argparse.Namespace) -> Path:
+    name = study.name if args.data == "glyphs" else f"{study.name}-{args.data}"
+    return Path(args.out / f"{name}.json")
 
 
 def run_one(
@@ -232,8 +244,7 @@ def run_study(study: Study, args: argparse.Namespace) -> Results:
     device = torch.device(chosen)
     settings = replace(study.settings, **{s.name: getattr(args, s.name) for s in fields(Settings)})
     source = Source(args.data, args.root, args.out, args.held_out, args.limit, args.tower_steps)
-    name = study.name if args.data == "glyphs" else f"{study.name}-{args.data}"
-    path = args.out / f"{name}.json"
+    path = results_file(study, args)
     if args.fresh:
         path.unlink(missing_ok=True)
         for folder in ("checkpoints", "towers"):
@@ -251,6 +262,7 @@ def run_study(study: Study, args: argparse.Namespace) -> Results:
 
 
 def main(study: Study, argv: Sequence[str] | None = None) -> int:
+    console.ready()
     args = arguments(study, argv)
     try:
         results = run_study(study, args)

@@ -5,6 +5,11 @@ s(x, y) = xᵀ(W ⊙ U)y with a diagonal and a block-diagonal weight (Diao et al
 
 from __future__ import annotations
 
+import torch.fx
+
+from gssf_triton import clone  # noqa: F401
+
+# isort: split
 from gssf_triton import metrics, nn
 from gssf_triton.functional import dense_metric, paired_sim, pairwise_sim, pairwise_terms, transform
 from gssf_triton.heads import attention
@@ -33,3 +38,7 @@ __all__ = [
     "transform",
     "triplet_loss",
 ]
+
+# Each function is one step of what torch.fx traces.
+for _name in {*__all__} - {"__version__", "metrics", "nn"}:
+    torch.fx.wrap(_name)

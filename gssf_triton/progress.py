@@ -1,12 +1,17 @@
-"""Progress bars, for whoever asks for one; tqdm is needed only then."""
+"""Progress bars: tqdm's for whoever asks a function for one, lines where a program runs without tqdm."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+#: Seconds between two lines of a program without tqdm.
+LINE_SECONDS = 10.0
 
 #: Takes the number of steps just done.
 Tick = Callable[[int], object]
@@ -52,3 +57,54 @@ def counting(wanted: bool, description: str, total: int, unit: str) -> Iterator[
         return
     with _tqdm()(total=total, desc=description, unit=unit, unit_scale=True) as bar:
         yield bar.update
+
+
+class Lines:
+    """What programs use of tqdm, where it is not installed: a line now and then."""
+
+    def __init__(
+        self, iterable: Iterable[Any] | None = None, *, desc: str = "", total: int | None = None, unit: str = "it",
+        initial: int = 0, disable: bool = False, **of_the_bar_alone: object,
+    ) -> None:  # fmt: skip
+        self.iterable, self.desc, self.unit, self.n, self.disable = iterable, desc, unit, initial, disable
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self.postfix, self.said = "", time.monotonic()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable or ():
+            yield item
+            self.update()
+
+    def update(self, steps: int = 1) -> None:
+        self.n += steps
+        if self.n == self.total or time.monotonic() - self.said > LINE_SECONDS:
+            self.said = time.monotonic()
+            of = "" if self.total is None else f"/{self.total}"
+            if not self.disable:
+                print(f"{self.desc}: {self.n}{of} {self.unit}  {self.postfix}".strip(": "), file=sys.stderr, flush=True)
+
+    def write(self, text: str) -> None:
+        print(text, flush=True)
+
+    def set_description(self, text: str) -> None:
+        self.desc = text
+
+    def set_postfix_str(self, text: str) -> None:
+        self.postfix = text
+
+    def close(self) -> None:
+        """There is no bar to be wiped."""
+
+
+def bar(*arguments: Any, **options: Any) -> Any:
+    """tqdm for a program of this project, which does its work without tqdm too."""
+    try:
+        return _tqdm()(*arguments, **options)
+    except ImportError:
+        return Lines(*arguments, **options)

@@ -6,6 +6,7 @@ whoever started it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import queue
@@ -57,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="perf/_first_worker.py", description="A process of first_run.py's.").parse_args()
     main()

@@ -15,6 +15,7 @@ Exit status: 0, or 1 where something failed, 2 for arguments that don't fit, 130
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -38,6 +39,8 @@ from _first_worker import TRACEBACK_LINES
 from _workers import DIED, DONE, Pool, Row, Task, Worker
 
 SCHEMA = 1
+#: What --out holds at the end.
+FILES = ("first_run.json", "first_run.log", "table.txt", "failures.txt")
 #: Stage → its seconds, and how many processes work on it at once: what is timed has the device for itself.
 STAGES: dict[str, tuple[float, int]] = {
     "environment": (20, 1),
@@ -74,9 +77,10 @@ class Run:
             self._replace("first_run.json", json.dumps(self.found))
 
     def _replace(self, name: str, content: str) -> None:
-        scratch = self.folder / f".{name}"
-        scratch.write_text(content + "\n", encoding="utf-8")
-        os.replace(scratch, self.folder / name)
+        path = Path(os.path.realpath(self.folder / name))  # a link stays one
+        scratch = path.with_name(f".{path.name}")
+        scratch.write_text(content + "\n", encoding="utf-8", errors="backslashreplace")
+        os.replace(scratch, path)
 
     def begin(self, stage: str) -> None:
         with self.lock:
@@ -225,6 +229,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="seconds in all, from which the stages have theirs (default: %(default)g)",
     )
     args = p.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        p.error(f"--out: {args.out} is no folder to write in ({error.strerror})")
+    if not os.access(args.out, os.W_OK | os.X_OK):
+        p.error(f"--out: {args.out} cannot be written in")
+    for name in FILES:
+        if (args.out / name).exists() and not (args.out / name).is_file():
+            p.error(f"--out: {args.out / name} is no file")
     if args.assembler:
         try:
             _layout.assembled_with(args.assembler)
@@ -238,7 +251,9 @@ def _held(args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     path = Path(args.resume or args.out / "first_run.json")
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+        held = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         print(f"--resume: {path} cannot be used ({error}); beginning anew", file=sys.stderr)
         return None
@@ -261,12 +276,18 @@ def _interrupt(*_: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the console's encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     args = arguments(argv)
     deadline = time.monotonic() + args.budget
-    args.out.mkdir(parents=True, exist_ok=True)
     held = _held(args)
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    folder = Path(tempfile.mkdtemp(prefix="gssf-first-run-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="gssf-first-run-"))
+    except OSError as error:
+        print(f"perf/first_run.py: {error}", file=sys.stderr)
+        return 2
     run = Run(args.out, {"source": _layout.source_digest(), "small": args.small, "budget": args.budget})
     status = 1
     try:

@@ -34,7 +34,11 @@ from _check_calls import CALLS
 from _check_programs import STEPS, WHOLE
 from _check_steps import Machine
 from sweep import RESULTS, now
-from tqdm import tqdm
+
+from gssf_triton import console
+from gssf_triton.command.usage import UsageError, check_output
+from gssf_triton.progress import bar as progress_bar
+from gssf_triton.storage import replaceable
 
 #: Seconds that a run may take.
 BUDGET = 380.0
@@ -105,6 +109,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    console.ready()
     p = argparse.ArgumentParser(prog="perf/gpu_check.py", description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--device", help="cpu, cuda, … (default: a GPU where there is one)")
     p.add_argument("--only", nargs="+", choices=list(STEPS), default=WHOLE, metavar="STEP", help="these steps")
@@ -143,6 +148,12 @@ def main(argv: list[str] | None = None) -> int:
     usual = RESULTS / check["device"]["slug"] / "gpu_check.json" if device.type == "cuda" else WITHOUT_GPU
     out = args.out or usual
     end = time.monotonic() + args.budget
+    try:
+        check_output("--out", out)
+    except UsageError as error:
+        p.error(str(error))
+    if not replaceable(out) and out != Path(os.devnull):
+        p.error(f"--out: {out} is no file, which is rewritten after each step")
     machine = Machine(device, end, args.small, args.part, tuple(args.calls), folder=out.parent)
     if args.resume and out.exists():
         try:
@@ -154,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
                 p.error(f"--resume: {out} is of another {name}: {held[name]} then, {check[name]} now")
         check["steps"] = {name: step for name, step in held["steps"].items() if step["status"] == "ok"}
     try:
-        with tqdm([name for name in args.only if name not in check["steps"]], unit="step") as bar:
+        with progress_bar([name for name in args.only if name not in check["steps"]], unit="step") as bar:
             limit = time.monotonic()
             for name in bar:
                 bar.set_description(name)

@@ -22,6 +22,10 @@ from _operation import Operation
 from _registry import OPERATIONS, SUITES, contender_names, labels
 from _results import CellRow, Run
 
+from gssf_triton import console
+from gssf_triton.command.usage import UsageError, check_output
+from gssf_triton.storage import read_text, replacing
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "perf" / "results"
 RESULTS_MARKS = "<!-- results:begin -->", "<!-- results:end -->"
@@ -213,6 +217,7 @@ def render(text: str, runs: list[Path], readme: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    console.ready()
     p = argparse.ArgumentParser(prog="perf/report.py", description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("runs", nargs="*", type=Path, help="runs to show (default: all; quick only without full)")
     p.add_argument("--readme", type=Path, default=ROOT / "README.md")
@@ -220,15 +225,18 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     readme = args.readme.resolve()
     try:
-        before = readme.read_text(encoding="utf-8")
-        after = render(before, args.runs or default_runs(), readme)
-    except (OSError, ValueError) as error:
+        if not args.check:
+            check_output("--readme", readme, *args.runs)
+        before = read_text(readme)
+        after = render(before, args.runs or default_runs(), readme).encode()
+    except (OSError, ValueError, UsageError) as error:
         p.error(str(error))
     if args.check:
-        if before != after:
+        if before.encode() != after:
             print(f"{readme} is not what the runs say: python perf/report.py renders it", file=sys.stderr)
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
+        return int(before.encode() != after)
+    with replacing(readme) as file:
+        file.write(after)
     return 0
 
 

@@ -14,6 +14,7 @@ interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import random
 import signal
 import sys
@@ -30,7 +31,11 @@ from _cells import DTYPES, Cell, Shape
 from _measure import measure
 from _registry import contender_names, custom_cells, labels, members, suite_cells, suites
 from _timing import BRIEF, Effort
-from tqdm import tqdm
+
+from gssf_triton import console
+from gssf_triton.command.usage import UsageError, check_output
+from gssf_triton.progress import bar as progress_bar
+from gssf_triton.storage import replaceable
 
 #: How often the machine's own ceilings are measured again.
 CEILING_INTERVAL_SECONDS = 60.0
@@ -141,7 +146,7 @@ def measure_all(
         raise_ceilings()
         _results.write(out, run)
     last, raised = 0.0, time.monotonic()
-    with tqdm(total=len(cells), initial=len(cells) - len(missing), unit="cell", dynamic_ncols=True) as bar:
+    with progress_bar(total=len(cells), initial=len(cells) - len(missing), unit="cell", dynamic_ncols=True) as bar:
         for cell in missing:
             start = time.monotonic()
             # Cells come in order of work: the next one takes as long as the last one at least.
@@ -206,6 +211,7 @@ def _interrupt(*_: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    console.ready()
     p = parser()
     args = p.parse_args(argv)
     started = time.monotonic()
@@ -238,14 +244,20 @@ def main(argv: list[str] | None = None) -> int:
     run = new_run(suite, device, settings)
     out = args.out or RUNS / run["device"]["slug"] / f"{suite}.json"
     try:
+        check_output("--out", out, args.compare)
+        if not replaceable(out):
+            raise ValueError(f"--out: {out} is no file, which is rewritten after each cell")
         old = _results.read(args.compare) if args.compare else None
         if args.resume and out.exists():
             held = _results.read(out)
             if reasons := _results.may_resume(held, run):
                 p.error(f"--resume: {out} is another run:\n  " + "\n  ".join(reasons))
             run = held
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UsageError) as error:
         p.error(str(error))
+    plotted = not args.no_plots and importlib.util.find_spec("matplotlib") is not None
+    if not plotted and not args.no_plots:
+        print('no plots: they need matplotlib (pip install "gssf_triton[data]")', file=sys.stderr)
     busy = run["load_at_start"]
     if device.type == "cpu" and busy is not None and busy > 0.5 * _machine.cores():
         print(f"note: a load of {busy} on {_machine.cores()} cores; expect wide quartiles", file=sys.stderr)
@@ -261,11 +273,14 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
     print(summary(run))
     print(f"{out}: {len(run['cells'])} cells")
-    if not args.no_plots:
+    if plotted:
         from _plots import draw
 
-        for path in draw(run, out):
-            print(path)
+        try:
+            for path in draw(run, out):
+                print(path)
+        except OSError as error:
+            print(f"no plots: {error}", file=sys.stderr)
     status = 0
     for line in failures(run):
         print(f"FAILED  {line}")

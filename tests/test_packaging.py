@@ -137,6 +137,34 @@ def test_installed_wheel_computes(wheel: Path, tmp_path: Path) -> None:
     assert version.strip() == gssf_triton.__version__
 
 
+# Python started in a clone finds the clone's package first, wherever else one is installed.
+USE_THE_CLONE = """
+import sys
+clone, wheel, *dependencies = sys.argv[1:]
+sys.path[:0] = [clone, wheel, *dependencies]
+import gssf_triton.autotune.cli, gssf_triton.command, gssf_triton.kernels.toolchain, torch
+
+for name, module in list(sys.modules.items()):
+    if name.partition(".")[0] == "gssf_triton":
+        assert module.__file__.startswith(clone), module
+print(gssf_triton.pairwise_sim(torch.eye(2), torch.eye(2), torch.tensor([2.0, 3.0])).tolist())
+"""
+
+
+@pytest.mark.parametrize("name", ["clone", "wheel"])
+def test_a_clone_beside_an_installed_wheel_is_whole(name: str, wheel: Path, tmp_path: Path) -> None:
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    clone.mkdir()
+    for folder in ("gssf_triton", "kernels", "autotune"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    dependencies = {str(Path(str(module.__file__)).parents[1]) for module in (torch, np)}
+    first, second = (clone, site) if name == "clone" else (site, clone)
+    printed = _run(sys.executable, "-I", "-S", "-c", USE_THE_CLONE, first, second, *dependencies, cwd=tmp_path)
+    assert printed.strip() == "[[2.0, 0.0], [0.0, 3.0]]"
+
+
 @pytest.mark.parametrize("folder", ["kernels", "autotune"])
 def test_environment_knows_the_folders_as_subpackages_alone(folder: str) -> None:
     """However the package was installed here, editable or not: `kernels` is another package's name."""

@@ -7,14 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tuner_kit import CPU, a_chunk, cache, measured, stream_key  # noqa: F401
 
+import gssf_triton
 from gssf_triton.autotune import compile_gate, lookup, tuner
 from gssf_triton.autotune.cli import main
 from gssf_triton.autotune.configs import ChunkConfig
 from gssf_triton.autotune.devices import identify_for_torch
+from gssf_triton.autotune.keys import Key, dtype_of
 from gssf_triton.autotune.shapes import SETS, Shape, keys_for
 from gssf_triton.autotune.tables import parse, shipped
 from gssf_triton.autotune.tuner import Report
@@ -132,9 +136,31 @@ def test_tune_passes_its_options_on_and_reports_what_is_left(capsys: Output, mon
     monkeypatch.setattr(tuner, "tune", tune)
     limits = ["--time-limit", "2.5", "--candidates", "7", "--force", "--quiet"]
     assert main(["tune", "--device", "cpu", "--shape", "64x64x8", "--dtype", "fp32", "bf16", *limits]) == 1
-    assert "2 left; the same command goes on from here" in capsys.readouterr().out
+    assert "1 left; the same command goes on from here" in capsys.readouterr().out
     assert (asked["time_limit"], asked["most_candidates"], asked["force"]) == (2.5, 7, True)
-    assert asked["keys"] == keys_for([Shape(64, 64, 8, 0, d) for d in ("fp32", "bf16")], ["chunk"])
+    # Half-precision features are folded in float32 there: both ask for one chunk.
+    assert asked["keys"] == keys_for([Shape(64, 64, 8, 0, "fp32")], ["chunk"])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_cpu_tunes_what_its_losses_look_up(dtype: str, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every numerics that the sets have runs there, and losses of such features ask for what was tuned."""
+    size = ["--shape", "64x64x8", "--dtype", dtype]
+    assert main(["tune", "--device", "cpu", *size, "--candidates", "2", "--quiet"]) == 0
+    assert capsys.readouterr().out == "1 tuned, 0 tuned before, 0 failed, 0 left\n"
+    lookup.forget()
+    asked: list[Key] = []
+    find = lookup.find
+
+    def noted(key: Key, *rest: Any, **options: Any) -> lookup.Answer:
+        asked.append(key)
+        return find(key, *rest, **options)
+
+    monkeypatch.setattr(lookup, "find", noted)
+    x = torch.randn(64, 8, dtype=dtype_of(dtype))
+    gssf_triton.info_nce(x, x, torch.ones(8), logit_scale=1.0)
+    (key,) = set(asked)
+    assert lookup.entries_for(identify_for_torch(CPU))[key].source == "measured"
 
 
 def test_an_interrupted_run_ends_politely(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +189,8 @@ def test_show_says_what_would_run_and_why(capsys: Output) -> None:
     main(["show", "--device", "cpu", "--shape", "8192x8192x256", "--dtype", "fp32"])
     assert "measured, for the neighbour chunk fp32 M=4096 N=4096 D=256 B=0" in capsys.readouterr().out
     main(["show", "--device", "cpu", "--shape", "8192x8192x256", "--dtype", "bf16"])
+    assert "neighbour chunk fp32 M=4096" in capsys.readouterr().out, "what a loss of such features looks up"
+    main(["show", "--device", "cpu", "--shape", "8192x8192x256", "--dtype", "fp64"])
     assert "model: no table" in capsys.readouterr().out
 
 
@@ -217,7 +245,7 @@ def test_export_and_back(tmp_path: Path, capsys: Output) -> None:
     save(64, 128)
     path = tmp_path / "cpu.json"
     assert main(["export", "--device", "cpu", "--out", str(path)]) == 0
-    assert "2 entries" in capsys.readouterr().out
+    assert "2 entries" in capsys.readouterr().err
     table = parse(path.read_text(encoding="utf-8"))
     assert dict(table.entries) == {stream_key(64): a_chunk(), stream_key(128): a_chunk()}
     assert not table.identity and table.serves(identify_for_torch(CPU))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import codecs
+import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gssf_triton.options import check_path
+
+#: Of int64, in which ids lie.
+LARGEST = 2**63 - 1
 
 
 class DataError(ValueError):
@@ -56,13 +61,33 @@ def existing_folder(root: str | Path, usual_name: str, holds: str) -> Path:
 
 
 def existing_file(path: Path, what: str) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected {what}")
+    if not os.path.isfile(path):
+        found = "no file" if os.path.exists(path) else "no such file"
+        raise FileNotFoundError(f"{path}: {found}; expected {what}")
     return path
+
+
+def visible_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """What in a folder ends so, in capitals or not, by name; hidden files, `._a.jpg` of macOS say, are none of it."""
+    return sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
+    )
+
+
+def inside(path: Path, number: int, folder: Path, name: str) -> Path:
+    """The file of `folder` that a line of a data set's list names; a list may name none outside it.
+
+    The folder's own links may lead anywhere: they are the user's.
+    """
+    if Path(name).anchor or ".." in Path(name).parts:
+        raise fault(path, number, f"the path of a file in {folder}", f"{name!r}, which may lie outside it")
+    return folder / name
 
 
 def numbered_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
     """(1-based number, text without its surrounding space) of each line; no line may be blank or anything but UTF-8.
+
+    A byte order mark before the first is no part of it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -72,7 +97,7 @@ def numbered_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
     with existing_file(path, what).open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                text = line.decode("utf-8").strip()
+                text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode().strip()
             except UnicodeDecodeError as error:
                 raise fault(path, number, f"{what} in UTF-8", f"bytes that are not ({error.reason})") from None
             if not text:
@@ -99,20 +124,27 @@ def whole_number(path: Path, number: int, name: str, text: str, smallest: int, l
     # isascii: int() and isdecimal() take every script's digits.
     if not (text.isascii() and text.isdecimal()):
         raise fault(path, number, expected, repr(text))
-    value = int(text)
+    digits = text.lstrip("0") or "0"
+    # Python itself refuses to read thousands of digits.
+    if len(digits) > len(str(LARGEST)) or int(digits) > LARGEST:
+        shown = text if len(text) <= 40 else f"{text[:20]}…, {len(text)} digits"
+        raise fault(path, number, f"{name}, an integer from {smallest} to {largest or LARGEST}", shown)
+    value = int(digits)
     if value < smallest or (largest is not None and value > largest):
         raise fault(path, number, expected, text)
     return value
 
 
-def image_file(path: Path, number: int, image: Path) -> Path:
-    """An image that a line of `path` names: there, and not empty."""
+def image_file(path: Path, number: int | None, image: Path) -> Path:
+    """An image that a line of `path` names, or that lies in the folder `path`: a file, and not empty."""
     try:
         size = image.stat().st_size if image.is_file() else None
+        exists = size is not None or image.exists()
     except OSError as error:
         raise fault(path, number, "an image file's path", f"{image} ({error.strerror})") from None
     if size is None:
-        raise fault(path, number, "the path of an image file", f"{image}, which does not exist")
+        found = "is no file" if exists else "does not exist"
+        raise fault(path, number, "the path of an image file", f"{image}, which {found}")
     if size == 0:
         raise fault(path, number, "the path of an image file", f"{image}, which is empty")
     return image

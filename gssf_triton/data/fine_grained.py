@@ -15,6 +15,7 @@ from gssf_triton.data.files import (
     fault,
     fields_of,
     image_file,
+    inside,
     numbered_lines,
     whole_number,
 )
@@ -61,7 +62,8 @@ def load_cub200(root: str | Path) -> RetrievalSplits:
     Raises:
         FileNotFoundError: a list or folder that is not there.
         DataError: a malformed line, an image id twice or in one list only, a class out of range or other than its
-            folder's, an image that does not exist or is empty, a split without images; file and line are named.
+            folder's, an image that lies outside the folder, does not exist or is empty, a split without images; file
+            and line are named.
 
     Source:
         Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, 2011; the split: Song et al., CVPR 2016.
@@ -99,10 +101,10 @@ def load_cub200(root: str | Path) -> RetrievalSplits:
         if image_id not in labels:
             raise fault(list_path, number, f"an image_id with a class in {label_path.name}", str(image_id))
         line, label = labels[image_id]
-        folder_class = str(name).partition(".")[0]
-        if not folder_class.isdecimal() or int(folder_class) != label:
+        if str(name).partition(".")[0].lstrip("0") != str(label):
             raise fault(label_path, line, f"the class of its folder, {name}", str(label))
-        rows.append((image_file(list_path, number, folder / "images" / str(name)), int(label)))
+        image = inside(list_path, number, folder / "images", str(name))
+        rows.append((image_file(list_path, number, image), int(label)))
     splits = RetrievalSplits(
         _images([row for row in rows if row[1] <= CUB_TRAIN_CLASSES]),
         _images([row for row in rows if row[1] > CUB_TRAIN_CLASSES]),
@@ -129,7 +131,7 @@ def _sop_rows(path: Path) -> list[tuple[Path, int, int]]:
             raise fault(path, number, "each image_id once", f"{image_id} again, as in line {seen[image_id]}")
         seen[image_id] = number
         class_id = whole_number(path, number, "class_id", label, 1)
-        rows.append((image_file(path, number, path.parent / name), class_id, number))
+        rows.append((image_file(path, number, inside(path, number, path.parent, name)), class_id, number))
     if not rows:
         raise fault(path, 2, f"'{SOP_HEADER}'", "the end of the file")
     return rows
@@ -146,8 +148,8 @@ def load_sop(root: str | Path) -> RetrievalSplits:
 
     Raises:
         FileNotFoundError: a list that is not there.
-        DataError: another header, a malformed line, an image id twice, an image that does not exist or is empty, a
-            class in both lists; file and line are named.
+        DataError: another header, a malformed line, an image id twice, an image that lies outside the folder, does not
+            exist or is empty, a class in both lists; file and line are named.
 
     Source:
         Song et al., Deep Metric Learning via Lifted Structured Feature Embedding, CVPR 2016.

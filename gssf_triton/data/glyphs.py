@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gssf_triton.integrations import require
 from gssf_triton.options import check_count, check_flags
+from gssf_triton.progress import bar
 from gssf_triton.storage import CACHE_VARIABLE, cache_folder, read_npz, replacing, unusable, warn_once
 
 IMAGE_SIZE = 32
@@ -88,12 +90,11 @@ def render(progress: bool = True) -> Glyphs:
     """Render every named character of matplotlib's DejaVu and STIX faces; some seconds, the same every time."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
-    from tqdm import tqdm
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     faces = sorted(path for path in folder.glob("*.ttf") if path.name.startswith(TYPEFACES))
     images, names, typeface_ids = [], [], []
-    for typeface, path in enumerate(tqdm(faces, desc="rendering glyphs", unit="face", disable=not progress)):
+    for typeface, path in enumerate(bar(faces, desc="rendering glyphs", unit="face", disable=not progress)):
         font = FT2Font(str(path))
         font.set_size(FONT_SIZE, 72)
         for code, glyph in sorted(font.get_charmap().items()):
@@ -120,8 +121,7 @@ def render(progress: bool = True) -> Glyphs:
 
 def cache_path() -> Path | None:
     """Where the rendered set is kept, a file in `storage.cache_folder`; None where there is no such folder."""
-    import matplotlib
-
+    matplotlib = require("matplotlib", "data")
     folder = cache_folder()
     return folder and folder / f"glyphs-v{FORMAT}-mpl{matplotlib.__version__}-ucd{unicodedata.unidata_version}.npz"
 

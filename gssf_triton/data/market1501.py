@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gssf_triton.data.files import DataError, existing_folder, fault
+from gssf_triton.data.files import DataError, existing_folder, fault, image_file, visible_files
 
 #: identity, camera, sequence, frame, box: 0002_c1s1_000451_03.jpg. Identity −1 is junk, 0000 a distractor.
-FILE_NAME = re.compile(r"(-1|\d{4})_c([1-6])s(\d+)_(\d+)_(\d+)(\.jpg)+", re.ASCII)
+FILE_NAME = re.compile(r"(-1|\d{4})_c([1-6])s(\d+)_(\d+)_(\d+)(?i:\.jpg)+", re.ASCII)
 FOLDERS = {"train": "bounding_box_train", "gallery": "bounding_box_test", "query": "query"}
 JUNK, DISTRACTOR = -1, 0
 
@@ -50,7 +50,7 @@ class Market1501:
 def _read(folder: Path) -> PersonImages:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected images named as 0002_c1s1_000451_03.jpg")
-    paths = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() == ".jpg"))
+    paths = tuple(visible_files(folder, (".jpg",)))
     if not paths:
         raise fault(folder, None, "images named as 0002_c1s1_000451_03.jpg", "a folder with no .jpg file")
     ids, cams = [], []
@@ -63,8 +63,7 @@ def _read(folder: Path) -> PersonImages:
                 "a name as 0002_c1s1_000451_03.jpg: identity (four digits or -1), camera 1 to 6, sequence, frame, box",
                 repr(path.name),
             )
-        if path.stat().st_size == 0:
-            raise fault(path, None, "an image", "an empty file")
+        image_file(folder, None, path)
         ids.append(int(parts[1]))
         cams.append(int(parts[2]))
     return PersonImages(paths, np.array(ids, dtype=np.int64), np.array(cams, dtype=np.int64))

@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 
 from gssf_triton.data.files import DataError, existing_file, existing_folder, fault, numbered_lines
 from gssf_triton.options import check_choice
+from gssf_triton.storage import native
 
 NAMES = ("f30k", "coco")
 SPLITS = ("train", "dev", "test", "testall")
 CAPTIONS_PER_IMAGE = 5
+#: Groups of rows that are looked at for whether images are repeated, and how far the rows of one may lie apart, of the
+#: largest value and of what groups lie apart: an encoder that saw an image in five batches does not give the same bits.
+LOOKED_AT, OF_LARGEST, OF_DISTANCE = 16, 4e-3, 0.05
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class PrecomputedFeatures:
     """One split's image features and captions.
 
     Attributes:
-        images: (n, R, D) float features of each image's R regions, memory-mapped: rows are read when they are used.
+        images: (n, R, D) float features of each image's R regions, memory-mapped: rows are read when they are used. A
+            file in another byte order than this machine's is read whole.
         captions: The captions.
         image_ids: (len(captions),) int64, the row in `images` of each caption's image.
     """
@@ -68,13 +73,30 @@ def _features(path: Path) -> NDArray[np.floating]:
         raise fault(path, None, expected, "an .npz archive")
     if array.ndim != 3 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
         raise fault(path, None, expected, f"{array.dtype} of shape {array.shape}")
-    return array
+    return native(array)
 
 
-def _is_repeated(images: NDArray[np.floating]) -> bool:
-    """Some copies of the sets repeat each image's row for each of its five captions; the ends of the file tell."""
-    ends = (images[:CAPTIONS_PER_IMAGE], images[-CAPTIONS_PER_IMAGE:])
-    return len(images) % CAPTIONS_PER_IMAGE == 0 and all(bool((rows == rows[0]).all()) for rows in ends)
+def _apart(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """|a - b|; NaN and Inf lie 0 from themselves and ∞ from all else."""
+    with np.errstate(invalid="ignore"):
+        distance = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+    return np.nan_to_num(distance, nan=np.inf, posinf=np.inf)
+
+
+def is_repeated(images: NDArray[np.floating]) -> bool:
+    """Whether each image's row stands five times, one a caption, as VSE++ has them; some groups of five tell."""
+    groups, rest = divmod(len(images), CAPTIONS_PER_IMAGE)
+    if rest or not groups:
+        return False
+    chosen = np.unique(np.linspace(0, groups - 1, LOOKED_AT).astype(np.int64))
+    firsts = chosen * CAPTIONS_PER_IMAGE
+    rows = np.stack([images[first : first + CAPTIONS_PER_IMAGE].astype(np.float64) for first in firsts])
+    rows = rows.reshape(*rows.shape[:2], -1)
+    within = _apart(rows, rows[:, :1]).max(initial=0)
+    between = _apart(rows[1:, 0], rows[:-1, 0]).max(axis=1, initial=0)
+    largest = np.abs(rows).max(initial=0, where=np.isfinite(rows))
+    bounds = (OF_LARGEST * largest, OF_DISTANCE * np.median(between) if len(between) else np.inf)
+    return bool(within <= min(bounds))
 
 
 def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeatures:
@@ -92,7 +114,7 @@ def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeat
     Raises:
         FileNotFoundError: a file or folder that is not there.
         DataError: a file cut short, of another shape or type, a blank or undecodable caption (file and line are named),
-            or counts of images and captions that do not agree.
+            counts of images and captions that do not agree, or the folder of another set.
         ValueError: an unknown name or split.
 
     Source:
@@ -116,6 +138,9 @@ def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeat
     check_choice("split", split, SPLITS)
     folder = existing_folder(root, f"{name}_precomp", f"{split}_ims.npy")
     file = (folder / f"{split}_ims.npy").resolve()
+    others = [f"{other}_precomp" for other in NAMES if other != name]
+    if folder.resolve().name.lower() in others:
+        raise fault(folder, None, f"the features of {name}, {name}_precomp", "another set's folder")
     images = _features(file)
     every = 1
     path = folder / f"{split}_caps.txt"
@@ -128,7 +153,7 @@ def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeat
             f"{len(images)} images of {split}_ims.npy, {len(images)} or {CAPTIONS_PER_IMAGE * len(images)} lines, "
             f"got {len(captions)}"
         )
-    elif _is_repeated(images):
+    elif is_repeated(images):
         every = per_image = CAPTIONS_PER_IMAGE
     else:
         per_image = 1

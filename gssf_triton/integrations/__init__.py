@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -22,3 +27,15 @@ def require(module: str, extra: str) -> ModuleType:
         raise ModuleNotFoundError(
             f'{module} is not installed: pip install "gssf_triton[{extra}]"', name=error.name
         ) from None
+
+
+def as_tensor(x: Any) -> Tensor:
+    """`torch.as_tensor` of any array too, in its memory where PyTorch takes it.
+
+    PyTorch takes no array whose bytes are swapped or whose strides are negative, and warns of one that it could not
+    write to, such as a memory-mapped one: nothing here writes.
+    """
+    if not isinstance(x, np.ndarray):
+        return torch.as_tensor(x)
+    plain = x.dtype.isnative and x.flags.writeable and all(stride >= 0 for stride in x.strides)
+    return torch.from_numpy(x if plain else np.array(x, dtype=x.dtype.newbyteorder("="), order="C"))

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from poison import poisoned_memory
-from tqdm import tqdm
 
 from fuzz.cases import FAMILIES, case
+from gssf_triton import console, progress
 
 RUNS = Path("runs/fuzz")
 
@@ -73,7 +73,7 @@ class Report:
         if result.error:
             self.failures.append(result)
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "failures.txt").open("a") as file:
+            with (folder / "failures.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{result.command}\n{result.backend}: {', '.join(sorted(result.tags))}\n{result.error}\n\n")
 
     def text(self) -> str:
@@ -141,6 +141,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; 1 where a case failed."""
+    console.ready()
     options = arguments(argv)
     torch.set_num_threads(1)
     if options.case is not None:
@@ -156,11 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"from case {start} on; Ctrl-C ends the run with its report")
     results = _results(seeds, options.function, options.jobs)
     try:
-        for result in (bar := tqdm(results, total=options.cases, unit=" cases", smoothing=0)):
+        for result in (bar := progress.bar(results, total=options.cases, unit=" cases", smoothing=0)):
             report.add(result, options.out)
             if result.error:
                 bar.write(f"{result.command}\n    {result.error.splitlines()[0 if len(result.error) < 400 else -1]}")
-                bar.set_postfix(failed=len(report.failures))
+                bar.set_postfix_str(f"failed={len(report.failures)}")
             if options.minutes is not None and time.monotonic() - report.started > 60 * options.minutes:
                 break
     except KeyboardInterrupt:
@@ -168,5 +169,5 @@ def main(argv: list[str] | None = None) -> int:
     results.close()
     print(report.text())
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "report.txt").write_text(report.text() + "\n")
+    (options.out / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
     return 1 if report.failures else 0
