@@ -188,9 +188,14 @@ def check_attention(q: object, k: object, v: object) -> None:
 
 
 def check_mask(
-    name: str, mask: object, reference_name: str, reference: Tensor, shapes: Sequence[Sequence[int]]
+    name: str,
+    mask: object,
+    reference_name: str,
+    reference: Tensor,
+    shapes: Sequence[Sequence[int]],
+    broadcast: bool = False,
 ) -> None:
-    """A boolean or floating-point mask of one of `shapes`, or that broadcasts to the one shape given."""
+    """A boolean or floating-point mask of one of `shapes`, or with `broadcast` one that broadcasts to the first."""
     if mask is None:
         return
     check_tensor(name, mask)
@@ -200,9 +205,10 @@ def check_mask(
     wanted = [tuple(shape) for shape in shapes]
     if shape_of(mask) not in wanted:
         try:
-            fits = len(wanted) == 1 and tuple(torch.broadcast_shapes(mask.shape, wanted[0])) == wanted[0]
+            fits = broadcast and tuple(torch.broadcast_shapes(mask.shape, wanted[0])) == wanted[0]
         except RuntimeError:
             fits = False
         if not fits:
-            raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {shape_of(mask)}")
+            form = "broadcast to" if broadcast else "have shape"
+            raise ValueError(f"{name} must {form} {' or '.join(map(str, wanted))}, got {shape_of(mask)}")
     check_same_device(reference_name, reference, name, mask)

@@ -10,26 +10,35 @@ IEEE TIP 2024, arXiv 2410.15266.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from gssf_triton import checks, ops, options, torch_backend
 from gssf_triton.backend import resolve_backend
-
-#: Asked once: torch 2.8 cannot trace the question.
-AUTOCAST_DEVICES = frozenset(
-    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
-)
+from gssf_triton.precision import float16_operands, full_precision, joined, product_dtype
 
 
-def autocast_features(*features: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast features are cast as matmul's operands are; float64 is left alone, as there."""
-    device_type = features[0].device.type
-    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
-        return features
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in features)
+def fold_rows(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, *, backend: str) -> Tensor:
+    """T(x), (..., D), in float32 at least, whatever autocast says; without weights the rows, normalised or as they are.
+
+    Half-precision rows are rounded nowhere on the way: that is for the product that takes them.
+    """
+    x = x.to(torch_backend.accumulate_dtype(x.dtype))
+    with full_precision(x):
+        if backend == "torch":
+            return torch_backend.fold(x, W_diag, W_blocks, normalize)
+        if W_diag is None and W_blocks is None and not normalize:
+            return x
+        return ops.fold(torch_backend.as_rows(x), W_diag, W_blocks, normalize).view(x.shape)
+
+
+def _kernels_take(x: Tensor, backend: str) -> bool:
+    """True where the operators fold and multiply rows as they are: not where autocast has a dtype of its own for it."""
+    return backend == "triton" and x.dtype == product_dtype(x)
 
 
 def _as_matrices(a: Tensor, b: Tensor, batch: torch.Size | tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -45,6 +54,44 @@ def _as_matrices(a: Tensor, b: Tensor, batch: torch.Size | tuple[int, ...]) -> t
     return a.expand(*batch, M, D).reshape(matrices, M, D), b.expand(*batch, N, D).reshape(matrices, N, D)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of `pairwise_sim` or `pairwise_terms` that passed every check."""
+
+    a: Tensor
+    b: Tensor
+    normalize: bool
+    batch: tuple[int, ...]
+    out_dtype: torch.dtype
+    backend: str
+
+    @property
+    def by_kernels(self) -> bool:
+        return _kernels_take(self.a, self.backend)
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return _as_matrices(self.a, self.b, self.batch)
+
+    def shaped(self, S: Tensor) -> Tensor:
+        return S.view(*self.batch, self.a.shape[-2], self.b.shape[-2])
+
+    def similarity(self, W_diag: Tensor | None, W_blocks: Tensor | None) -> Tensor:
+        if self.by_kernels:
+            return self.shaped(ops.pairwise(*self.matrices, W_diag, W_blocks, self.normalize, self.out_dtype))
+        folding = partial(fold_rows, backend=self.backend)
+        dtype = product_dtype(self.a)
+        with full_precision(self.a):
+            t, y = torch_backend.operands(self.a, self.b, W_diag, W_blocks, self.normalize, folding)
+            if self.backend == "torch" or self.out_dtype == dtype:
+                return torch_backend.product(t, y, dtype, self.out_dtype)
+            # The library would round the sums, a kernel does not; to it these rows are features of the identity.
+            t, y = float16_operands(t, y) if dtype == torch.float16 else (t.to(dtype), y.to(dtype))
+            identity = t.new_ones(t.shape[-1])
+            S = ops.pairwise(*_as_matrices(t, y, self.batch), identity, None, False, self.out_dtype)
+            return self.shaped(S)
+
+
 def _check_pairwise(
     a: Tensor,
     b: Tensor,
@@ -53,17 +100,19 @@ def _check_pairwise(
     normalize: bool,
     out_dtype: torch.dtype | None,
     backend: str,
-) -> tuple[Tensor, Tensor, tuple[int, ...], torch.dtype, str]:
+) -> _Call:
     options.check_flags(normalize=normalize)
     checks.check_pair(a, b)
     checks.check_weights("a", a, W_diag, W_blocks)
     batch = tuple(checks.broadcast_batch(a, b))
     options.check_dtype("out_dtype", out_dtype)
-    a, b = autocast_features(a, b)
+    a, b = joined(a, b)
     checks.check_same_dtype(a, b)
-    return a, b, batch, out_dtype or a.dtype, resolve_backend(backend, a, W_blocks)
+    out_dtype = out_dtype or product_dtype(a)
+    return _Call(a, b, normalize, batch, out_dtype, resolve_backend(backend, a, W_blocks))
 
 
+@torch.fx.wrap
 def pairwise_sim(
     a: Tensor,
     b: Tensor,
@@ -84,7 +133,7 @@ def pairwise_sim(
         W_diag: Diagonal weight, (D,), or None. Weights may be float32 beside half-precision features.
         W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None. One of the two weights at least is given.
         normalize: Put both sides on the unit sphere first, x / max(‖x‖₂, 1e-12).
-        out_dtype: Dtype of S; a's where None. Accumulation is float32 at least, whatever it is.
+        out_dtype: Dtype of S; a's where None, autocast's under torch.autocast. Sums are in float32 at least, always.
         backend: "auto" (Triton where it compiles for the tensors' GPU, else torch), "triton" or "torch".
 
     Returns:
@@ -109,11 +158,7 @@ def pairwise_sim(
         >>> gssf_triton.pairwise_sim(a, b, W_diag, W_blocks)
         tensor([[ 8., 15.]])
     """
-    a, b, batch, dtype, backend = _check_pairwise(a, b, W_diag, W_blocks, normalize, out_dtype, backend)
-    if backend == "torch":
-        return torch_backend.pairwise(a, b, W_diag, W_blocks, normalize, dtype)
-    S = ops.pairwise(*_as_matrices(a, b, batch), W_diag, W_blocks, normalize, dtype)
-    return S.view(*batch, a.shape[-2], b.shape[-2])
+    return _check_pairwise(a, b, W_diag, W_blocks, normalize, out_dtype, backend).similarity(W_diag, W_blocks)
 
 
 def pairwise_terms(
@@ -156,14 +201,14 @@ def pairwise_terms(
     """
     checks.check_tensor("W_diag", W_diag)
     checks.check_tensor("W_blocks", W_blocks)
-    a, b, batch, dtype, backend = _check_pairwise(a, b, W_diag, W_blocks, normalize, out_dtype, backend)
-    if backend == "torch":
-        return torch_backend.pairwise_terms(a, b, W_diag, W_blocks, normalize, dtype)
-    terms = ops.pairwise_terms(*_as_matrices(a, b, batch), W_diag, W_blocks, normalize, dtype)
-    shape = (*batch, a.shape[-2], b.shape[-2])
-    return terms[0].view(shape), terms[1].view(shape)
+    call = _check_pairwise(a, b, W_diag, W_blocks, normalize, out_dtype, backend)
+    if not call.by_kernels or call.a.dtype == torch.float16:  # whose range T(a) may leave
+        return call.similarity(W_diag, None), call.similarity(None, W_blocks)
+    diagonal, block = ops.pairwise_terms(*call.matrices, W_diag, W_blocks, normalize, call.out_dtype)
+    return call.shaped(diagonal), call.shaped(block)
 
 
+@torch.fx.wrap
 def paired_sim(
     a: Tensor,
     b: Tensor,
@@ -208,16 +253,21 @@ def paired_sim(
     checks.check_weights("a", a, W_diag, W_blocks)
     batch = checks.broadcast_batch(a, b)
     options.check_dtype("out_dtype", out_dtype)
-    a, b = autocast_features(a, b)
+    a, b = joined(a, b)
     checks.check_same_dtype(a, b)
-    dtype = out_dtype or a.dtype
+    dtype = out_dtype or product_dtype(a)
     if resolve_backend(backend, a, W_blocks) == "torch":
-        return torch_backend.paired(a, b, W_diag, W_blocks, normalize, dtype)
+        with full_precision(a):
+            return torch_backend.paired(a, b, W_diag, W_blocks, normalize, dtype)
     shape = (*batch, *a.shape[-2:])
     rows_a, rows_b = (torch_backend.as_rows(x.expand(shape)) for x in (a, b))
+    if a.dtype == torch.float16:
+        # The kernel multiplies in the rows' dtype, and weights have a range of their own.
+        rows_a, rows_b = rows_a.float(), rows_b.float()
     return ops.paired(rows_a, rows_b, W_diag, W_blocks, normalize, dtype).view(shape[:-1])
 
 
+@torch.fx.wrap
 def transform(
     x: Tensor,
     W_diag: Tensor | None = None,
@@ -241,7 +291,9 @@ def transform(
         backend: As in `pairwise_sim`.
 
     Returns:
-        T(x), of x's shape and dtype.
+        T(x), of x's shape and dtype (autocast's under torch.autocast). It is rounded to that dtype, and must fit it:
+        `pairwise_sim` and the others take care of a T(x) beyond float16's range, a product with what this returns
+        cannot. Under autocast, too, transform float32 features outside it where that matters.
 
     Raises:
         TypeError: an argument that is not a tensor.
@@ -264,13 +316,14 @@ def transform(
     checks.check_weights("x", x, W_diag, W_blocks)
     options.check_choice("side", side, ("a", "b"))
     options.check_flags(normalize=normalize)
-    (x,) = autocast_features(x)
     weight = W_blocks.mT if W_blocks is not None and side == "b" else W_blocks
-    if resolve_backend(backend, x, W_blocks) == "torch":
-        return torch_backend.fold(x, W_diag, weight, normalize)
-    return ops.fold(torch_backend.as_rows(x), W_diag, weight, normalize).view(x.shape)
+    backend = resolve_backend(backend, x, W_blocks)
+    if _kernels_take(x, backend) and x.dtype != torch.float16:  # whose range weights may leave
+        return ops.fold(torch_backend.as_rows(x), W_diag, weight, normalize).view(x.shape)
+    return fold_rows(x, W_diag, weight, normalize, backend=backend).to(product_dtype(x))
 
 
+@torch.fx.wrap
 def dense_metric(W_diag: Tensor | None = None, W_blocks: Tensor | None = None) -> Tensor:
     """The metric as one dense matrix, W ⊙ U: `pairwise_sim(a, b, …) == a @ dense_metric(…) @ b.T`.
 

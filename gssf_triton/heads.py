@@ -6,17 +6,30 @@ GSSF, IEEE TIP 2024 (arXiv 2410.15266), in the attention of Vaswani et al., 2017
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gssf_triton import checks, functional, options
 from gssf_triton.backend import resolve_backend
+from gssf_triton.precision import float16_operands, joined, product_dtype
+from gssf_triton.tracing import Leaf
 
 #: Blocks of a head's channels are at most as large as nn.GSSF's default block where no size is given.
 LARGEST_DEFAULT_BLOCK = 32
+
+
+@torch.fx.wrap
+def fold_checked(q: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None) -> Tensor:
+    """`fold_heads` of an argument that nobody has checked."""
+    checks.check_features("q", q)
+    checks.check_head_weights(q, W_diag, W_blocks)
+    return fold_heads(q, W_diag, W_blocks)
 
 
 def fold_heads(q: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, backend: str = "auto") -> Tensor:
@@ -26,13 +39,28 @@ def fold_heads(q: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, backen
     everything else, one batched product in torch and one kernel in Triton, serves here, and q that was split into heads
     as a view is read in place.
     """
+    return _fold_heads(partial(functional.transform, backend=backend), q, W_diag, W_blocks)
+
+
+def fold_queries(
+    q: Tensor, k: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(T(q), k) in the dtype they are multiplied in. In float16 T(q) may leave the range that its scores keep to."""
+    dtype = product_dtype(q)
+    if dtype != torch.float16:
+        return fold_heads(q, W_diag, W_blocks, backend), k.to(dtype)
+    fold = partial(functional.fold_rows, normalize=False, backend=resolve_backend(backend, q, W_blocks))
+    return float16_operands(_fold_heads(fold, q, W_diag, W_blocks), k)
+
+
+def _fold_heads(fold: Callable[..., Tensor], q: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None) -> Tensor:
     per_head = (W_diag is not None and W_diag.dim() == 2) or (W_blocks is not None and W_blocks.dim() == 4)
     if not per_head:
-        return functional.transform(q, W_diag, W_blocks, backend=backend)
+        return fold(q, W_diag, W_blocks)
     heads, channels = q.shape[-3], q.shape[-1]
     diag = None if W_diag is None else W_diag.expand(heads, channels).reshape(heads * channels)
     blocks = None if W_blocks is None else W_blocks.expand(heads, *W_blocks.shape[-3:]).flatten(0, 1)
-    folded = functional.transform(q.transpose(-3, -2).flatten(-2), diag, blocks, backend=backend)
+    folded = fold(q.transpose(-3, -2).flatten(-2), diag, blocks)
     return folded.unflatten(-1, (heads, channels)).transpose(-3, -2)
 
 
@@ -92,20 +120,21 @@ def attention(
     checks.check_attention(q, k, v)
     checks.check_head_weights(q, W_diag, W_blocks)
     batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    checks.check_mask("attn_mask", attn_mask, "q", q, [(*batch, q.shape[-2], k.shape[-2])])
+    checks.check_mask("attn_mask", attn_mask, "q", q, [(*batch, q.shape[-2], k.shape[-2])], broadcast=True)
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask and is_causal must not be given together: got a mask and is_causal=True")
-    q, k, v = functional.autocast_features(q, k, v)
+    q, k, v = joined(q, k, v)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"q and {name} must have the same dtype: q is {q.dtype}, {name} is {x.dtype}")
     backend = resolve_backend(backend, q, W_blocks)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.to(q.dtype)
+    if attn_mask is not None:
+        attn_mask = torch.atleast_2d(attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(product_dtype(q)))
     if is_causal and scale is not None and scale <= 0:
         # PyTorch's fused attention on a CPU masks with −∞ before it scales: 0 · −∞ is NaN, and −1 · −∞ the maximum.
         q, scale = q * scale, 1.0
-    q = fold_heads(q, W_diag, W_blocks, backend)
+    v = v.to(product_dtype(q))
+    q, k = fold_queries(q, k, W_diag, W_blocks, backend)
     q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
     # PyTorch's fused kernels take four dimensions; with fewer a GPU would hold all weights.
     lead = max(4 - q.dim(), 0) if q.is_cuda else 0
@@ -117,11 +146,10 @@ def attention(
     return out[(0,) * lead] if lead else out
 
 
-class HeadMetric(nn.Module):
+class HeadMetric(Leaf):
     """The metric of every head of an attention layer; starts as the identity, which leaves attention as it is.
 
-    A state dict that holds neither weight is one of plain attention: loading it sets the metric back to the identity,
-    so that pretrained models load strictly and are unchanged until trained.
+    The layer around it lets plain attention's state dicts load: see `complete_state_dict`.
 
     Args:
         num_heads: H.
@@ -164,19 +192,17 @@ class HeadMetric(nn.Module):
     W_diag: nn.Parameter | None
     W_blocks: nn.Parameter | None
 
+    def reset_parameters(self) -> None:
+        """Back to the identity; under torch's usual name, which initialises what was made on the meta device."""
+        reset_head_weights(self)
+
     def reset_metric(self) -> None:
         """Back to the identity."""
         reset_head_weights(self)
 
     def forward(self, q: Tensor) -> Tensor:
         """T(q), (..., H, L, D) to the same."""
-        checks.check_features("q", q)
-        checks.check_head_weights(q, self.W_diag, self.W_blocks)
-        return fold_heads(q, self.W_diag, self.W_blocks)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        complete_state_dict(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        return fold_checked(q, self.W_diag, self.W_blocks)
 
     def extra_repr(self) -> str:
         return repr_of_weights(self)
@@ -219,11 +245,8 @@ def add_head_weights(
 
 
 @torch.no_grad()
-def reset_head_weights(module: nn.Module) -> None:
-    """The identity: 1 on the diagonal and 0 in the blocks, or the identity there where no diagonal is learned."""
-    W_diag: Tensor | None
-    W_blocks: Tensor | None
-    W_diag, W_blocks = module._parameters["W_diag"], module._parameters["W_blocks"]
+def fill_identity(W_diag: Tensor | None, W_blocks: Tensor | None) -> None:
+    """1 on the diagonal and 0 in the blocks, or the identity there where no diagonal is learned."""
     if W_diag is not None:
         W_diag.fill_(1.0)
     if W_blocks is not None:
@@ -232,14 +255,41 @@ def reset_head_weights(module: nn.Module) -> None:
             W_blocks.diagonal(dim1=-2, dim2=-1).fill_(1.0)
 
 
-def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Where a state dict has no weight of the metric at all, put the identity's there."""
-    names = [name for name in ("W_diag", "W_blocks") if getattr(module, name) is not None]
-    if any(f"{prefix}{name}" in state_dict for name in names):
+def reset_head_weights(module: nn.Module) -> None:
+    fill_identity(module._parameters["W_diag"], module._parameters["W_blocks"])
+
+
+def complete_state_dict(
+    layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+) -> None:
+    """Where a state dict has a plain layer's weights, put the identity of every metric in the layer there.
+
+    Those are every parameter of this one layer but the metric's; what else the state dict holds or lacks is of no
+    account. One that lacks any of them (an adapter's, a head's, an empty one) or has a weight of the metric stays as it
+    is: what it does not name is not touched, and reported missing. So pretrained models load strictly, and are
+    unchanged until trained. The arguments are those that `Module.register_load_state_dict_pre_hook` hands over, so
+    this is such a hook as it stands.
+    """
+    metrics: dict[str, dict[str, Tensor]] = {}
+    plain = []
+    for name, parameter in layer.named_parameters():
+        path, _, own = name.rpartition(".")
+        if own in ("W_diag", "W_blocks"):
+            metrics.setdefault(f"{prefix}{path}." if path else prefix, {})[own] = parameter
+        else:
+            plain.append(f"{prefix}{name}")
+    has_metric = any(f"{start}{own}" in state_dict for start in metrics for own in ("W_diag", "W_blocks"))
+    if has_metric or not plain or any(name not in state_dict for name in plain):
         return
-    reset_head_weights(module)
-    for name in names:
-        state_dict[f"{prefix}{name}"] = getattr(module, name).detach().clone()
+    for start, weights in metrics.items():
+        made = {}
+        for own, weight in weights.items():
+            # Assigned weights replace the layer's own, which may be on the meta device: theirs is the device then.
+            like = state_dict[plain[0]] if local_metadata.get("assign_to_params_buffers") else weight
+            dtype = like.dtype if like.is_floating_point() else weight.dtype
+            made[own] = torch.empty_like(weight, device=like.device, dtype=dtype, requires_grad=False)
+            state_dict[f"{start}{own}"] = made[own]
+        fill_identity(made.get("W_diag"), made.get("W_blocks"))
 
 
 def repr_of_weights(module: nn.Module) -> str:

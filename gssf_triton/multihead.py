@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,16 +17,130 @@ from gssf_triton.heads import (
     check_head_options,
     complete_state_dict,
     fold_heads,
+    fold_queries,
     repr_of_weights,
     reset_head_weights,
 )
+from gssf_triton.precision import full_precision
+from gssf_triton.tracing import Leaf
 
 
-class GSSFAttention(nn.MultiheadAttention):
+def _split(x: Tensor, num_heads: int) -> Tensor:
+    """(..., L, E) to (..., H, L, D), a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+
+
+def _project(inputs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None) -> Sequence[Tensor]:
+    """Queries, keys and values of one input for all or of three, by one packed weight or by three."""
+    if len(weights) == 1 == len(inputs):
+        return F.linear(inputs[0], weights[0], bias).chunk(3, dim=-1)
+    weights = weights[0].chunk(3) if len(weights) == 1 else weights
+    inputs = inputs if len(inputs) == 3 else [inputs[0]] * 3
+    biases = [None] * 3 if bias is None else bias.chunk(3)
+    return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, channels: tuple[int, ...], batch_first: bool) -> bool:
+    """Whether the inputs have a batch dimension."""
+    for name, x, wanted in zip(("query", "key", "value"), (query, key, value), channels, strict=True):
+        checks.check_features(name, x, min_dim=1)
+        if x.is_nested:
+            raise ValueError(
+                f"{name} must not be a nested tensor, which nn.TransformerEncoder makes of padded input: "
+                "build it with enable_nested_tensor=False, or set its use_nested_tensor to False"
+            )
+        if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != wanted:
+            form = "(N, L, E)" if batch_first else "(L, N, E)"
+            like = "" if x is query else f", with as many dimensions as query {tuple(query.shape)}"
+            raise ValueError(f"{name} must be {form} or (L, E) with E = {wanted}{like}, got {tuple(x.shape)}")
+        checks.check_same_device("query", query, name, x)
+    batch_dim = 0 if batch_first else 1
+    if query.dim() == 3 and not query.shape[batch_dim] == key.shape[batch_dim] == value.shape[batch_dim]:
+        raise ValueError(
+            f"query, key and value must have the same batch size in dimension {batch_dim}: query is "
+            f"{tuple(query.shape)}, key is {tuple(key.shape)}, value is {tuple(value.shape)}"
+        )
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            f"key and value must have the same length: key is {tuple(key.shape)}, value is {tuple(value.shape)}"
+        )
+    return query.dim() == 3
+
+
+def _merge(attn_mask: Tensor | None, padding: Tensor | None, num_heads: int, dtype: torch.dtype) -> Tensor | None:
+    """Both masks as one that is added to the scores, broadcasting to (N, H, L, S)."""
+    masks = []
+    if attn_mask is not None:
+        masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, num_heads)))
+    if padding is not None:
+        masks.append(padding[..., None, None, :])
+    added = [
+        torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+        if mask.dtype == torch.bool
+        else mask.to(dtype)
+        for mask in masks
+    ]
+    return added[0] if len(added) == 1 else added[0] + added[1] if added else None
+
+
+@torch.fx.wrap
+def attend_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+    *,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    W_diag: Tensor | None,
+    W_blocks: Tensor | None,
+    channels: tuple[int, ...],
+    num_heads: int,
+    batch_first: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """`GSSFAttention.forward` up to the heads' output, of query's form, which its `out_proj` takes."""
+    options.check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
+    batched = _check_inputs(query, key, value, channels, batch_first)
+    batch_dim = 0 if batch_first or not batched else 1
+    inputs = [query] if query is key and key is value else [query, key, value]
+    inputs = [x.unsqueeze(0) if not batched else x.transpose(0, batch_dim) for x in inputs]
+    N, L, S = inputs[0].shape[0], inputs[0].shape[1], inputs[-1].shape[1]
+    padding_shape = (N, S) if batched else (S,)
+    checks.check_mask("key_padding_mask", key_padding_mask, "query", query, [padding_shape])
+    checks.check_mask("attn_mask", attn_mask, "query", query, [(L, S), (N * num_heads, L, S)])
+
+    q, k, v = (_split(x, num_heads) for x in _project(inputs, weights, bias))
+    q, k = fold_queries(q, k, W_diag, W_blocks)
+    flag = is_causal and key_padding_mask is None and not need_weights
+    if is_causal and not flag and attn_mask is None:
+        attn_mask = torch.ones(L, S, dtype=torch.bool, device=query.device).triu(1)
+    mask = None if flag else _merge(attn_mask, key_padding_mask, num_heads, q.dtype)
+    attention = None
+    if need_weights:
+        scores = (q / math.sqrt(q.shape[-1])) @ k.mT
+        attention = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        heads = attention @ v
+    else:
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=flag)
+    if attention is not None and average_attn_weights:
+        attention = attention.mean(1)
+    heads = heads.transpose(-3, -2).flatten(-2)
+    if not batched:
+        return heads[0], None if attention is None else attention[0]
+    return heads.transpose(0, batch_dim), attention
+
+
+class GSSFAttention(Leaf, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with GSSF similarities as its scores, a metric a head, the identity at the start.
 
     A drop-in: the same arguments, the same parameters under the same names, the same output until the metric is
-    trained; `load_state_dict` takes `nn.MultiheadAttention`'s state dict as it is. With `need_weights=False` the
+    trained; `load_state_dict` takes `nn.MultiheadAttention`'s state dict as it is, and sets the metric to the identity
+    then, not where the state dict holds only a part of the layer's weights. With `need_weights=False` the
     attention is PyTorch's scaled_dot_product_attention; `need_weights=True`, the default as there, computes and returns
     the weights and is slower, as there. Not taken over: `add_bias_kv`, `add_zero_attn` and nested tensors.
 
@@ -111,6 +226,19 @@ class GSSFAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = False
         add_head_weights(self, num_heads, self.head_dim, block_size, diag, blocks, device, dtype)
 
+    def reset_parameters(self) -> None:
+        """All parameters as at the start, those made on the meta device too: drawn anew, the metric the identity."""
+        self.out_proj.reset_parameters()
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """`nn.MultiheadAttention`'s name for it; its own constructor calls this before the metric is there."""
+        said, self._qkv_same_embed_dim = self._qkv_same_embed_dim, self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = said
+        if "W_diag" in self._parameters:
+            reset_head_weights(self)
+
     def reset_metric(self) -> None:
         """Back to plain attention: the metric is the identity again."""
         reset_head_weights(self)
@@ -142,22 +270,9 @@ class GSSFAttention(nn.MultiheadAttention):
 
     def _fold_rows(self, rows: Tensor) -> Tensor:
         """T on rows (n, E) that hold the heads side by side."""
-        return fold_heads(self._split(rows), self.W_diag, self.W_blocks).transpose(-3, -2).flatten(-2)
-
-    def _split(self, x: Tensor) -> Tensor:
-        """(..., L, E) to (..., H, L, D), a view."""
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        weights: Sequence[Tensor]
-        if not self._packed_projection:
-            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
-        elif query is key and key is value:
-            return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1))
-        else:
-            weights = self.in_proj_weight.chunk(3)
-        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+        heads = _split(rows, self.num_heads)
+        with full_precision(rows):  # weights, which autocast would round
+            return fold_heads(heads, self.W_diag, self.W_blocks).transpose(-3, -2).flatten(-2)
 
     def forward(
         self,
@@ -185,87 +300,22 @@ class GSSFAttention(nn.MultiheadAttention):
         Returns:
             The output, of query's form, and the weights, or None.
         """
-        options.check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
-        batched = self._check_inputs(query, key, value)
-        if not batched and isinstance(key_padding_mask, Tensor):
-            key_padding_mask = key_padding_mask.unsqueeze(0)
-        batch_dim = 0 if self.batch_first or not batched else 1
-        same = query is key and key is value
-        inputs = [query] if same else [query, key, value]
-        inputs = [x.unsqueeze(0) if not batched else x.transpose(0, batch_dim) for x in inputs]
-        N, L, S = inputs[0].shape[0], inputs[0].shape[1], inputs[-1].shape[1]
-        checks.check_mask("key_padding_mask", key_padding_mask, "query", query, [(N, S)])
-        checks.check_mask("attn_mask", attn_mask, "query", query, [(L, S), (N * self.num_heads, L, S)])
+        weights: list[Any] = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        if self._packed_projection:
+            weights = [self.in_proj_weight]
+        heads, attention = attend_heads(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal,
+            weights=weights, bias=self.in_proj_bias, W_diag=self.W_diag, W_blocks=self.W_blocks,
+            channels=(self.embed_dim, self.kdim, self.vdim), num_heads=self.num_heads, batch_first=self.batch_first,
+            dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return self.out_proj(heads), attention
 
-        q, k, v = (self._split(x) for x in self._project(*(inputs * 3 if same else inputs)))
-        q = fold_heads(q, self.W_diag, self.W_blocks)
-        flag = is_causal and key_padding_mask is None and not need_weights
-        if is_causal and not flag and attn_mask is None:
-            attn_mask = torch.ones(L, S, dtype=torch.bool, device=query.device).triu(1)
-        mask = None if flag else self._merge(attn_mask, key_padding_mask, q.dtype)
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = (q / math.sqrt(self.head_dim)) @ k.mT
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            heads = weights @ v
-        else:
-            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=flag)
-        out = self.out_proj(heads.transpose(-3, -2).flatten(-2))
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
-        if not batched:
-            return out[0], None if weights is None else weights[0]
-        return out.transpose(0, batch_dim), weights
-
-    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether the inputs have a batch dimension."""
-        for name, x, channels in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            checks.check_features(name, x, min_dim=1)
-            if x.is_nested:
-                raise ValueError(
-                    f"{name} must not be a nested tensor, which nn.TransformerEncoder makes of padded input: "
-                    "build it with enable_nested_tensor=False, or set its use_nested_tensor to False"
-                )
-            if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != channels:
-                form = "(N, L, E)" if self.batch_first else "(L, N, E)"
-                like = "" if x is query else f", with as many dimensions as query {tuple(query.shape)}"
-                raise ValueError(f"{name} must be {form} or (L, E) with E = {channels}{like}, got {tuple(x.shape)}")
-            checks.check_same_device("query", query, name, x)
-        batch_dim = 0 if self.batch_first else 1
-        if query.dim() == 3 and not query.shape[batch_dim] == key.shape[batch_dim] == value.shape[batch_dim]:
-            raise ValueError(
-                f"query, key and value must have the same batch size in dimension {batch_dim}: query is "
-                f"{tuple(query.shape)}, key is {tuple(key.shape)}, value is {tuple(value.shape)}"
-            )
-        if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
-                f"key and value must have the same length: key is {tuple(key.shape)}, value is {tuple(value.shape)}"
-            )
-        return query.dim() == 3
-
-    def _merge(self, attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Both masks as one that is added to the scores, broadcasting to (N, H, L, S)."""
-        masks = []
-        if attn_mask is not None:
-            masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads)))
-        if padding is not None:
-            masks.append(padding[:, None, None, :])
-        added = [
-            torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
-            if mask.dtype == torch.bool
-            else mask.to(dtype)
-            for mask in masks
-        ]
-        return added[0] if len(added) == 1 else added[0] + added[1] if added else None
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        complete_state_dict(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        complete_state_dict(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {repr_of_weights(self)}"

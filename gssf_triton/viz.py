@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gssf_triton import checks, functional, options, torch_backend
 from gssf_triton.integrations import require
+from gssf_triton.precision import full_precision
 from gssf_triton.retrieval.checks import check_labels
 
 if TYPE_CHECKING:
@@ -102,10 +103,11 @@ def score_parts(
     checks.broadcast_batch(a, b)
     checks.check_same_dtype(a, b)
     wide = torch_backend.accumulate_dtype(a.dtype)
-    a, b = (torch_backend.prepare(x.to(wide), normalize) for x in (a, b))
+    a, b = (torch_backend.fold(x.to(wide), None, None, normalize) for x in (a, b))
     nothing = torch.zeros_like(a * b)
     diagonal = nothing if W_diag is None else a * W_diag.to(wide) * b
-    crossing = nothing if W_blocks is None else a * functional.transform(b, None, W_blocks.to(wide), side="b")
+    with full_precision(a):
+        crossing = nothing if W_blocks is None else a * functional.transform(b, None, W_blocks.to(wide), side="b")
     return ScoreParts(diagonal, crossing, 1 if W_blocks is None else W_blocks.shape[-1])
 
 
@@ -151,7 +153,7 @@ def relevance(
     if a.shape[0] < 2:
         raise ValueError(f"a must have shape (N, D) with N of at least 2, got {tuple(a.shape)}")
     wide = torch_backend.accumulate_dtype(a.dtype)
-    a, b = (torch_backend.prepare(x.to(wide), normalize) for x in (a, b))
+    a, b = (torch_backend.fold(x.to(wide), None, None, normalize) for x in (a, b))
     matched = score_parts(a, b, W_diag, W_blocks)
     everywhere = score_parts(a.mean(0, keepdim=True), b.mean(0, keepdim=True), W_diag, W_blocks)
     N = a.shape[0]
@@ -226,13 +228,14 @@ def similarity_histogram(
         raise ValueError("a_ids and b_ids must be given together: one of them is None")
     if a_ids is None or b_ids is None:
         a_ids, b_ids = (torch.arange(x.shape[0], device=a.device) for x in (a, b))
-    for side, ids, x in (("a", a_ids, a), ("b", b_ids, b)):
-        check_labels(f"{side}_ids", ids, x.shape[0], side, x)
+    a_ids = check_labels("a_ids", a_ids, a.shape[0], "a", a).cpu()
+    b_ids = check_labels("b_ids", b_ids, b.shape[0], "b", b).cpu()
     wide = torch_backend.accumulate_dtype(a.dtype)
 
     def chunk(start: int) -> Tensor:
         rows = a[start : start + CHUNK_ROWS]
-        return functional.pairwise_sim(rows, b, W_diag, W_blocks, normalize=normalize, out_dtype=wide)
+        with full_precision(rows):
+            return functional.pairwise_sim(rows, b, W_diag, W_blocks, normalize=normalize, out_dtype=wide)
 
     starts = range(0, a.shape[0], CHUNK_ROWS)
     ends = [chunk(start).aminmax() for start in starts]
@@ -240,13 +243,13 @@ def similarity_histogram(
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     counts = torch.zeros(2, bins, dtype=torch.int64)
     for start in starts:
-        S = chunk(start)
+        S = chunk(start).cpu()  # not every device has float64
         place = (
             ((S.double() - low) * (bins / max(high - low, torch.finfo(torch.float64).tiny))).long().clamp_(0, bins - 1)
         )
-        match = a_ids[start : start + CHUNK_ROWS, None] == b_ids[None].to(a_ids.device)
+        match = a_ids[start : start + CHUNK_ROWS, None] == b_ids[None]
         for row, chosen in enumerate((match, ~match)):
-            counts[row] += torch.bincount(place[chosen.to(S.device)], minlength=bins).cpu()
+            counts[row] += torch.bincount(place[chosen], minlength=bins)
     return SimilarityHistogram(edges, counts[0], counts[1])
 
 

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from gssf_triton.autotune import lookup
 from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, numerics, options, pointer
-from gssf_triton.kernels.tile import cast, channels, clamped_rows, fold_chunk, folded, inverse_norm, load_masked
+from gssf_triton.kernels.tile import (
+    cast,
+    channels,
+    clamped_rows,
+    fold_chunk,
+    folded,
+    inverse_norm,
+    load_masked,
+    nothing_of,
+)
 
 
 @triton.jit(do_not_specialize=["M", "chunks", "chunks_per_program"])
@@ -52,11 +61,14 @@ def fold_kernel(
     x_rows = x_ptr + rows * stride_xm
     if NORMALIZE:
         squares = tl.zeros([BLOCK_M], ACC)
+        nothing = tl.zeros([BLOCK_M], ACC)
         for chunk in range(0, chunks):
             offs, valid = channels(chunk, D, B, BLOCK_B, BLOCK_K, WIDE)
             x = load_masked(x_rows[:, None] + (offs * stride_xd)[None, :], valid[None, :], EVEN_D).to(ACC)
             squares += tl.sum(x * x, axis=1)
+            nothing += tl.sum(nothing_of(x, ACC), axis=1)
         scale = inverse_norm(squares)
+        overflown = (squares == float("inf")) & (nothing == 0)
     first = tl.program_id(1) * chunks_per_program
     for chunk in range(first, tl.minimum(first + chunks_per_program, chunks)):
         x, diagonal, block = fold_chunk(
@@ -65,7 +77,8 @@ def fold_kernel(
         )  # fmt: skip
         t = folded(x, diagonal, block, HAS_DIAG, HAS_BLOCKS, ACC)
         if NORMALIZE:
-            t *= scale[:, None]
+            # T of a row whose norm overflows may, too, and 0 times that be NaN.
+            t = tl.where(overflown[:, None], 0.0, t * scale[:, None])
         offs, valid = channels(chunk, D, B, BLOCK_B, BLOCK_K, WIDE)
         ptrs = t_ptr + (offs_m.to(tl.int64) * stride_tm)[:, None] + (offs * stride_td)[None, :]
         tl.store(ptrs, cast(t, t_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & valid[None, :])

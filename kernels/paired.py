@@ -9,7 +9,17 @@ from torch import Tensor
 
 from gssf_triton.autotune import lookup
 from gssf_triton.kernels.launch import Metric, launch, needs_wide_channels, numerics, options, pointer
-from gssf_triton.kernels.tile import cast, channels, clamped_rows, fold_chunk, folded, inverse_norm, load_masked
+from gssf_triton.kernels.tile import (
+    cast,
+    channels,
+    clamped_rows,
+    fold_chunk,
+    folded,
+    inverse_norm,
+    load_masked,
+    scaled,
+    squares_of,
+)
 
 
 @triton.jit(do_not_specialize=["M", "chunks"])
@@ -60,10 +70,10 @@ def paired_kernel(
         b = load_masked(b_rows[:, None] + (offs * stride_bd)[None, :], valid[None, :], EVEN_D).to(ACC)
         s += tl.sum(folded(a, diagonal, block, HAS_DIAG, HAS_BLOCKS, ACC) * b, axis=1)
         if NORMALIZE:
-            squares_a += tl.sum(a.to(ACC) * a.to(ACC), axis=1)
-            squares_b += tl.sum(b * b, axis=1)
+            squares_a += tl.sum(squares_of(a, ACC), axis=1)
+            squares_b += tl.sum(squares_of(b, ACC), axis=1)
     if NORMALIZE:
-        s *= inverse_norm(squares_a) * inverse_norm(squares_b)
+        s = scaled(s, inverse_norm(squares_a), inverse_norm(squares_b))
     tl.store(s_ptr + offs_m.to(tl.int64) * stride_sm, cast(s, s_ptr.dtype.element_ty), mask=offs_m < M)
 
 

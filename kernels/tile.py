@@ -164,6 +164,13 @@ def block_weight(
 
 
 @triton.jit
+def nothing_of(x, ACC: tl.constexpr):
+    """0 where x is finite, else NaN, in ACC: the interpreter would subtract bfloat16's bits."""
+    x = x.to(ACC)
+    return x - x
+
+
+@triton.jit
 def fold_chunk(
     chunk,
     a_rows,
@@ -206,7 +213,7 @@ def fold_chunk(
             w = block_weight(chunk, chunk, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D, B, BLOCK_B, BLOCK_K)
             if CONFINE and BLOCK_B < BLOCK_K:
                 GROUPS: tl.constexpr = BLOCK_K // BLOCK_B
-                not_finite = (a - a).to(ACC)  # 0, or NaN
+                not_finite = nothing_of(a, ACC)
                 by_group = tl.sum(tl.reshape(not_finite, [BLOCK_M, GROUPS, BLOCK_B]), axis=2)[:, :, None]
                 block = tl.reshape(tl.broadcast_to(by_group, [BLOCK_M, GROUPS, BLOCK_B]), [BLOCK_M, BLOCK_K])
                 finite = tl.where(not_finite == 0, a, 0.0).to(a.dtype)
@@ -239,9 +246,21 @@ def folded(a, diagonal, block, HAS_DIAG: tl.constexpr, HAS_BLOCKS: tl.constexpr,
 
 @triton.jit
 def inverse_norm(squares):
-    """1 / max(‖x‖₂, 1e-12) from the sum of squares; a NaN stays one."""
+    """1 / max(‖x‖₂, 1e-12) from the sum of squares; 0 where that overflows, a NaN stays one."""
     norm = tl.sqrt(squares)
     return 1.0 / tl.maximum(norm, NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def squares_of(x, ACC: tl.constexpr):
+    """x² in ACC, NaN where x is infinite: a sum of them is infinite only where it overflows."""
+    return x.to(ACC) * x.to(ACC) + nothing_of(x, ACC)
+
+
+@triton.jit
+def scaled(s, scale_a, scale_b):
+    """s on the unit spheres: 0, whatever the product became, where a scale is 0, the norm having overflown."""
+    return tl.where((scale_a == 0) | (scale_b == 0), scale_a * scale_b, s * scale_a * scale_b)
 
 
 @triton.jit
@@ -294,8 +313,8 @@ def similarity_tile(
         offs, valid = channels(chunk, D, B, BLOCK_B, BLOCK_K, WIDE)
         b = load_masked(b_rows[None, :] + (offs * stride_bd)[:, None], valid[:, None], EVEN_D)  # [BLOCK_K, BLOCK_N]
         if NORMALIZE:
-            squares_a += tl.sum(a.to(ACC) * a.to(ACC), axis=1)
-            squares_b += tl.sum(b.to(ACC) * b.to(ACC), axis=0)
+            squares_a += tl.sum(squares_of(a, ACC), axis=1)
+            squares_b += tl.sum(squares_of(b, ACC), axis=0)
         if TERMS:
             s_diag = dot(nearest(cast(diagonal, b.dtype), PRECISION), b, s_diag, PRECISION)
             s = dot(nearest(cast(block, b.dtype), PRECISION), b, s, PRECISION)
@@ -311,10 +330,10 @@ def similarity_tile(
             if TERMS:
                 s_diag = tl.where(chunk >= 0, s_diag, 0.0)
     if NORMALIZE:
-        scale = inverse_norm(squares_a)[:, None] * inverse_norm(squares_b)[None, :]
-        s *= scale
+        scale_a, scale_b = inverse_norm(squares_a)[:, None], inverse_norm(squares_b)[None, :]
+        s = scaled(s, scale_a, scale_b)
         if TERMS:
-            s_diag *= scale
+            s_diag = scaled(s_diag, scale_a, scale_b)
     if TERMS:
         return s, s_diag
     else:

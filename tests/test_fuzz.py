@@ -72,14 +72,14 @@ def _one_gradient_missing(patch: Patch) -> None:
 
 def _input_written(patch: Patch) -> None:
     """Features that come back scaled."""
-    exact = functional.autocast_features
+    exact = functional.joined
 
     def scaled(*features: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             features[0].mul_(2)
         return exact(*features)
 
-    patch.setattr(functional, "autocast_features", scaled)
+    patch.setattr(functional, "joined", scaled)
 
 
 def _nan_hidden(patch: Patch) -> None:
@@ -91,8 +91,8 @@ def _last_row_unwritten(patch: Patch) -> None:
     """Memory that nobody wrote."""
     exact = torch_backend.product
 
-    def shortened(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        S = exact(a, b, dtype)
+    def shortened(*args: Any) -> Tensor:
+        S = exact(*args)
         return torch.cat((S[..., :-1, :], torch.empty_like(S[..., -1:, :])), -2)
 
     patch.setattr(torch_backend, "product", shortened)
@@ -102,12 +102,11 @@ def _ids_ignored(patch: Patch) -> None:
     """Pairs of equal ids count as negatives."""
     exact = info_nce.__globals__["_InfoNCE"]
 
-    class Forgetful:
+    class Forgetful(exact):  # type: ignore[misc, valid-type]
         """The loss without its ids."""
 
-        @staticmethod
-        def apply(t: Tensor, y: Tensor, scale: Tensor, row_ids: Any, column_ids: Any, *rest: Any) -> Tensor:
-            out: Tensor = exact.apply(t, y, scale, None, None, *rest)
+        def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+            out: tuple[Tensor, ...] = super().__call__(*inputs[:-2], None, None)
             return out
 
     patch.setitem(info_nce.__globals__, "_InfoNCE", Forgetful)

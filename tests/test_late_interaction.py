@@ -305,5 +305,5 @@ def test_second_derivatives_are_refused(backend: str, device: str) -> None:
     tensors = problem((2, 3), (4, 5), 2, 4, device=device)
     scores = gssf_triton.late_interaction(**tensors, backend=backend)
     (grad,) = torch.autograd.grad(scores.sum(), tensors["words"], create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd"):
+    with pytest.raises(RuntimeError, match="late_interaction is differentiable once"):
         grad.sum().backward()

@@ -304,7 +304,7 @@ def test_launches_are_judged_by_their_arguments(on_hopper: None, monkeypatch: py
     )  # fmt: skip
     monkeypatch.setattr(launch, "toolchain", fake)
     install(monkeypatch, NEW)
-    every_operator(HALF)
+    every_operator(torch.bfloat16)
     assert seen["fold_kernel"] == seen["pairwise_kernel"] == {True, False} and seen["paired_kernel"] == {False}
     assert True in seen["gradient_kernel"] and seen["cross_attention_kernel"] == {True}
     assert seen["late_interaction_kernel"] == seen["topk_kernel"] == seen["stream_kernel"] == {False}

@@ -112,13 +112,14 @@ def test_nan_stays_in_its_row_and_block(on_hopper: None, monkeypatch: pytest.Mon
 @pytest.mark.filterwarnings("ignore:some kernels are left")
 def test_autocast_rounds_nothing_more(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, OLD)
-    x = tensors(HALF)
-    alone = gssf_triton.pairwise_sim(**x, backend="triton")
-    with torch.autocast("cpu", dtype=HALF):
-        inside = gssf_triton.pairwise_sim(**x, backend="triton")
+    for dtype in (HALF, torch.bfloat16):
+        x = tensors(dtype)
+        alone = gssf_triton.pairwise_sim(**x, backend="triton")
+        with torch.autocast("cpu", dtype=dtype):
+            inside = gssf_triton.pairwise_sim(**x, backend="triton")
         (dW,) = torch.autograd.grad(inside.float().square().sum(), x["W_blocks"])
-    (expected,) = torch.autograd.grad(alone.float().square().sum(), x["W_blocks"])
-    assert torch.equal(alone, inside) and torch.equal(dW, expected)
+        (expected,) = torch.autograd.grad(alone.float().square().sum(), x["W_blocks"])
+        assert torch.equal(alone, inside) and torch.equal(dW, expected)
 
 
 def test_a_direct_launch_is_refused(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gssf_triton import checks, functional, options, torch_backend
-from gssf_triton.integrations import require
-from gssf_triton.storage import read_npz, reason, replacing, unusable
+from gssf_triton.integrations import as_tensor, require
+from gssf_triton.precision import full_precision
+from gssf_triton.storage import check_target, read_npz, reason, regular, replacing, unusable
 
 Features = Tensor | NDArray[np.floating]
 
@@ -26,10 +26,7 @@ def _matrix(name: str, x: Features) -> Tensor:
     if isinstance(x, np.ndarray):
         if x.dtype.kind != "f" or x.dtype.itemsize > 8:
             raise ValueError(f"{name} must be {checks.FLOAT_NAMES}, got an array of {x.dtype}")
-        # PyTorch takes no array whose bytes are swapped or whose strides are negative, and warns of one that it could
-        # not write to, such as a memory-mapped one: nothing here writes.
-        plain = x.dtype.isnative and x.flags.writeable and all(stride >= 0 for stride in x.strides)
-        x = torch.from_numpy(x if plain else np.array(x, dtype=x.dtype.newbyteorder("="), order="C"))
+        x = as_tensor(x)
     elif not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(x).__name__}")
     checks.check_features(name, x)
@@ -77,7 +74,8 @@ def folded_queries(
     options.check_flags(normalize=normalize)
     x = _matrix("queries", queries)
     checks.check_weights("queries", x, W_diag, W_blocks)
-    return _plain(functional.transform(x, _weight(W_diag), _weight(W_blocks), normalize=normalize))
+    with full_precision(x):
+        return _plain(functional.transform(x, _weight(W_diag), _weight(W_blocks), normalize=normalize))
 
 
 def gallery_rows(gallery: Features, *, normalize: bool = False) -> NDArray[np.float32]:
@@ -90,12 +88,12 @@ def gallery_rows(gallery: Features, *, normalize: bool = False) -> NDArray[np.fl
         array([[0.6, 0.8]], dtype=float32)
     """
     options.check_flags(normalize=normalize)
-    return _plain(torch_backend.prepare(_matrix("gallery", gallery), normalize))
+    return _plain(torch_backend.fold(_matrix("gallery", gallery), None, None, normalize))
 
 
 def _form(path: str | PathLike[str]) -> str:
     options.check_path("path", path)
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix not in (".npz", ".safetensors"):
         raise ValueError(f"path must end in .npz or .safetensors, got {str(path)!r}")
     return suffix
@@ -122,6 +120,7 @@ def save_arrays(
 
     Raises:
         ValueError: another ending, no weight, or shapes that do not agree.
+        OSError: a folder, or a file that may not be written.
         ModuleNotFoundError: `.safetensors` without the library.
 
     Example:
@@ -135,6 +134,7 @@ def save_arrays(
         {'W_diag': (4,), 'gallery': (10, 4)}
     """
     form = _form(path)
+    check_target(Path(path))
     options.check_flags(normalize=normalize)
     checks.check_metric(W_diag, W_blocks)
     arrays: dict[str, NDArray[np.float32]] = {}
@@ -157,7 +157,7 @@ def save_arrays(
 
 
 def load_arrays(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
-    """Read a file that `save_arrays` wrote: name → array. Nothing in it is unpickled.
+    """Read a file that `save_arrays` wrote: name → array, in this machine's byte order. Nothing in it is unpickled.
 
     Raises:
         ValueError: another ending, or a file that is not whole; it is named.
@@ -166,7 +166,7 @@ def load_arrays(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
     if _form(path) == ".npz":
         return read_npz(Path(path))
     load = require("safetensors.numpy", "safetensors").load
-    content = Path(path).read_bytes()
+    content = regular(Path(path)).read_bytes()
     try:
         arrays: dict[str, NDArray[Any]] = load(content)
     # The library's own error, and NumPy's of a dtype that it lacks.

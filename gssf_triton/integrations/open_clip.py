@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gssf_triton import torch_backend
 from gssf_triton.checks import check_pair, check_same_dtype
-from gssf_triton.constants import NORM_EPS
-from gssf_triton.functional import autocast_features
 from gssf_triton.nn import GSSF
 from gssf_triton.options import check_module
+from gssf_triton.precision import joined
+from gssf_triton.tracing import Leaf
 
 
-class GSSFLoss(nn.Module):
+class GSSFLoss(Leaf):
     """An open_clip loss (`ClipLoss`, `SigLipLoss`, `CoCaLoss`, `DistillClipLoss`) on GSSF similarities.
 
     Called as the loss itself; gathering across devices stays the loss's own. `parameters()` has the metric: give it to
@@ -60,8 +61,8 @@ class GSSFLoss(nn.Module):
         """What the loss returns; further arguments, `logit_scale` first, are the loss's."""
         names = ("image_features", "text_features")
         check_pair(image_features, text_features, names)
-        images, texts = autocast_features(image_features, text_features)
+        images, texts = joined(image_features, text_features)
         check_same_dtype(images, texts, names)
         if self.metric.normalize:
-            text_features = nn.functional.normalize(text_features, dim=-1, eps=NORM_EPS)
+            text_features = torch_backend.fold(text_features, None, None, normalize=True)
         return self.loss(self.fold(image_features), text_features, *args, **kwargs)

@@ -1,6 +1,6 @@
 """Losses over the GSSF similarities of a batch that never store its M×N matrix.
 
-Each file holds one loss: the public function, and the autograd Function over `gssf::stream` that computes it.
+Each file holds one loss: the public function, and the `Loss` over `gssf::stream` that computes it.
 """
 
 from gssf_triton.losses.distillation import distillation_loss

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, ops, options, torch_backend
+from gssf_triton import checks, options
 from gssf_triton.backend import resolve_backend
-from gssf_triton.functional import autocast_features
+from gssf_triton.functional import fold_rows
 from gssf_triton.losses.ranks import Ranks
+from gssf_triton.once import Once
+from gssf_triton.precision import joined, product_dtype
+from gssf_triton.processes import kind
 from gssf_triton.retrieval.checks import check_labels
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -18,7 +22,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Features and weights that passed every check, the features as autocast has them; nothing has run yet.
+    """Features and weights that passed every check; nothing has run yet, and nothing is rounded.
 
     `identity`: there is no weight, and none is wanted: the plain dot product.
     """
@@ -52,7 +56,7 @@ def check_inputs(
     identity = may_lack_weights and W_diag is None and W_blocks is None
     if not identity:
         checks.check_weights(names[0], a, W_diag, W_blocks, prefix=weight_prefix)
-    a, b = autocast_features(a, b)
+    a, b = joined(a, b)
     checks.check_same_dtype(a, b, names)
     return Inputs(a, b, W_diag, W_blocks, normalize, identity, resolve_backend(backend, a, W_blocks))
 
@@ -77,21 +81,10 @@ class Sides:
 
 
 def fold_sides(x: Inputs) -> Sides:
-    """Fold once: T(a) and b, normalised where asked for."""
-    # Half-precision features are folded in float32 and rounded once, to the product's operands.
-    wide = torch_backend.accumulate_dtype(x.a.dtype)
-    t, y = x.a.to(wide), x.b.to(wide)
-    if x.backend == "torch":
-        if not x.identity:
-            t = torch_backend.fold(t, x.W_diag, x.W_blocks, x.normalize)
-        elif x.normalize:
-            t = torch_backend.unit_rows(t)
-        y = torch_backend.unit_rows(y) if x.normalize else y
-    else:
-        if not x.identity or x.normalize:
-            t = ops.fold(t, x.W_diag, x.W_blocks, x.normalize)
-        y = ops.fold(y, None, None, True) if x.normalize else y
-    return Sides(t, y, x.a.dtype.itemsize == 2, x.backend)
+    """Fold once: T(a) and b, normalised where asked for, neither rounded: that is for the product's operands."""
+    t = fold_rows(x.a, x.W_diag, x.W_blocks, x.normalize, backend=x.backend)
+    y = fold_rows(x.b, None, None, x.normalize, backend=x.backend)
+    return Sides(t, y, product_dtype(x.a).itemsize == 2, x.backend)
 
 
 @dataclass(frozen=True)
@@ -100,6 +93,12 @@ class Operand:
 
     rows: Tensor
     unit: Tensor
+
+
+def largest_finite(x: Tensor) -> Tensor:
+    """The largest |x| but for NaN and Inf, which stay in their rows: they must not scale the others. 0 of nothing."""
+    size = x.abs()
+    return torch.where(torch.isfinite(size), size, 0.0).amax() if x.numel() else x.new_zeros(())
 
 
 def operand(x: Tensor, half: bool, backend: str) -> Operand:
@@ -111,12 +110,38 @@ def operand(x: Tensor, half: bool, backend: str) -> Operand:
     one = torch.ones((), dtype=x.dtype, device=x.device)
     if not half or backend == "torch":
         return Operand(x, one)
-    size = x.abs()
-    # NaN and Inf stay in their rows: they must not scale the others.
-    largest = torch.where(torch.isfinite(size), size, 0.0).amax() if x.numel() else one
+    largest = largest_finite(x.detach())
     mantissa, _ = torch.frexp(largest)
     unit = torch.where(largest > 0, largest / mantissa, one)
     return Operand((x / unit).to(torch.float16), unit)
+
+
+def operands(t: Tensor, y: Tensor, half: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(rows of t, rows of y, unit of t, unit of y): the product's operands.
+
+    A loss gives them no gradient; they say of its gradient that it is one of t and y.
+    """
+    left, right = operand(t, half, backend), operand(y, half, backend)
+    return left.rows, right.rows, left.unit, right.unit
+
+
+@dataclass(frozen=True)
+class Loss(Once):
+    """A loss of t (M, D) and y (N, D), its first inputs; `summed`, () in place of one value a row."""
+
+    GRADIENTS = 2
+
+    summed: bool
+    ranks: Ranks
+    backend: str
+
+    def saved(self, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """All but t and y, whose place their operands take."""
+        return inputs[2:]
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The rows' losses as the loss has them."""
+        return self.ranks.sum(loss.sum()) if self.summed else loss
 
 
 def scalar(value: Tensor | float, like: Tensor) -> Tensor:
@@ -137,10 +162,22 @@ def reduce(values: Tensor, reduction: str, pairs: int) -> Tensor:
     return values / max(pairs, 1) if reduction == "mean" else values
 
 
-def described(loss: str, a: Tensor, sides: Sides, **options: object) -> dict[str, object]:
-    """What every process of a group must agree on: one that takes no part in a collective leaves the others waiting."""
-    gradients = wants_gradient(sides.t), wants_gradient(sides.y)
-    return {"loss": loss, "D": a.shape[1], "dtype": a.dtype, "gradients": gradients, **options}
+def described(loss: str, inputs: Inputs, sides: Sides, *scalars: Tensor, **options: object) -> dict[str, object]:
+    """What every process of a group must agree on: one that takes no part in a collective leaves the others waiting.
+
+    `scalars` are what may have a gradient besides the sides.
+    """
+    gradients, of_scalars = (tuple(map(wants_gradient, tensors)) for tensors in ((sides.t, sides.y), scalars))
+    wanted = {"half": sides.half, "gradients": gradients, "of scalars": of_scalars}
+    return {"loss": loss, **of_inputs(inputs), **wanted, **options}
+
+
+def of_inputs(x: Inputs) -> dict[str, object]:
+    """What describes features and weights, and how their similarities are computed."""
+    return {
+        "D": x.a.shape[1], "dtype": x.a.dtype, "W_diag": kind(x.W_diag), "W_blocks": kind(x.W_blocks),
+        "normalize": x.normalize, "backend": x.backend,
+    }  # fmt: skip
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -149,14 +186,15 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def incoming(grad: Tensor, like: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """A loss's incoming gradient, () or (M,), as (common factor, weights in [−1, 1] of length M or 1).
+    """A loss's incoming gradient, () or (M,), as (common factor, weights of length M or 1).
 
-    The slopes are made for weights no larger than 1, so that float16 holds them, in units that all processes share. The
-    factor is of the sum of all processes' losses: a scalar is the same loss on each of them, so it counts that often.
+    The slopes are made for weights in [−1, 1], so that float16 holds them, in units that all processes share. One that
+    is not finite stays so, and in its row. The factor is of the sum of all processes' losses: a scalar is the same loss
+    on each of them, so it counts that often.
     """
     grad = grad.to(like.dtype)
     if grad.dim() == 0:
         return grad * ranks.count, torch.ones_like(grad)[None]
-    largest = ranks.max(grad.abs().amax() if grad.numel() else like.new_zeros(()))
+    largest = ranks.max(largest_finite(grad))
     factor = torch.where(largest > 0, largest, torch.ones_like(largest))
     return factor, grad / factor

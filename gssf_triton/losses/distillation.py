@@ -2,84 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gssf_triton import checks, options
 from gssf_triton.losses.common import (
+    Loss,
     check_inputs,
     check_reduction,
     described,
     fold_sides,
     incoming,
-    operand,
+    of_inputs,
+    operands,
     reduce,
     scalar,
 )
-from gssf_triton.losses.ranks import Ranks, gather_rows, spread
+from gssf_triton.losses.ranks import gather_rows, spread
 from gssf_triton.streaming.epilogues import log_sum_exp
 from gssf_triton.streaming.op import stream_op
 
 
-class _Distillation(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Distillation(Loss):
     """KL(softmax of the teacher's row ‖ softmax of the student's row); both similarities come from one pass."""
 
-    @staticmethod
+    NAME = "distillation_loss"
+    GRADIENTS = 3
+
     def forward(
-        ctx: Any,
-        t: Tensor,
-        y: Tensor,
-        teacher_t: Tensor,
-        teacher_y: Tensor,
-        scale: Tensor,
-        half: bool,
-        teacher_half: bool,
-        summed: bool,
-        ranks: Ranks,
-        backend: str,
-    ) -> Tensor:
-        left, right = operand(t, half, backend), operand(y, half, backend)
-        teacher_left, teacher_right = (operand(x, teacher_half, backend) for x in (teacher_t, teacher_y))
-        scalars = scale * torch.stack(
-            (left.unit * right.unit, (teacher_left.unit * teacher_right.unit).to(left.unit.dtype))
-        )
+        self, t: Tensor, y: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor, unit_y: Tensor,
+        teacher_rows: Tensor, teacher_columns: Tensor, teacher_unit_t: Tensor, teacher_unit_y: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        scalars = scale * torch.stack((unit_t * unit_y, (teacher_unit_t * teacher_unit_y).to(unit_t.dtype)))
         nothing = t.new_empty((0, t.shape[0])), t.new_empty((0, y.shape[0]))
         row, _, _, _, _ = stream_op(
-            "distillation", left.rows, right.rows, teacher_left.rows, teacher_right.rows, *nothing, None, None,
-            scalars, 0, False, backend,
+            "distillation", rows, columns, teacher_rows, teacher_columns, *nothing, None, None, scalars, 0, False,
+            self.backend,
         )  # fmt: skip
-        student_lse, teacher_lse = log_sum_exp(row[0:2]), log_sum_exp(row[2:4])
-        loss = row[4] / row[3] - teacher_lse + student_lse if y.shape[0] else row[4]
-        ctx.save_for_backward(
-            left.rows, right.rows, teacher_left.rows, teacher_right.rows, left.unit, right.unit, scale, scalars,
-            torch.stack((student_lse, teacher_lse)).to(t.dtype),
-        )  # fmt: skip
-        ctx.ranks, ctx.backend = ranks, backend
-        return (ranks.sum(loss.sum()) if summed else loss).to(t.dtype)
+        # Like terms first: the difference of two log-sum-exps of 100 would have lost three digits.
+        loss = row[4] / row[3] + (row[0] - row[2]) + (row[1].log() - row[3].log()) if y.shape[0] else row[4]
+        return self.total(loss), scalars, torch.stack((log_sum_exp(row[0:2]), log_sum_exp(row[2:4])))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        t, y, teacher_t, teacher_y, unit_t, unit_y, scale, scalars, lse = ctx.saved_tensors
-        factor, weight = incoming(grad, scale, ctx.ranks)
+    def backward(
+        self, grad: Tensor, scale: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor, teacher_t: Tensor,
+        teacher_y: Tensor, _: Tensor, __: Tensor, scalars: Tensor, lse: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        factor, weight = incoming(grad, scale, self.ranks)
         rows = torch.cat((lse, weight.expand(t.shape[0])[None]))
         _, _, totals, d_t, d_y = stream_op(
             "distillation_slope", t, y, teacher_t, teacher_y, rows, rows.new_empty((0, y.shape[0])), None, None,
-            scalars, 0, True, ctx.backend,
+            scalars, 0, True, self.backend,
         )  # fmt: skip
-        d_scale = totals[0].to(scale.dtype) * unit_t * unit_y * factor
-        return (
-            d_t.mul_(factor * scale * unit_y),
-            d_y.mul_(factor * scale * unit_t),
-            None,
-            None,
-            d_scale,
-            *(None,) * 5,
-        )
+        d_scale = totals[0] * unit_t * unit_y * factor
+        return d_t.mul_(factor * scale * unit_y), d_y.mul_(factor * scale * unit_t), d_scale
 
 
 def distillation_loss(
@@ -155,11 +134,16 @@ def distillation_loss(
     with torch.no_grad():
         teacher = fold_sides(taught)
     scale = scalar(logit_scale, sides.t)
-    same = described("distillation_loss", a, sides, teacher_D=teacher_a.shape[1], reduction=reduction)
+    same = described(
+        "distillation_loss", inputs, sides, scale, teacher=of_inputs(taught), logit_scale=logit_scale,
+        reduction=reduction,
+    )  # fmt: skip
     ranks, columns = spread(group, (a.shape[0], b.shape[0]), a.device, same)
-    loss: Tensor = _Distillation.apply(
-        sides.t, gather_rows(sides.y, columns), teacher.t.to(sides.t.dtype),
-        columns.gather(teacher.y).to(sides.t.dtype), scale, sides.half, teacher.half, reduction != "none", ranks,
-        sides.backend,
+    y, teacher_t = gather_rows(sides.y, columns), teacher.t.to(sides.t.dtype)
+    teacher_y = columns.gather(teacher.y).to(sides.t.dtype)
+    op = _Distillation(reduction != "none", ranks, sides.backend)
+    (loss,) = op(
+        sides.t, y, scale, *operands(sides.t, y, sides.half, sides.backend),
+        *operands(teacher_t, teacher_y, teacher.half, sides.backend),
     )  # fmt: skip
     return reduce(loss, reduction, ranks.pairs)

@@ -2,112 +2,101 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gssf_triton import options
 from gssf_triton.losses.common import (
+    Loss,
     check_ids,
     check_inputs,
     check_reduction,
     described,
     fold_sides,
     incoming,
-    operand,
+    operands,
     reduce,
     scalar,
 )
-from gssf_triton.losses.ranks import Ranks, gather_rows, spread
+from gssf_triton.losses.ranks import gather_rows, spread
 from gssf_triton.streaming.epilogues import log_sum_exp, merge_softmax
 from gssf_triton.streaming.op import stream_op
 
 
-class _InfoNCE(torch.autograd.Function):
+@dataclass(frozen=True)
+class _InfoNCE(Loss):
     """½(−log softmax over the row − log softmax over the column) at the matching pair, or the row's part alone.
 
     Forward is one product. Backward recomputes S chunk by chunk, with the matching pairs left out: their softmax
     minus 1 would drown in half precision, so their part is added outside the product, in float32.
     """
 
-    @staticmethod
+    NAME = "info_nce"
+    GRADIENTS = 3
+
+    symmetric: bool
+    smoothing: float
+
     def forward(
-        ctx: Any,
-        t: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        row_ids: Tensor | None,
-        column_ids: Tensor | None,
-        half: bool,
-        symmetric: bool,
-        smoothing: float,
-        summed: bool,
-        ranks: Ranks,
-        backend: str,
-    ) -> Tensor:
-        left, right = operand(t, half, backend), operand(y, half, backend)
-        unit = left.unit * right.unit
-        own = ranks.own
-        both = "both" if symmetric else "rows"
-        kind = f"softmax_sums_{both}" if smoothing else f"softmax_{both}"
-        scalars = (scale * unit)[None]
+        self, t: Tensor, y: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor, unit_y: Tensor,
+        row_ids: Tensor | None, column_ids: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        own = self.ranks.own
+        kind = f"softmax_{'sums_' if self.smoothing else ''}{'both' if self.symmetric else 'rows'}"
+        scalars = (scale * (unit_t * unit_y))[None]
         nothing = t.new_empty((0, t.shape[0])), t.new_empty((0, y.shape[0]))
         row, column, _, _, _ = stream_op(
-            kind, left.rows, right.rows, None, None, *nothing, row_ids, column_ids, scalars, own.start, False, backend
+            kind, rows, columns, None, None, *nothing, row_ids, column_ids, scalars, own.start, False, self.backend
         )
-        match = row[-1].to(t.dtype)
-        z = (match * scalars[0]).double()
+        match = row[-1].clone()
+        z = match * scalars[0]
 
         def loss_of(state: Tensor) -> Tensor:
-            loss = log_sum_exp(state) - z
-            return loss + smoothing * (z - state[2] / state[3]) if smoothing else loss
+            loss = log_sum_exp(state, z)
+            return loss + self.smoothing * (z - state[2] / state[3]) if self.smoothing else loss
 
         loss = loss_of(row)
-        if symmetric:
-            column = ranks.merge(column, merge_softmax)
+        if self.symmetric:
+            column = self.ranks.merge(column, merge_softmax)
             loss = (loss + loss_of(column[:, own])) / 2
-        ctx.save_for_backward(
-            left.rows, right.rows, left.unit, right.unit, scale, match, row, column, row_ids, column_ids
-        )
-        ctx.symmetric, ctx.smoothing, ctx.ranks, ctx.backend, ctx.wide = symmetric, smoothing, ranks, backend, t.dtype
-        return ranks.sum(loss.sum()).to(t.dtype) if summed else loss.to(t.dtype)
+        return self.total(loss), match, row, column
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        t, y, unit_t, unit_y, scale, match, row, column, row_ids, column_ids = ctx.saved_tensors
-        symmetric, smoothing, ranks, wide = ctx.symmetric, ctx.smoothing, ctx.ranks, ctx.wide
+    def backward(
+        self, grad: Tensor, scale: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor,
+        row_ids: Tensor | None, column_ids: Tensor | None, match: Tensor, row: Tensor, column: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ranks, wide = self.ranks, match.dtype
         own = ranks.own
         alpha = scale * unit_t * unit_y
         factor, weight = incoming(grad, match, ranks)
-        weight = weight.expand(t.shape[0]) * (0.5 if symmetric else 1.0)
+        weight = weight.expand(t.shape[0]) * (0.5 if self.symmetric else 1.0)
 
         def vectors(state: Tensor, weights: Tensor, matches: Tensor) -> Tensor:
             """(log-sum-exp, weight, what smoothing takes off every softmax, match) as the slope's epilogue reads."""
-            lse = log_sum_exp(state).to(wide)
-            uniform = (smoothing / state[3]).to(wide) if smoothing else torch.zeros_like(lse)
+            lse = log_sum_exp(state)
+            uniform = self.smoothing / state[3] if self.smoothing else torch.zeros_like(lse)
             return torch.stack((lse, weights, uniform, matches))
 
         rows = vectors(row, weight, match)
         columns = y.new_empty((0, y.shape[0]), dtype=wide)
-        if symmetric:
+        if self.symmetric:
             weights = ranks.gather(weight) if grad.dim() == 1 else weight.new_full((y.shape[0],), 0.5)
             columns = vectors(column, weights, ranks.gather(match))
         _, _, totals, d_t, d_y = stream_op(
-            f"softmax_slope_{'both' if symmetric else 'rows'}", t, y, None, None, rows, columns, row_ids, column_ids,
-            alpha[None], own.start, True, ctx.backend,
+            f"softmax_slope_{'both' if self.symmetric else 'rows'}", t, y, None, None, rows, columns, row_ids,
+            column_ids, alpha[None], own.start, True, self.backend,
         )  # fmt: skip
         z = match * alpha
         at_match = torch.zeros_like(z)
-        for lse, w, uniform, _ in (rows, columns[:, own])[: 2 if symmetric else 1]:
-            at_match += w * (torch.expm1(z - lse) + smoothing - uniform)
+        for lse, w, uniform, _ in (rows, columns[:, own])[: 2 if self.symmetric else 1]:
+            at_match += w * (torch.expm1(z - lse) + self.smoothing - uniform)
         d_t = d_t.addcmul_(at_match[:, None], y[own].to(wide))
         d_y[own].addcmul_(at_match[:, None], t.to(wide))
-        d_scale = totals[0].to(wide) * unit_t * unit_y * factor
-        return d_t.mul_(factor * scale * unit_y), d_y.mul_(factor * scale * unit_t), d_scale, *(None,) * 8
+        d_scale = totals[0] * unit_t * unit_y * factor
+        return d_t.mul_(factor * scale * unit_y), d_y.mul_(factor * scale * unit_t), d_scale
 
 
 def info_nce(
@@ -180,14 +169,13 @@ def info_nce(
     sides = fold_sides(inputs)
     scale = scalar(logit_scale, sides.t)
     same = described(
-        "info_nce", a, sides, ids=ids is not None, symmetric=symmetric, label_smoothing=label_smoothing,
-        reduction=reduction,
+        "info_nce", inputs, sides, scale, logit_scale=logit_scale, ids=ids is not None, symmetric=symmetric,
+        label_smoothing=label_smoothing, reduction=reduction,
     )  # fmt: skip
     (ranks,) = spread(group, (a.shape[0],), a.device, same)
     ids = None if ids is None else ids.to(torch.int64)
     column_ids = None if ids is None else ranks.gather(ids)
-    loss: Tensor = _InfoNCE.apply(
-        sides.t, gather_rows(sides.y, ranks), scale, ids, column_ids, sides.half, symmetric, float(label_smoothing),
-        reduction != "none", ranks, sides.backend,
-    )  # fmt: skip
+    y = gather_rows(sides.y, ranks)
+    op = _InfoNCE(reduction != "none", ranks, sides.backend, symmetric, float(label_smoothing))
+    (loss,) = op(sides.t, y, scale, *operands(sides.t, y, sides.half, sides.backend), ids, column_ids)
     return reduce(loss, reduction, ranks.pairs)

@@ -21,10 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gssf_triton.processes import agree, gather_alike
 from gssf_triton.streaming.epilogues import Merge
-
-#: Bytes in which a process says how it was called.
-CALL_BYTES = 240
 
 
 @dataclass(frozen=True)
@@ -61,39 +59,33 @@ class Ranks:
         """x (own, …) of every process, in their order: (pairs, …). Not differentiable; see `gather_rows`."""
         if self.group is None:
             return x
-        # Collectives want equal shapes: parts travel padded to the longest.
+        # Collectives want equal shapes: parts travel padded to the longest. They write in place, without a gradient.
         longest = max(self.sizes)
-        padded = x
+        padded = x = x.detach()
         if x.shape[0] < longest:
             padded = x.new_zeros((longest, *x.shape[1:]))
             padded[: x.shape[0]] = x
-        parts = self._gather_alike(padded)
+        parts = gather_alike(padded, self.group)
         if min(self.sizes) == longest:
             return parts.flatten(0, 1)
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
-
-    def _gather_alike(self, x: Tensor) -> Tensor:
-        """x of every process, of the same shape on all of them: (count, …)."""
-        together = x.new_empty(self.count * x.numel())
-        dist.all_gather_into_tensor(together, x.reshape(-1), group=self.group)
-        return together.view(self.count, *x.shape)
 
     def merge(self, state: Tensor, merge: Merge) -> Tensor:
         """The processes' states (outputs, length) of the same columns as one, merged in their order."""
         if self.group is None:
             return state
-        first, *others = self._gather_alike(state)
+        first, *others = gather_alike(state, self.group)
         for other in others:
             first = merge(first, other)
         return first
 
     def sum(self, x: Tensor) -> Tensor:
         """Σ over the processes of something small, added in their order: every one of them gets the same bits."""
-        return x if self.group is None else self._gather_alike(x).sum(0)
+        return x if self.group is None else gather_alike(x, self.group).sum(0)
 
     def max(self, x: Tensor) -> Tensor:
         """The largest of the processes' x, ()."""
-        return x if self.group is None else self._gather_alike(x).amax(0)
+        return x if self.group is None else gather_alike(x, self.group).amax(0)
 
     def sum_own(self, x: Tensor) -> Tensor:
         """Σ over the processes of x (pairs, …), of which this process keeps its own rows."""
@@ -114,18 +106,8 @@ def spread(
     """
     if group is None:
         return tuple(Ranks(None, (size,), 0) for size in sizes)
-    said = ", ".join(f"{name} = {value}" for name, value in call.items()).encode()[:CALL_BYTES]
-    mine = torch.tensor([*sizes, *said.ljust(CALL_BYTES)], device=device)
-    index, count = dist.get_rank(group), dist.get_world_size(group)
-    # The one wait for the device: lengths are Python's business.
-    rows = Ranks(group, (1,) * count, index)._gather_alike(mine).tolist()
-    calls = [bytes(row[len(sizes) :]).decode(errors="replace").strip() for row in rows]
-    if len(set(calls)) > 1:
-        raise ValueError(
-            "every process of the group must make the same call, got "
-            + "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(calls))
-        )
-    return tuple(Ranks(group, tuple(row[i] for row in rows), index) for i in range(len(sizes)))
+    rows, index = agree(group, sizes, device, call), dist.get_rank(group)
+    return tuple(Ranks(group, of_all, index) for of_all in zip(*rows, strict=True))
 
 
 class _GatherRows(torch.autograd.Function):

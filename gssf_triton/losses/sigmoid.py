@@ -2,87 +2,83 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gssf_triton import options
 from gssf_triton.losses.common import (
+    Loss,
     check_ids,
     check_inputs,
     check_reduction,
     described,
     fold_sides,
     incoming,
-    operand,
+    operands,
     reduce,
     scalar,
     wants_gradient,
 )
-from gssf_triton.losses.ranks import Ranks, gather_rows, spread
+from gssf_triton.losses.ranks import gather_rows, spread
 from gssf_triton.streaming.op import stream_op
 
 
-class _Sigmoid(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Sigmoid(Loss):
     """−Σ_j log σ(y_ij (scale·S_ij + bias)) of every row i.
 
-    There is no normaliser to wait for: of a summed loss the gradients come out of the forward pass, up to the factor
-    that comes in backward, so S is computed once. A loss a pair has weights that are known only backward, and
-    recomputes.
+    There is no normaliser to wait for: of a summed loss the gradients come out of the forward pass (`at_once`), up
+    to the factor that comes in backward, so S is computed once. A loss a pair has weights that are known only backward,
+    and recomputes. `links` say that a gradient made at once is one of t and y, and hold none of their memory.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        t: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        row_ids: Tensor | None,
-        column_ids: Tensor | None,
-        half: bool,
-        summed: bool,
-        wants_slope: bool,
-        ranks: Ranks,
-        backend: str,
-    ) -> Tensor:
-        left, right = operand(t, half, backend), operand(y, half, backend)
-        ctx.ranks, ctx.backend, ctx.summed = ranks, backend, summed
-        scalars = torch.stack((scale * left.unit * right.unit, bias))
-        weight = t.new_ones((1, t.shape[0]))
-        nothing = t.new_empty((0, y.shape[0]))
-        at_once = summed and wants_slope
-        row, _, totals, d_t, d_y = stream_op(
-            "sigmoid", left.rows, right.rows, None, None, weight, nothing, row_ids, column_ids, scalars,
-            ranks.own.start, at_once, backend,
-        )  # fmt: skip
-        first, second = (d_t, d_y) if at_once else (left.rows, right.rows)
-        ctx.save_for_backward(left.unit, right.unit, scale, scalars, first, second, totals, row_ids, column_ids)
-        return ranks.sum(row[0].sum()).to(t.dtype) if summed else row[0].to(t.dtype)
+    NAME = "sigmoid_loss"
+    GRADIENTS = 4
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit_t, unit_y, scale, scalars, d_t, d_y, totals, row_ids, column_ids = ctx.saved_tensors
-        factor, weight = incoming(grad, scale, ctx.ranks)
-        if not ctx.summed:
-            t, y = d_t, d_y
-            nothing = scale.new_empty((0, y.shape[0]))
-            _, _, totals, d_t, d_y = stream_op(
-                "sigmoid", t, y, None, None, weight[None], nothing, row_ids, column_ids, scalars,
-                ctx.ranks.own.start, True, ctx.backend,
-            )  # fmt: skip
-        d_scale, d_bias = totals.to(scale.dtype) * factor
-        return (
-            d_t * (factor * scale * unit_y),
-            d_y * (factor * scale * unit_t),
-            d_scale * unit_t * unit_y,
-            d_bias,
-            *(None,) * 7,
+    at_once: bool
+
+    def forward(
+        self, t: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor,
+        unit_y: Tensor, row_ids: Tensor | None, column_ids: Tensor | None, *links: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        weight = t.new_ones((1, t.shape[0]))
+        row, *gradients = self._stream(
+            scale, bias, rows, columns, unit_t, unit_y, row_ids, column_ids, weight, self.at_once
         )
+        return self.total(row[0]), *(gradients if self.at_once else ())
+
+    def saved(self, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """Nothing of the product's where its gradients are made already."""
+        return (*inputs[2:4], None, None, *inputs[6:]) if self.at_once else inputs[2:]
+
+    def backward(
+        self, grad: Tensor, scale: Tensor, bias: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor,
+        row_ids: Tensor | None, column_ids: Tensor | None, *made: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        factor, weight = incoming(grad, scale, self.ranks)
+        gradients = made[2:]
+        if not self.at_once:
+            weight = weight.expand(t.shape[0])[None]
+            gradients = self._stream(scale, bias, t, y, unit_t, unit_y, row_ids, column_ids, weight, True)[1:]
+        totals, d_t, d_y = gradients
+        d_scale, d_bias = totals * factor
+        return d_t * (factor * scale * unit_y), d_y * (factor * scale * unit_t), d_scale * unit_t * unit_y, d_bias
+
+    def _stream(
+        self, scale: Tensor, bias: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor,
+        row_ids: Tensor | None, column_ids: Tensor | None, weight: Tensor, wants_slope: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """(row state, totals, slope @ y, slopeᵀ @ t)."""
+        scalars = torch.stack((scale * unit_t * unit_y, bias))
+        row, _, totals, d_t, d_y = stream_op(
+            "sigmoid", t, y, None, None, weight, weight.new_empty((0, y.shape[0])), row_ids, column_ids, scalars,
+            self.ranks.own.start, wants_slope, self.backend,
+        )  # fmt: skip
+        return row, totals, d_t, d_y
 
 
 def sigmoid_loss(
@@ -142,12 +138,16 @@ def sigmoid_loss(
     options.check_scalar("logit_bias", logit_bias, "a", a)
     sides = fold_sides(inputs)
     scale, bias = scalar(logit_scale, sides.t), scalar(logit_bias, sides.t)
-    same = described("sigmoid_loss", a, sides, ids=ids is not None, reduction=reduction)
+    same = described(
+        "sigmoid_loss", inputs, sides, scale, bias, logit_scale=logit_scale, logit_bias=logit_bias,
+        ids=ids is not None, reduction=reduction,
+    )  # fmt: skip
     (ranks,) = spread(group, (a.shape[0],), a.device, same)
     ids = None if ids is None else ids.to(torch.int64)
     column_ids = None if ids is None else ranks.gather(ids)
-    loss: Tensor = _Sigmoid.apply(
-        sides.t, gather_rows(sides.y, ranks), scale, bias, ids, column_ids, sides.half, reduction != "none",
-        wants_gradient(sides.t, sides.y, scale, bias), ranks, sides.backend,
-    )  # fmt: skip
+    y, summed = gather_rows(sides.y, ranks), reduction != "none"
+    at_once = summed and wants_gradient(sides.t, y, scale, bias)
+    links = [x[:0].clone() for x in (sides.t, y)] if at_once else []
+    op = _Sigmoid(summed, ranks, sides.backend, at_once)
+    (loss,) = op(sides.t, y, scale, bias, *operands(sides.t, y, sides.half, sides.backend), ids, column_ids, *links)
     return reduce(loss, reduction, ranks.pairs)

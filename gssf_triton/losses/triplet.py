@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gssf_triton import options
 from gssf_triton.losses.common import (
+    Loss,
     check_ids,
     check_inputs,
     check_reduction,
     described,
     fold_sides,
     incoming,
-    operand,
+    operands,
     reduce,
     wants_gradient,
 )
-from gssf_triton.losses.ranks import Ranks, gather_rows, spread
-from gssf_triton.streaming.epilogues import merge_hardest, merge_sums
+from gssf_triton.losses.ranks import gather_rows, spread
+from gssf_triton.streaming.epilogues import index_bits, merge_hardest, merge_sums
 from gssf_triton.streaming.op import stream_op
 
 
@@ -34,60 +35,49 @@ def add_rows(out: Tensor, at: Tensor, rows: Tensor) -> None:
         out.index_put_((at,), rows, accumulate=True)
 
 
-class _HardestHinge(torch.autograd.Function):
+@dataclass(frozen=True)
+class _HardestHinge(Loss):
     """max(0, m + max_j S_ij − S_ii) of every row, and of every column.
 
     One product keeps the value and the index of the hardest negative each way. The gradient has at most two entries a
     row and a column: a gather and a segment sum, no product.
     """
 
-    @staticmethod
+    NAME = "triplet_loss"
+    RESULTS = 2
+
+    margin: float
+
     def forward(
-        ctx: Any,
-        t: Tensor,
-        y: Tensor,
-        margin: float,
-        row_ids: Tensor | None,
-        column_ids: Tensor | None,
-        half: bool,
-        summed: bool,
-        ranks: Ranks,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        left, right = operand(t, half, backend), operand(y, half, backend)
-        unit, own = left.unit * right.unit, ranks.own
+        self, t: Tensor, y: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor, unit_y: Tensor,
+        row_ids: Tensor | None, column_ids: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        unit, ranks = unit_t * unit_y, self.ranks
+        own = ranks.own
         nothing = t.new_empty((0, t.shape[0])), t.new_empty((0, y.shape[0]))
         row, column, _, _, _ = stream_op(
-            "hinge_hardest", left.rows, right.rows, None, None, *nothing, row_ids, column_ids, unit[None],
-            own.start, False, backend,
+            "hinge_hardest", rows, columns, None, None, *nothing, row_ids, column_ids, unit[None], own.start, False,
+            self.backend,
         )  # fmt: skip
         if ranks.group is not None:
-            column[1] += own.start
+            index_bits(column[1]).add_(own.start)
             column = ranks.merge(column, merge_hardest)
-        match = (left.rows.to(t.dtype) * right.rows[own].to(t.dtype)).sum(1) * unit
-        losses = torch.stack(
-            (
-                (margin + row[0] - match.double()).clamp_min(0),
-                (margin + column[0, own] - match.double()).clamp_min(0),
-            )
-        )
-        violations = ranks.sum((losses > 0).sum(1))
-        hardest = torch.stack((row[1], column[1, own])).long()
-        ctx.save_for_backward(left.rows, right.rows, left.unit, right.unit, losses > 0, hardest)
-        ctx.mark_non_differentiable(violations)
-        ctx.ranks, ctx.wide = ranks, t.dtype
-        loss = losses.sum(0)
-        return (ranks.sum(loss.sum()) if summed else loss).to(t.dtype), violations
+        match = (rows.to(t.dtype) * columns[own].to(t.dtype)).sum(1) * unit
+        losses = (self.margin + (torch.stack((row[0], column[0, own])) - match)).clamp_min(0)
+        violated = losses > 0
+        hardest = torch.stack((index_bits(row[1]), index_bits(column[1, own]))).long()
+        return self.total(losses.sum(0)), ranks.sum(violated.sum(1)), violated, hardest
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        t, y, unit_t, unit_y, violated, hardest = ctx.saved_tensors
-        ranks, wide = ctx.ranks, ctx.wide
+    def backward(
+        self, grad: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor, row_ids: Tensor | None,
+        column_ids: Tensor | None, violated: Tensor, hardest: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ranks, wide = self.ranks, unit_t.dtype
         t, y = t.to(wide) * unit_t, y.to(wide) * unit_y
         own = ranks.own
         factor, weight = incoming(grad, t, ranks)
-        by_row, by_column = violated.to(wide) * (factor * weight)
+        # Not a product: an infinite weight times no violation is 0.
+        by_row, by_column = torch.where(violated, factor * weight, 0)
         # A column's hardest row may lie in another process: all of them gather every process's rows and columns.
         all_t = ranks.gather(t)
         at_column, at_row = hardest.clamp_min(0)
@@ -97,68 +87,65 @@ class _HardestHinge(torch.autograd.Function):
         add_rows(d_t, at_row, by_column[:, None] * y[own])
         d_y[own] = by_column[:, None] * all_t[at_row] + match * t
         add_rows(d_y, at_column, by_row[:, None] * t)
-        return ranks.sum_own(d_t), d_y, *(None,) * 7
+        return ranks.sum_own(d_t), d_y
 
 
-class _AllHinge(torch.autograd.Function):
-    """Σ_j max(0, m + S_ij − S_ii) of every row, and of every column; one product each way, S computed once."""
+@dataclass(frozen=True)
+class _AllHinge(Loss):
+    """Σ_j max(0, m + S_ij − S_ii) of every row, and of every column; one product each way, S computed once.
 
-    @staticmethod
+    `at_once`: the gradients of a summed loss come out of the forward pass, up to a factor.
+    """
+
+    NAME = "triplet_loss"
+    RESULTS = 2
+
+    margin: float
+    at_once: bool
+
     def forward(
-        ctx: Any,
-        t: Tensor,
-        y: Tensor,
-        margin: float,
-        row_ids: Tensor | None,
-        column_ids: Tensor | None,
-        half: bool,
-        summed: bool,
-        wants_slope: bool,
-        ranks: Ranks,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        left, right = operand(t, half, backend), operand(y, half, backend)
-        unit, own = left.unit * right.unit, ranks.own
-        match = (left.rows.to(t.dtype) * right.rows[own].to(t.dtype)).sum(1) * unit
-        room = margin - match
-        at_once = summed and wants_slope
-        rows = torch.stack((room, torch.ones_like(room)))
-        columns = ranks.gather(rows.mT).mT.contiguous() if ranks.group is not None else rows
-        row, column, _, d_t, d_y = stream_op(
-            "hinge_all", left.rows, right.rows, None, None, rows, columns, row_ids, column_ids, unit[None],
-            own.start, at_once, backend,
-        )  # fmt: skip
-        column = ranks.merge(column, merge_sums)
-        states = row + column[:, own]
-        violations = ranks.sum(torch.stack((row[1].sum(), column[1, own].sum())).long())
-        first, second = (d_t, d_y) if at_once else (left.rows, right.rows)
-        ctx.save_for_backward(
-            left.rows, right.rows, left.unit, right.unit, room, row[1], column[1, own], first, second, row_ids,
-            column_ids,
-        )  # fmt: skip
-        ctx.mark_non_differentiable(violations)
-        ctx.ranks, ctx.backend, ctx.summed = ranks, backend, summed
-        return (ranks.sum(states[0].sum()) if summed else states[0]).to(t.dtype), violations
+        self, t: Tensor, y: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor, unit_y: Tensor,
+        row_ids: Tensor | None, column_ids: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        own = self.ranks.own
+        room = self.margin - (rows.to(t.dtype) * columns[own].to(t.dtype)).sum(1) * (unit_t * unit_y)
+        row, column, *gradients = self._stream(
+            rows, columns, unit_t, unit_y, row_ids, column_ids, room, torch.ones_like(room), self.at_once
+        )
+        column = self.ranks.merge(column, merge_sums)[:, own]
+        losses, counts = row + column
+        violations = self.ranks.sum(torch.stack((row[1], column[1])).long().sum(1))
+        return self.total(losses), violations, room, counts, *(gradients if self.at_once else ())
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        t, y, unit_t, unit_y, room, row_count, column_count, d_t, d_y, row_ids, column_ids = ctx.saved_tensors
-        ranks, wide = ctx.ranks, room.dtype
-        own = ranks.own
-        factor, weight = incoming(grad, room, ranks)
-        if not ctx.summed:
-            rows = torch.stack((room, weight))
-            columns = ranks.gather(rows.mT).mT.contiguous() if ranks.group is not None else rows
-            _, _, _, d_t, d_y = stream_op(
-                "hinge_all", t, y, None, None, rows, columns, row_ids, column_ids, (unit_t * unit_y)[None],
-                own.start, True, ctx.backend,
-            )  # fmt: skip
-        at_match = -(row_count + column_count).to(wide) * weight
+    def backward(
+        self, grad: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor, row_ids: Tensor | None,
+        column_ids: Tensor | None, room: Tensor, counts: Tensor, *gradients: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        factor, weight = incoming(grad, room, self.ranks)
+        if not self.at_once:
+            weights = weight.expand(t.shape[0])
+            gradients = self._stream(t, y, unit_t, unit_y, row_ids, column_ids, room, weights, True)[2:]
+        d_t, d_y = gradients
+        own, wide = self.ranks.own, room.dtype
+        # Not a product: an infinite weight times no violation is 0.
+        at_match = torch.where(counts > 0, -counts * weight, 0)
         d_t = torch.addcmul(d_t, at_match[:, None], y[own].to(wide))
         d_y = d_y.clone()
         d_y[own].addcmul_(at_match[:, None], t.to(wide))
-        return d_t * (factor * unit_y), d_y * (factor * unit_t), *(None,) * 8
+        return d_t * (factor * unit_y), d_y * (factor * unit_t)
+
+    def _stream(
+        self, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor, row_ids: Tensor | None, column_ids: Tensor | None,
+        room: Tensor, weight: Tensor, wants_slope: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """(row state, column state, slope @ y, slopeᵀ @ t)."""
+        rows = torch.stack((room, weight))
+        columns = self.ranks.gather(rows.mT).mT.contiguous() if self.ranks.group is not None else rows
+        row, column, _, d_t, d_y = stream_op(
+            "hinge_all", t, y, None, None, rows, columns, row_ids, column_ids, (unit_t * unit_y)[None],
+            self.ranks.own.start, wants_slope, self.backend,
+        )  # fmt: skip
+        return row, column, d_t, d_y
 
 
 @overload
@@ -260,15 +247,15 @@ def triplet_loss(
     inputs = check_inputs(a, b, W_diag, W_blocks, normalize, backend)
     check_ids(ids, a)
     sides = fold_sides(inputs)
-    same = described("triplet_loss", a, sides, ids=ids is not None, margin=margin, hardest=hardest, reduction=reduction)
+    same = described(
+        "triplet_loss", inputs, sides, ids=ids is not None, margin=margin, hardest=hardest, reduction=reduction
+    )
     (ranks,) = spread(group, (a.shape[0],), a.device, same)
     ids = None if ids is None else ids.to(torch.int64)
     column_ids = None if ids is None else ranks.gather(ids)
     y, summed = gather_rows(sides.y, ranks), reduction != "none"
-    shared = (float(margin), ids, column_ids, sides.half, summed)
-    if hardest:
-        loss, violations = _HardestHinge.apply(sides.t, y, *shared, ranks, sides.backend)
-    else:
-        loss, violations = _AllHinge.apply(sides.t, y, *shared, wants_gradient(sides.t, y), ranks, sides.backend)
+    common = summed, ranks, sides.backend, float(margin)
+    op = _HardestHinge(*common) if hardest else _AllHinge(*common, summed and wants_gradient(sides.t, y))
+    loss, violations = op(sides.t, y, *operands(sides.t, y, sides.half, sides.backend), ids, column_ids)
     loss = reduce(loss, reduction, ranks.pairs)
     return (loss, violations) if return_violations else loss

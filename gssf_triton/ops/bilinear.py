@@ -19,6 +19,7 @@ from gssf_triton.autotune.plans import Plan
 from gssf_triton.constants import NORM_EPS
 from gssf_triton.kernels.toolchain import may_launch
 from gssf_triton.ops import forms
+from gssf_triton.precision import float16_operands, full_precision
 from gssf_triton.torch_backend import accumulate_dtype, as_rows
 
 Weights = tuple[Tensor | None, Tensor | None]
@@ -56,8 +57,8 @@ def _plan(a: Tensor, b: Tensor, W_blocks: Tensor | None, normalize: bool) -> Pla
     plan = lookup.plan(batch, M, N, D, _size(_block_size(W_blocks)), a.dtype, a.device)
     if plan.kind != "one_pass":
         return plan
-    # The one-pass kernel scales at the end: T of a long row would leave float16's range before that.
-    overflows = normalize and a.dtype == torch.float16
+    # Before it meets b, T(a) would have to be in float16's range.
+    overflows = a.dtype == torch.float16
     # Without blocks it is called with the diagonal.
     if overflows or not may_launch("pairwise", a.dtype, a.device, has_diag=True, has_blocks=W_blocks is not None):
         return Plan("fold_product", plan.fold_b)
@@ -148,27 +149,31 @@ def _pairwise(
     from gssf_triton.kernels import pairwise as kernels
     from gssf_triton.kernels.launch import Metric
 
-    rows, columns, blocks = (b, a, _transposed(w_blocks)) if fold_b else (a, b, w_blocks)
-
-    def matrix() -> tuple[Tensor, Tensor]:
-        """An empty S, and the view of it whose rows are the folded side's."""
-        S = torch.empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype, device=a.device)
-        return S, S.mT if fold_b else S
+    def matrix() -> Tensor:
+        return torch.empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype, device=a.device)
 
     if kind == "one_pass":
-        S, view = matrix()
-        kernels.pairwise(rows, columns, Metric(w_diag, blocks), normalize, view)
-        return S, a.new_empty(0)
+        # A tile folds its rows of a as well as those of b: by one kernel, whichever side has fewer.
+        return kernels.pairwise(a, b, Metric(w_diag, w_blocks), normalize, matrix()), a.new_empty(0)
 
+    rows, columns, blocks = (b, a, _transposed(w_blocks)) if fold_b else (a, b, w_blocks)
+    half = a.dtype == torch.float16
+    if half:
+        rows = rows.float()
+        columns = columns.float() if normalize else columns
     folded = forms.fold(as_rows(rows), w_diag, blocks, normalize).view(rows.shape)
     if normalize:
         columns = forms.fold(as_rows(columns), None, None, True).view(columns.shape)
+    if half:
+        folded, columns = float16_operands(folded, columns)
+    left, right = (columns, folded) if fold_b else (folded, columns)
     if kind == "fold_product" and out_dtype == a.dtype:
-        left, right = (columns, folded) if fold_b else (folded, columns)
-        return torch.matmul(left, right.mT), folded
-    S, view = matrix()
-    kernels.pairwise(folded, columns, Metric(None, None), False, view)
-    return S, folded
+        with full_precision(a):
+            S = torch.matmul(left, right.mT)
+    else:
+        S = kernels.pairwise(left, right, Metric(None, None), False, matrix())
+    # float16's has a unit of its own, and its gradients are accumulated without it.
+    return S, a.new_empty(0) if half else folded
 
 
 @_pairwise.register_fake
@@ -184,7 +189,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     S = a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype)
     side = b if fold_b else a
-    return S, side.new_empty(0 if kind == "one_pass" else side.shape)
+    return S, side.new_empty(0 if kind == "one_pass" or a.dtype == torch.float16 else side.shape)
 
 
 # Made of other operators: the choice of a plan is no part of a traced graph, its outcome is.
@@ -242,7 +247,8 @@ def bilinear_gradients(
     columns = None
     if needs_columns:
         if folded is not None and folded.dtype == dS.dtype and not torch.is_grad_enabled():
-            columns = torch.matmul(dS.mT, folded)
+            with full_precision(dS):
+                columns = torch.matmul(dS.mT, folded)
         else:
             columns, _, _ = gradient(dS.mT, unit_a, None, (w_diag, _transposed(w_blocks)), (True, False, False))
     if normalize:
@@ -294,12 +300,14 @@ def _gradient(
     needs_diag: bool,
     needs_blocks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if p is not None and p.dtype == x.dtype:
-        plan = lookup.gradient_plan(p.shape[0], p.shape[1], p.shape[2], x.shape[2], block_size, x.dtype, x.device)
-        if plan.kind == "fold_product":
-            x = torch.matmul(p, x)
-            p = None
-    grads = forms.gradient(p, x, y, w_diag, w_blocks, block_size, (needs_rows, needs_diag, needs_blocks))
+    with full_precision(x):
+        # P x may leave float16's range where T'(P x) does not: one kernel then, which holds it in float32.
+        if p is not None and p.dtype == x.dtype != torch.float16:
+            plan = lookup.gradient_plan(p.shape[0], p.shape[1], p.shape[2], x.shape[2], block_size, x.dtype, x.device)
+            if plan.kind == "fold_product":
+                x = torch.matmul(p, x)
+                p = None
+        grads = forms.gradient(p, x, y, w_diag, w_blocks, block_size, (needs_rows, needs_diag, needs_blocks))
     rows, d_diag, d_blocks = (x.new_empty(0) if grad is None else grad for grad in grads)
     return rows, d_diag, d_blocks
 

@@ -10,11 +10,7 @@ from torch import Tensor
 
 from gssf_triton import torch_backend
 from gssf_triton.kernels.toolchain import may_launch
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """Outside autocast, as kernels are: it would round what is multiplied in float32."""
-    return torch.autocast(x.device.type, enabled=False)
+from gssf_triton.precision import full_precision
 
 
 def fold(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool) -> Tensor:

@@ -1,12 +1,12 @@
 """The operators of region–word scores, for both backends: `torch.library` ops `gssf::…` with fake implementations.
 
 They take rows that were folded before, so the weights' gradients are the fold's own. Their gradients recompute the
-products, and have no gradient themselves: differentiating twice raises torch's error for such an operator.
+products, and have no gradient themselves.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -14,18 +14,13 @@ import torch
 from torch import Tensor
 
 from gssf_triton.kernels.toolchain import may_launch
+from gssf_triton.once import Once
+from gssf_triton.precision import full_precision
 from gssf_triton.region_word import torch_backend, torch_cross_attention, triton_backend
 from gssf_triton.region_word.torch_backend import Side
 from gssf_triton.torch_backend import accumulate_dtype
 
 POOLINGS = ("max-mean", "lse-mean", "max-sum")
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """Outside autocast: what it casts was cast at the boundary, sums and maxima stay in float32."""
-    if not torch.amp.is_autocast_available(x.device.type):
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _backend(name: str) -> ModuleType:
@@ -46,7 +41,7 @@ def _scores_like(regions: Tensor, words: Tensor) -> Tensor:
     schema="(Tensor regions, Tensor words, Tensor? region_mask, Tensor? word_mask, bool unit_regions, bool unit_words, "
     "str pooling, float sharpness, str backend) -> Tensor",
 )
-def late_interaction(
+def _late_interaction(
     regions: Tensor,
     words: Tensor,
     region_mask: Tensor | None,
@@ -57,13 +52,12 @@ def late_interaction(
     sharpness: float,
     backend: str,
 ) -> Tensor:
-    """Scores (I, T) of regions (I, R, D) and words (T, L, D), one of them folded; `unit_…` normalises the other."""
     sides = Side(regions, region_mask, unit_regions), Side(words, word_mask, unit_words)
     with full_precision(regions):
         return _backend(backend).late_interaction(*sides, pooling, sharpness)
 
 
-@late_interaction.register_fake
+@_late_interaction.register_fake
 def _(regions: Tensor, words: Tensor, *_: Any) -> Tensor:
     return _scores_like(regions, words)
 
@@ -96,18 +90,29 @@ def _(grad: Tensor, regions: Tensor, words: Tensor, *_: Any) -> tuple[Tensor, Te
     return torch.empty_like(regions), torch.empty_like(words)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.options = inputs[len(tensors) :]
+@dataclass(frozen=True)
+class LateInteraction(Once):
+    """Scores (I, T) of regions (I, R, D) and words (T, L, D), one of them folded; `unit_…` normalises the other."""
 
+    NAME = "late_interaction"
+    GRADIENTS = 2
 
-def _late_interaction_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _late_interaction_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None,) * 7)
+    unit_regions: bool
+    unit_words: bool
+    pooling: str
+    sharpness: float
+    backend: str
 
+    def _options(self) -> tuple[Any, ...]:
+        return self.unit_regions, self.unit_words, self.pooling, self.sharpness, self.backend
 
-late_interaction.register_autograd(_late_interaction_grad, setup_context=_setup)
+    def forward(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Of regions, words, region_mask, word_mask."""
+        return (_late_interaction(*inputs, *self._options()),)
+
+    def backward(self, grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, Tensor] = _late_interaction_backward(grad, *inputs, *self._options())
+        return gradients
 
 
 # ----------------------------------------------------------------------------------------------------- cross attention
@@ -119,7 +124,7 @@ late_interaction.register_autograd(_late_interaction_grad, setup_context=_setup)
     schema="(Tensor regions, Tensor folded, Tensor words, Tensor? region_mask, Tensor? word_mask, float smooth, "
     "str backend) -> Tensor",
 )
-def cross_attention(
+def _cross_attention(
     regions: Tensor,
     folded: Tensor,
     words: Tensor,
@@ -128,7 +133,6 @@ def cross_attention(
     smooth: float,
     backend: str,
 ) -> Tensor:
-    """Scores (I, T) of regions (I, R, D) and words (T, L, D) as they are, and of T of the normalised regions."""
     sides = Side(regions, region_mask, True), folded, Side(words, word_mask, True)
     with full_precision(regions):
         runs = backend == "triton" and may_launch("cross_attention", words.dtype, words.device)
@@ -136,7 +140,7 @@ def cross_attention(
         return module.cross_attention(*sides, smooth)
 
 
-@cross_attention.register_fake
+@_cross_attention.register_fake
 def _(regions: Tensor, folded: Tensor, words: Tensor, *_: Any) -> Tensor:
     return _scores_like(regions, words)
 
@@ -167,9 +171,20 @@ def _(grad: Tensor, regions: Tensor, folded: Tensor, words: Tensor, *_: Any) -> 
     return torch.empty_like(regions), torch.empty_like(folded), torch.empty_like(words)
 
 
-def _cross_attention_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _cross_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None,) * 4)
+@dataclass(frozen=True)
+class CrossAttention(Once):
+    """Scores (I, T) of regions (I, R, D) and words (T, L, D) as they are, and of T of the normalised regions."""
 
+    NAME = "cross_attention_sim"
+    GRADIENTS = 3
 
-cross_attention.register_autograd(_cross_attention_grad, setup_context=_setup)
+    smooth: float
+    backend: str
+
+    def forward(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Of regions, their fold, words, region_mask, word_mask."""
+        return (_cross_attention(*inputs, self.smooth, self.backend),)
+
+    def backward(self, grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, Tensor, Tensor] = _cross_attention_backward(grad, *inputs, self.smooth, self.backend)
+        return gradients

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, options, torch_backend
-from gssf_triton import ops as metric_ops
+from gssf_triton import checks, options
 from gssf_triton.autotune.configs import (
     CROSS_ATTENTION_REGIONS,
     CROSS_ATTENTION_WORDS,
     cross_attention_fits,
 )
 from gssf_triton.backend import resolve_backend
-from gssf_triton.functional import autocast_features
+from gssf_triton.functional import fold_rows
+from gssf_triton.precision import full_precision, joined, moved_unit, product_dtype
 from gssf_triton.region_word import checks as row_checks
 from gssf_triton.region_word import ops
-from gssf_triton.region_word.ops import POOLINGS, full_precision
+from gssf_triton.region_word.ops import POOLINGS
+from gssf_triton.torch_backend import folds_left
 
 
 def _check(
@@ -29,14 +30,14 @@ def _check(
     normalize: bool,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """The features as autocast has them."""
+    """The features, of one dtype."""
     row_checks.check_regions_and_words(regions, words)
     checks.check_weights("regions", regions, W_diag, W_blocks)
     row_checks.check_mask("region_mask", region_mask, "regions", regions)
     row_checks.check_mask("word_mask", word_mask, "words", words)
     options.check_flags(normalize=normalize)
     options.check_dtype("out_dtype", out_dtype)
-    regions, words = autocast_features(regions, words)
+    regions, words = joined(regions, words)
     row_checks.check_regions_and_words_dtype(regions, words)
     return regions, words
 
@@ -52,12 +53,17 @@ def _folded(
 
     For the backward pass padding is zeroed first: a NaN in it, times its gradient of 0, would reach the weights'.
     """
-    x = x.to(torch_backend.accumulate_dtype(x.dtype))
     if mask is not None and torch.is_grad_enabled():
         x = x.masked_fill(mask.logical_not()[..., None], 0)
-    if backend == "torch":
-        return torch_backend.fold(x, W_diag, W_blocks, normalize)
-    return metric_ops.fold(torch_backend.as_rows(x), W_diag, W_blocks, normalize).view(x.shape)
+    return fold_rows(x, W_diag, W_blocks, normalize, backend=backend)
+
+
+def _for_kernel(folded: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both sides as the kernel multiplies them under autocast: in the dtype of the one that is not folded."""
+    if dtype != torch.float16:
+        return folded, rows.to(dtype)
+    unit = moved_unit(folded, rows)
+    return folded / unit, (rows * unit).to(dtype)
 
 
 def late_interaction(
@@ -94,7 +100,7 @@ def late_interaction(
             ColBERT's MaxSim.
         sharpness: Of "lse-mean": the larger, the closer to the maximum (SCAN takes 6). Others don't look at it.
         normalize: Put all rows on the unit sphere first, x / max(‖x‖₂, 1e-12).
-        out_dtype: Dtype of the scores; the features' where None.
+        out_dtype: Dtype of the scores; the features' where None, autocast's under torch.autocast.
         backend: "auto" (Triton where it compiles for the tensors' GPU, else torch), "triton" or "torch".
 
     Returns:
@@ -123,10 +129,10 @@ def late_interaction(
     options.check_choice("pooling", pooling, POOLINGS)
     options.check_positive("sharpness", sharpness)
     regions, words = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, normalize, out_dtype)
-    dtype = out_dtype or regions.dtype
+    dtype = product_dtype(regions)
     backend = resolve_backend(backend, regions, W_blocks)
     region_mask, word_mask = _as_bool(region_mask), _as_bool(word_mask)
-    fold_words = words.shape[0] * words.shape[1] < regions.shape[0] * regions.shape[1]
+    fold_words = not folds_left(regions, words)
     with full_precision(regions):
         if fold_words:
             transposed = None if W_blocks is None else W_blocks.mT
@@ -134,10 +140,17 @@ def late_interaction(
         else:
             regions = _folded(regions, region_mask, W_diag, W_blocks, normalize, backend)
         units = normalize and fold_words, normalize and not fold_words
-        scores = ops.late_interaction(
-            regions, words, region_mask, word_mask, *units, pooling, float(sharpness), backend
-        )
-    return scores.to(dtype)
+        if backend == "triton" and dtype.itemsize == 2 and regions.dtype == words.dtype == torch.float32:
+            units = False, False
+            if fold_words:
+                regions = _folded(regions, region_mask, None, None, normalize, backend)
+                words, regions = _for_kernel(words, regions, dtype)
+            else:
+                words = _folded(words, word_mask, None, None, normalize, backend)
+                regions, words = _for_kernel(regions, words, dtype)
+        op = ops.LateInteraction(*units, pooling, float(sharpness), backend)
+        (scores,) = op(regions, words, region_mask, word_mask)
+    return scores.to(out_dtype or dtype)
 
 
 def _cross_attention_backend(backend: str, regions: Tensor, words: Tensor, W_blocks: Tensor | None) -> str:
@@ -176,7 +189,9 @@ def cross_attention_sim(
       \alpha_{rl} = softmax_r(smooth \cdot \bar e_{rl}), \quad c_l = \frac{\sum_r \alpha_{rl} x_r}{\|\cdot\|_2}$$
 
     and the score is the mean of s(c_l, y_l) over the words. Neither (I, T, R, L) arrays nor the attended vectors c are
-    held, in forward or in backward. Padding takes part in none of the sums, whatever it holds.
+    held, in forward or in backward. Padding takes part in none of the sums, whatever it holds. SCAN's image-to-text
+    attention is the same with the sides swapped: words and their mask given as regions, regions as words, W_blocks.mT;
+    the scores then are (T, I). It averages (SCAN's AVG); SCAN's LogSumExp aggregation is missing.
 
     Args:
         regions: Images, (I, R, D), float16, bfloat16, float32 or float64; any strides.
@@ -187,7 +202,7 @@ def cross_attention_sim(
         word_mask: True (or not 0) where a word is valid, (T, L); all are where None.
         smooth: Inverse temperature of the attention.
         normalize: Makes no difference, since both sides of s are on the unit sphere here; every function takes it.
-        out_dtype: Dtype of the scores; the features' where None.
+        out_dtype: Dtype of the scores; the features' where None, autocast's under torch.autocast.
         backend: "auto" (Triton where it compiles for the tensors' GPU, else torch), "triton" or "torch".
 
     Returns:
@@ -215,9 +230,10 @@ def cross_attention_sim(
     """
     options.check_positive("smooth", smooth)
     regions, words = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, normalize, out_dtype)
-    backend = _cross_attention_backend(backend, regions, words, W_blocks)
+    backend, dtype = _cross_attention_backend(backend, regions, words, W_blocks), product_dtype(regions)
     region_mask, word_mask = _as_bool(region_mask), _as_bool(word_mask)
     with full_precision(regions):
         folded = _folded(regions, region_mask, W_diag, W_blocks, True, backend)
-        scores = ops.cross_attention(regions, folded, words, region_mask, word_mask, float(smooth), backend)
-    return scores.to(out_dtype or regions.dtype)
+        op = ops.CrossAttention(float(smooth), backend)
+        (scores,) = op(regions, folded, words, region_mask, word_mask)
+    return scores.to(out_dtype or dtype)

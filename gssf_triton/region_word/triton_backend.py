@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.precision import HEADROOM, float16_unit
 from gssf_triton.region_word import torch_backend, torch_cross_attention
 from gssf_triton.region_word.torch_backend import LoadedChunk, Side, Stream
 from gssf_triton.torch_backend import accumulate_dtype, unit_rows
@@ -23,18 +24,36 @@ def _product_dtype(regions: Side, words: Side) -> torch.dtype:
     return min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
-def _parts(x: Tensor, side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """x as the products' operand, and what rounding a folded side to half precision leaves over."""
-    high = x.to(dtype)
-    return high, None if side.x.dtype == dtype else (x - high).to(dtype)
-
-
 def _scale(x: Tensor, side: Side) -> Tensor | None:
-    """What normalises the products of these rows, (items, rows)."""
+    """What normalises the products of these rows, (items, rows); 0 where a norm overflows."""
     if not side.unit:
         return None
     wide = accumulate_dtype(x.dtype)
     return torch.linalg.vector_norm(x, dim=-1, dtype=wide).clamp_min(NORM_EPS).reciprocal()
+
+
+def _operands(x: Tensor, y: Tensor, regions: Side, words: Side, parts: bool) -> dict[str, Any]:
+    """Rows x and y of the two sides as the kernels take them, with what their products are multiplied by.
+
+    With `parts` what rounding a folded side to half precision leaves over comes as x2 or y2.
+    """
+    dtype = _product_dtype(regions, words)
+    found: dict[str, Any] = {"region_scale": _scale(x, regions), "word_scale": _scale(y, words)}
+    for name, rows, side, other in (("x", x, regions, words), ("y", y, words, regions)):
+        # Folded rows may leave float16's range; and the others' norms, where they divide the product, float32's.
+        unit = None
+        if dtype == torch.float16:
+            unit = float16_unit(rows) if side.x.dtype != dtype else None
+        elif other.unit:
+            unit = rows.new_full((), HEADROOM)
+        if unit is not None:
+            rows = rows / unit
+            scale = found["word_scale"]
+            found["word_scale"] = unit.expand(y.shape[:2]) if scale is None else scale * unit
+        found[name] = rows.to(dtype)
+        if parts:
+            found[f"{name}2"] = None if side.x.dtype == dtype else (rows - found[name]).to(dtype)
+    return found
 
 
 def _shares(words: Side, dtype: torch.dtype, mean: bool) -> Tensor:
@@ -58,15 +77,11 @@ def late_interaction(regions: Side, words: Side, pooling: str, sharpness: float)
     wide = torch.promote_types(accumulate_dtype(regions.x.dtype), accumulate_dtype(words.x.dtype))
     if not all((*regions.x.shape[:2], *words.x.shape[:2])):
         return regions.x.new_zeros((regions.x.shape[0], words.x.shape[0]), dtype=wide)
-    dtype = _product_dtype(regions, words)
     scores = kernels.scores(
-        regions.x.to(dtype),
-        words.x.to(dtype),
-        _shares(words, wide, pooling != "max-sum"),
-        wide,
+        **_operands(regions.x, words.x, regions, words, parts=False),
+        word_share=_shares(words, wide, pooling != "max-sum"),
+        dtype=wide,
         region_mask=regions.mask,
-        region_scale=_scale(regions.x, regions),
-        word_scale=_scale(words.x, words),
         order=_order(words),
         sharpness=sharpness if pooling == "lse-mean" else None,
     )
@@ -75,17 +90,12 @@ def late_interaction(regions: Side, words: Side, pooling: str, sharpness: float)
 
 def _chunk_arguments(stream: Stream, word: LoadedChunk, region: LoadedChunk) -> dict[str, Any]:
     regions, words = stream.sides
-    dtype = _product_dtype(regions, words)
-    x, x2 = _parts(region.raw, regions, dtype)
-    y, y2 = _parts(word.raw, words, dtype)
     padding = stream.regions.padding(region.chunk)
     return {
-        "x": x, "x2": x2, "y": y, "y2": y2,
+        **_operands(region.raw, word.raw, regions, words, parts=True),
         "word_share": stream.words.shares(word.chunk, region.raw, mean=False),
         "region_mask": None if padding is None else ~padding,
-        "region_scale": _scale(region.raw, regions),
-        "word_scale": _scale(word.raw, words),
-    }  # fmt: skip
+    }
 
 
 def _best_regions(stream: Stream, word: LoadedChunk, region: LoadedChunk) -> Tensor:
@@ -119,10 +129,18 @@ def cross_attention(regions: Side, folded: Tensor, words: Side, smooth: float) -
     unit = unit_rows(regions.x.to(wide))
     region_scale, word_scale = _scale(regions.x, regions), _scale(words.x, words)
     assert region_scale is not None and word_scale is not None
-    return kernels.scores(
-        regions.x,
+    x, y = regions.x, words.x
+    fold_unit = None
+    if dtype == torch.float16:
+        fold_unit = float16_unit(folded)
+        folded = folded / fold_unit
+    else:
+        # Rows whose norm overflows are 0 on the unit sphere; what is not finite in them stays NaN.
+        x, y = (rows * (scale != 0).to(dtype)[..., None] for rows, scale in ((x, region_scale), (y, word_scale)))
+    scores = kernels.scores(
+        x,
         folded.to(dtype),
-        words.x,
+        y,
         torch.bmm(unit, unit.mT),
         _shares(words, wide, mean=True),
         region_scale,
@@ -131,6 +149,7 @@ def cross_attention(regions: Side, folded: Tensor, words: Side, smooth: float) -
         _order(words),
         smooth,
     )
+    return scores if fold_unit is None else scores * fold_unit
 
 
 cross_attention_backward = torch_cross_attention.cross_attention_backward

@@ -1,7 +1,8 @@
-"""Checks of galleries, of one label a row, of masks and of cut-offs."""
+"""Checks of galleries, of one label a row, of masks and of cut-offs, and the count of rows that are no numbers."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,33 @@ from torch import Tensor
 
 from gssf_triton.checks import check_same_device, check_tensor, shape_of
 from gssf_triton.options import check_count
+
+#: Features that are looked through at a time.
+LOOKED_AT = 1 << 24
+
+
+def bad_rows(name: str, x: Tensor | np.ndarray) -> str | None:
+    """How many rows of x (n, D) hold NaN or infinity, and which is the first; None where none does."""
+    count, first = 0, -1
+    step = max(1, LOOKED_AT // max(x.shape[1], 1))
+    for start in range(0, x.shape[0], step):
+        part = x[start : start + step]
+        good = part.isfinite().all(1).cpu().numpy() if isinstance(part, Tensor) else np.isfinite(part).all(1)
+        (found,) = np.nonzero(~good)
+        if found.size and first < 0:
+            first = start + int(found[0])
+        count += found.size
+    if not count:
+        return None
+    return f"{count} of the {x.shape[0]} rows of {name} hold{'s' * (count == 1)} NaN or infinity, the first is {first}"
+
+
+def warn_of_bad_rows(stacklevel: int, **features: Tensor | np.ndarray) -> None:
+    """One such row can rank before every other, for every query: a warning for each of `features` that has any."""
+    for name, x in features.items():
+        found = bad_rows(name, x)
+        if found is not None:
+            warnings.warn(f"{found}: NaN ranks before every number", stacklevel=stacklevel + 1)
 
 
 def check_matrix(name: str, x: Tensor, wanted: str) -> None:
@@ -22,7 +50,7 @@ def check_gallery_array(queries: Tensor, gallery: np.ndarray) -> None:
     if gallery.ndim != 2:
         raise ValueError(f"gallery must have shape (N, D), got {gallery.shape}")
     wanted = str(queries.dtype).removeprefix("torch.")
-    if str(gallery.dtype) != wanted:
+    if gallery.dtype.name != wanted:
         raise ValueError(
             f"queries and gallery must have the same dtype: queries is {queries.dtype}, gallery is an array of "
             f"{gallery.dtype}"
@@ -33,8 +61,11 @@ def check_gallery_array(queries: Tensor, gallery: np.ndarray) -> None:
         )
 
 
-def check_labels(name: str, labels: object, count: int, of: str, features: Tensor) -> None:
-    """One whole number for each of the `count` rows of `of`, on the features' device."""
+def check_labels(name: str, labels: object, count: int, of: str, features: Tensor) -> Tensor:
+    """One whole number for each of the `count` rows of `of`, on the features' device: of any integer dtype, as int64.
+
+    As `Tensor.long` has them: uint64 beyond 2⁶³ count on from −2⁶³, which keeps different ones different.
+    """
     check_tensor(name, labels)
     assert isinstance(labels, Tensor)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -42,16 +73,20 @@ def check_labels(name: str, labels: object, count: int, of: str, features: Tenso
     if shape_of(labels) != (count,):
         raise ValueError(f"{name} must have shape ({count},), one for each row of {of}, got {shape_of(labels)}")
     check_same_device(of, features, name, labels)
+    return labels.long()
 
 
-def check_pair_mask(name: str, mask: object, shape: tuple[int, int], queries: Tensor) -> None:
+def check_pair_mask(name: str, mask: object, shape: tuple[int, int], queries: Tensor) -> Tensor:
+    """The mask as booleans."""
     check_tensor(name, mask)
     assert isinstance(mask, Tensor)
-    if mask.dtype != torch.bool:
-        raise ValueError(f"{name} must be torch.bool, True where an item may be ranked, got {mask.dtype}")
+    if mask.is_floating_point() or mask.is_complex():
+        wanted = "bool or integers, True or not 0 where an item may be ranked"
+        raise ValueError(f"{name} must be {wanted}, got {mask.dtype}")
     if shape_of(mask) != shape:
         raise ValueError(f"{name} must have shape {shape}, queries by gallery, got {shape_of(mask)}")
     check_same_device("queries", queries, name, mask)
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def check_k(k: object, gallery: int | None = None) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gssf_triton import ops, torch_backend
 from gssf_triton.autotune import retrieval_configs
 from gssf_triton.autotune.retrieval_configs import StreamChunks
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.functional import fold_rows
+from gssf_triton.precision import HEADROOM, float16_unit, full_precision
 from gssf_triton.progress import Tick, no_tick
 from gssf_triton.torch_backend import accumulate_dtype
 
@@ -66,7 +67,7 @@ class Gallery:
 
     def _buffer(self, rows: int) -> Tensor:
         assert isinstance(self.source, np.ndarray)
-        dtype = ARRAY_DTYPES[self.source.dtype]
+        dtype = ARRAY_DTYPES[self.source.dtype.newbyteorder("=")]
         shape = (min(rows, len(self)), self.source.shape[1])
         return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
@@ -151,7 +152,8 @@ class Scores:
     """S of folded queries (Q, D) against blocks of a gallery, by torch's product or by the one-pass kernel.
 
     Scores are float32, or float64 for float64 features, whatever the features' dtype: ranking by rounded scores would
-    make ties of scores that differ. With `normalize` the queries' norms are in the fold, the gallery's scale S.
+    make ties of scores that differ; torch.autocast has no part in them. With `normalize` the queries' norms are in the
+    fold, the gallery's scale S.
 
     Every product has the same shape for a batch of queries, whatever columns are asked for: a library may sum in
     another order for another shape, and copies of one item would no longer be ties. `N` is the gallery's size.
@@ -165,10 +167,14 @@ class Scores:
         #: Told of every query–item pair that was scored.
         self.tick: Tick = no_tick
         W_diag, W_blocks = (None if w is None else w.detach() for w in (W_diag, W_blocks))
-        if backend == "triton":
-            self.queries = ops.fold(queries.detach(), W_diag, W_blocks, normalize)
-        else:
-            self.queries = torch_backend.fold(queries.detach().to(self.dtype), W_diag, W_blocks, normalize)
+        folded = fold_rows(queries.detach(), W_diag, W_blocks, normalize, backend=backend)
+        #: What queries were divided by to fit float16, powers of two (Q, 1), and scores with them: no rank changes.
+        self.units: Tensor | None = None
+        if backend == "triton" and queries.dtype == torch.float16:
+            self.units = float16_unit(folded, dim=1)
+            folded = folded / self.units
+        self.headroom = HEADROOM if normalize and self.units is None else 1.0
+        self.queries = (folded / self.headroom).to(queries.dtype if backend == "triton" else self.dtype)
         Q, D = queries.shape
         self.chunks: StreamChunks = retrieval_configs.stream_chunks(
             Q, N, D, queries.dtype.itemsize, queries.device.type
@@ -178,13 +184,20 @@ class Scores:
         return slices(0, self.queries.shape[0], self.chunks.rows)
 
     def scale(self, block: Tensor) -> Tensor | None:
-        """1 / max(‖y‖₂, 1e-12) of every row of the block, or None where nothing is normalised."""
+        """1 / max(‖y‖₂, 1e-12) of every row of the block, or None where nothing is normalised.
+
+        0 where the norm overflows: such a row scores 0, as torch.nn.functional.normalize has it.
+        """
         if not self.normalize:
             return None
         few = max(STEADY_ROWS - block.shape[0], 0)
         rows = torch.cat((block, block.new_zeros(few, block.shape[1]))) if few else block
         norms = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype)[: block.shape[0]]
-        return norms.clamp_min(NORM_EPS).reciprocal()
+        return norms.clamp_min(NORM_EPS).reciprocal().mul_(self.headroom)
+
+    def values(self, scores: Tensor) -> Tensor:
+        """The similarities, of scores (Q, k)."""
+        return scores if self.units is None else scores * self.units
 
     def fill(self, out: Tensor, rows: slice, block: Tensor, columns: slice, scale: Tensor | None) -> Tensor:
         """`out` (r, c) with the scores of these rows and these columns of the block, at most a chunk of them."""
@@ -196,9 +209,11 @@ class Scores:
 
             pairwise(queries[None], items[None], Metric(None, None), False, out[None])
         elif items.shape[0] == self.chunks.columns:
-            torch.mm(queries, items.to(self.dtype).mT, out=out)
+            with full_precision(queries):
+                torch.mm(queries, items.to(self.dtype).mT, out=out)
         else:
             filled = items.new_zeros((self.chunks.columns, items.shape[1]), dtype=self.dtype)
             filled[: items.shape[0]] = items
-            out.copy_(torch.mm(queries, filled.mT)[:, : items.shape[0]])
+            with full_precision(queries):
+                out.copy_(torch.mm(queries, filled.mT)[:, : items.shape[0]])
         return out if scale is None else out.mul_(scale[columns])

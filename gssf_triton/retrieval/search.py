@@ -6,7 +6,10 @@ One call's way: checks → the metric folded into the queries (`scoring`) → ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from gssf_triton import checks, options
 from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K
 from gssf_triton.backend import resolve_backend
+from gssf_triton.once import Plainly
 from gssf_triton.progress import counting
 from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval import scan, sharding
@@ -56,21 +60,19 @@ def make_exclusions(
 ) -> Exclusions:
     """What is left out, checked; `labels` and `cameras` are (queries', gallery's)."""
     if exclude is not None:
-        row_checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
-        # Places are counted from it and indexed with it: int16 cannot, int8 overflows.
-        exclude = exclude.long()
+        exclude = row_checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
     if mask is not None:
-        row_checks.check_pair_mask("mask", mask, (queries.shape[0], items), queries)
+        mask = row_checks.check_pair_mask("mask", mask, (queries.shape[0], items), queries)
     if (cameras[0] is None) != (cameras[1] is None):
         missing = "query_cams" if cameras[0] is None else "gallery_cams"
         raise ValueError(f"query_cams and gallery_cams must be given together, got None for {missing}")
+    sides: dict[str, Tensor] = {}
     for kind, pair in (("ids", labels), ("cams", cameras)):
         for name, count, values in zip(_NAMES, (queries.shape[0], items), pair or (None, None), strict=True):
             if values is not None or (kind == "ids" and labels is not None):
-                side = "query" if name == "queries" else name
-                row_checks.check_labels(f"{side}_{kind}", values, count, name, queries)
-    query_ids, gallery_ids = labels or (None, None)
-    return Exclusions(exclude, mask, query_ids, gallery_ids, *cameras)
+                side = f"{'query' if name == 'queries' else name}_{kind}"
+                sides[side] = row_checks.check_labels(side, values, count, name, queries)
+    return Exclusions(exclude, mask, **sides)
 
 
 @torch.no_grad()
@@ -102,9 +104,10 @@ def topk(
         k: Items a query, at most N.
         normalize: Put both sides on the unit sphere first.
         exclude: (Q,) integers: the gallery index of an item that its query may not find (itself), −1 for none.
-        mask: (Q, N) bool, True where an item may be found.
-        group: The `torch.distributed` processes that each hold a shard of the gallery. All call with the same queries
-            and k; indices (of `exclude` too) count through the shards in order of rank; `mask` covers the shard.
+        mask: (Q, N) bool or integers, True or not 0 where an item may be found.
+        group: The `torch.distributed` processes that each hold a shard of the gallery. All make the same call but for
+            the shard and its `mask` (with one on all of them or none); indices (of `exclude` too) count through the
+            shards in order of rank.
         progress: Show a bar (needs tqdm).
         backend: As in `pairwise_sim`.
 
@@ -135,12 +138,46 @@ def topk(
     options.check_flags(normalize=normalize, progress=progress)
     options.check_group(group)
     backend = resolve_backend(backend, queries, W_blocks)
-    offset, total = sharding.place(queries, items, k, group)
+    offset, total = sharding.place(
+        queries, items, W_diag, W_blocks, exclusions, group, call="topk", k=k, normalize=normalize, backend=backend
+    )
     row_checks.check_k(k, total)
-    scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)
-    with counting(progress, "topk", Q * items, "pair") as scores.tick:
-        lists = _topk(scores, Gallery(gallery, queries.device, offset), exclusions, min(k, items))
-    return sharding.merge_lists(lists, k, group).result()
+
+    def search(scores: Scores, shard: Gallery, exclusions: Exclusions) -> tuple[Tensor, ...]:
+        with counting(progress, "topk", Q * items, "pair") as scores.tick:
+            lists = _topk(scores, shard, exclusions, min(k, items))
+        values, indices = sharding.merge_lists(lists, k, group).result()
+        return scores.values(values), indices
+
+    values, indices = _on_plain_tensors(
+        search, queries, gallery, W_diag, W_blocks, exclusions, offset, normalize=normalize, backend=backend
+    )
+    return values, indices
+
+
+def _on_plain_tensors(
+    search: Callable[[Scores, Gallery, Exclusions], tuple[Tensor, ...]],
+    queries: Tensor,
+    gallery: Tensor | np.ndarray,
+    W_diag: Tensor | None,
+    W_blocks: Tensor | None,
+    exclusions: Exclusions,
+    offset: int,
+    **how: Any,
+) -> tuple[Tensor, ...]:
+    """What `search` finds; under torch.func.vmap it is called for every item of the batch."""
+    array = None if isinstance(gallery, Tensor) else gallery
+
+    def call(
+        queries: Tensor, rows: Tensor | None, W_diag: Tensor | None, W_blocks: Tensor | None, *left_out: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        source = array if rows is None else rows
+        assert source is not None
+        scores = Scores(queries, source.shape[0], W_diag, W_blocks, **how)
+        return search(scores, Gallery(source, queries.device, offset), Exclusions(*left_out))
+
+    left_out = (getattr(exclusions, field.name) for field in fields(exclusions))
+    return Plainly(call)(queries, gallery if isinstance(gallery, Tensor) else None, W_diag, W_blocks, *left_out)
 
 
 def _topk(scores: Scores, gallery: Gallery, exclusions: Exclusions, k: int) -> scan.Lists:
@@ -188,9 +225,9 @@ def ranks(
         exclude: (Q,) integers: the gallery index of an item that is left out for its query (itself), −1 for none.
         query_cams: (Q,) integers; with `gallery_cams`, items of the query's id and camera are left out.
         gallery_cams: (N,) integers.
-        mask: (Q, N) bool, True where an item is ranked at all.
+        mask: (Q, N) bool or integers, True or not 0 where an item is ranked at all.
         group: Processes that each hold a shard of the gallery, as in `topk`; `gallery_ids`, `gallery_cams` and `mask`
-            are the shard's.
+            are the shard's, given on all of them or none.
         progress: Show a bar (needs tqdm).
         backend: As in `pairwise_sim`.
 
@@ -218,17 +255,24 @@ def ranks(
     options.check_flags(normalize=normalize, progress=progress)
     options.check_group(group)
     backend = resolve_backend(backend, queries, W_blocks)
-    offset, _ = sharding.place(queries, items, 0, group)
-    scores = Scores(queries, items, W_diag, W_blocks, normalize, backend)
-    shard = Gallery(gallery, queries.device, offset)
-    source: ModuleType = scan
-    if backend == "triton" and scores.dtype == torch.float32:
-        from gssf_triton.kernels import rank as rank_kernels
+    offset, _ = sharding.place(
+        queries, items, W_diag, W_blocks, exclusions, group, call="ranks", normalize=normalize, backend=backend
+    )
 
-        source = rank_kernels
-    # Two passes.
-    with counting(progress, "ranks", 2 * Q * items, "pair") as scores.tick:
-        keys, indices = source.best_match(scores, shard, exclusions)
-        keys, indices = sharding.merge_best(keys, indices, group)
-        counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
-    return counts.masked_fill_(indices < 0, -1)
+    def search(scores: Scores, shard: Gallery, exclusions: Exclusions) -> tuple[Tensor, ...]:
+        source: ModuleType = scan
+        if backend == "triton" and scores.dtype == torch.float32:
+            from gssf_triton.kernels import rank as rank_kernels
+
+            source = rank_kernels
+        # Two passes.
+        with counting(progress, "ranks", 2 * Q * items, "pair") as scores.tick:
+            keys, indices = source.best_match(scores, shard, exclusions)
+            keys, indices = sharding.merge_best(keys, indices, group)
+            counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
+        return (counts.masked_fill_(indices < 0, -1),)
+
+    (found,) = _on_plain_tensors(
+        search, queries, gallery, W_diag, W_blocks, exclusions, offset, normalize=normalize, backend=backend
+    )
+    return found

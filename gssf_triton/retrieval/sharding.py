@@ -6,34 +6,37 @@ through the shards in order of rank. What travels is Q·k keys and indices, or Q
 
 from __future__ import annotations
 
-import torch
+from dataclasses import fields
+
 import torch.distributed as dist
 from torch import Tensor
 
+from gssf_triton.processes import agree, gather_alike, kind
 from gssf_triton.retrieval.order import absent, merge
 from gssf_triton.retrieval.scan import Lists
+from gssf_triton.retrieval.scoring import Exclusions
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return parts
-
-
-def place(queries: Tensor, items: int, k: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """(index of this shard's first item, items in all shards).
+def place(
+    queries: Tensor,
+    items: int,
+    W_diag: Tensor | None,
+    W_blocks: Tensor | None,
+    exclusions: Exclusions,
+    group: dist.ProcessGroup | None,
+    **call: object,
+) -> tuple[int, int]:
+    """(index of this shard's first item, items in all shards); `call` is what else all processes must agree on.
 
     Raises:
-        ValueError: on every process alike, where their queries' shapes or k differ.
+        ValueError: on every process alike, where their calls differ.
     """
     if group is None:
         return 0, items
-    mine = torch.tensor([queries.shape[0], queries.shape[1], k, items], device=queries.device)
-    calls = [tuple(call) for call in torch.stack(_gather(mine, group)).tolist()]
-    if len({call[:3] for call in calls}) > 1:
-        said = "; ".join(f"rank {rank}: queries ({Q}, {D}), k = {k}" for rank, (Q, D, k, _) in enumerate(calls))
-        raise ValueError(f"queries and k must be the same on every process of the group, got {said}")
-    sizes = [call[3] for call in calls]
+    given = {field.name: getattr(exclusions, field.name) is not None for field in fields(exclusions)}
+    features = {"queries": tuple(queries.shape), "dtype": queries.dtype}
+    weights = {"W_diag": kind(W_diag), "W_blocks": kind(W_blocks)}
+    sizes = [size for (size,) in agree(group, (items,), queries.device, {**call, **features, **weights, **given})]
     return sum(sizes[: dist.get_rank(group)]), sum(sizes)
 
 
@@ -46,7 +49,8 @@ def merge_lists(lists: Lists, k: int, group: dist.ProcessGroup | None) -> Lists:
     indices = lists.indices.new_full((Q, k), -1)
     keys[:, :found], indices[:, :found] = lists.keys, lists.indices
     # Shards lie in the order of their indices, so equal keys do too.
-    return Lists(*merge(torch.cat(_gather(keys, group), dim=1), torch.cat(_gather(indices, group), dim=1), k))
+    every_key, every_index = (gather_alike(x, group).transpose(0, 1).flatten(1) for x in (keys, indices))
+    return Lists(*merge(every_key, every_index, k))
 
 
 def merge_best(keys: Tensor, indices: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:

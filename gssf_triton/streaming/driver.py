@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gssf_triton.autotune.configs import TORCH_CHUNK_ARRAYS
-from gssf_triton.streaming.epilogues import EPILOGUES, STATE_DTYPE, Chunk, Epilogue, Kept
+from gssf_triton.streaming.epilogues import EPILOGUES, Chunk, Epilogue, Kept, index_bits, state_dtype
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,16 @@ def spans(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def _empty_state(values: tuple[float, ...], length: int, device: torch.device) -> Tensor:
-    states = [torch.full((length,), value, dtype=STATE_DTYPE, device=device) for value in values]
-    return torch.stack(states) if states else torch.zeros((0, length), dtype=STATE_DTYPE, device=device)
+def _empty_state(epilogue: Epilogue, values: tuple[float, ...], length: int, like: Tensor) -> Tensor:
+    state = like.new_empty((len(values), length), dtype=state_dtype(like.dtype))
+    for output, (row, value) in enumerate(zip(state, values, strict=True)):
+        (index_bits(row) if output == epilogue.index_output else row).fill_(value)
+    return state
 
 
 def _merge_partials(epilogue: Epilogue, partials: Tensor) -> Tensor:
     """(outputs, P, length) as one state (outputs, length): neighbours are merged, then pairs of those, and so on."""
-    states = partials.to(STATE_DTYPE)
+    states = partials
     while states.shape[1] > 1:
         even = states.shape[1] // 2 * 2
         merged = epilogue.merge(states[:, 0:even:2], states[:, 1:even:2])
@@ -108,9 +110,10 @@ def _merge_partials(epilogue: Epilogue, partials: Tensor) -> Tensor:
 def _merge_into(state: Tensor, epilogue: Epilogue, partials: Tensor, run: slice, start: int, empty: int) -> None:
     if not empty:
         return
-    new = _merge_partials(epilogue, partials)
+    new = _merge_partials(epilogue, partials.to(state.dtype))
     if epilogue.index_output is not None:
-        new[epilogue.index_output] += start
+        at = new[epilogue.index_output]
+        index_bits(at).copy_(at.long() + start)
     state[:, run] = epilogue.merge(state[:, run], new)
 
 
@@ -129,22 +132,21 @@ def stream(engine: Engine, name: str, operands: Operands, wants_slope: bool) -> 
     """Everything the epilogue keeps of S, and with `wants_slope` slope @ y (M, D) and slopeᵀ @ t (N, D)."""
     epilogue = EPILOGUES[name]
     t, y = operands.t, operands.y
-    M, N, device = t.shape[0], y.shape[0], t.device
-    wide = torch.promote_types(t.dtype, torch.float32)
-    row_state = _empty_state(epilogue.row_empty, M, device)
-    column_state = _empty_state(epilogue.column_empty, N, device)
-    totals = torch.zeros(epilogue.totals, dtype=STATE_DTYPE, device=device)
+    M, N, wide = t.shape[0], y.shape[0], state_dtype(t.dtype)
+    row_state = _empty_state(epilogue, epilogue.row_empty, M, t)
+    column_state = _empty_state(epilogue, epilogue.column_empty, N, t)
+    totals = [t.new_zeros(epilogue.totals, dtype=wide)]
     d_t = d_y = None
     if wants_slope:
-        d_t, d_y = (torch.zeros(x.shape, dtype=wide, device=device) for x in (t, y))
+        d_t, d_y = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (t, y))
     for rows in spans(M, engine.chunk[0]):
         for columns in spans(N, engine.chunk[1]):
             kept = engine.tile(operands, rows, columns, name, wants_slope)
             _merge_into(row_state, epilogue, kept.row_out, rows, columns.start, len(epilogue.row_empty))
             _merge_into(column_state, epilogue, kept.column_out, columns, rows.start, len(epilogue.column_empty))
-            totals += kept.totals.to(STATE_DTYPE)
+            totals.append(kept.totals.to(wide))
             if d_t is not None and d_y is not None:
                 assert kept.slope is not None
                 engine.add_product(d_t[rows], kept.slope, y[columns])
                 engine.add_product(d_y[columns], kept.slope.mT, t[rows])
-    return Result(row_state, column_state, totals, d_t, d_y)
+    return Result(row_state, column_state, torch.stack(totals).sum(0), d_t, d_y)

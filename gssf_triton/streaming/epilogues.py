@@ -27,9 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: States are kept in float64: M + N numbers, in which sums over a million columns and their indices stay exact.
-STATE_DTYPE = torch.float64
-
 #: What a reduction of a state begins with: no similarity seen yet.
 EMPTY_MAX = float("-inf")
 
@@ -89,8 +86,8 @@ class Epilogue:
     """`merge(old, new)` joins two states (outputs, X) of the same rows, `old` of the columns that come first.
 
     `row_empty` and `column_empty` are the states before anything is merged, a number an output; `index_output` is the
-    one that counts within the chunk. Merging in a fixed order gives the same bits; any order gives the same
-    mathematics, which is what lets chunks and GPUs share one definition.
+    one that counts within the chunk, and in a state within the whole side (see `index_bits`). Merging in a fixed order
+    gives the same bits; any order gives the same mathematics, which is what lets chunks and GPUs share one definition.
     """
 
     tile: Callable[[Chunk], Kept]
@@ -109,6 +106,16 @@ class Epilogue:
 def _shift(old: Tensor, new: Tensor) -> Tensor:
     """exp(old − new) of running maxima, 1 where they are equal: also at ±inf, where the difference is not a number."""
     return torch.where(old == new, 1.0, torch.exp(old - new))
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the states of operands of `dtype`: no wider than it must be, some devices have no float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def index_bits(state: Tensor) -> Tensor:
+    """A state's index output, which lies there as an integer's bits: float32 counts to 2²⁴ alone. A view."""
+    return state.view(torch.int32 if state.dtype == torch.float32 else torch.int64)
 
 
 def merge_softmax(old: Tensor, new: Tensor) -> Tensor:
@@ -138,9 +145,12 @@ def merge_distillation(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat((student, teacher, cross[None]))
 
 
-def log_sum_exp(state: Tensor) -> Tensor:
-    """log Σ exp z of a merged state (max, sum, …); −inf where nothing was merged."""
-    return torch.where(state[1] == 0, EMPTY_MAX, state[0] + torch.log(state[1]))
+def log_sum_exp(state: Tensor, less: Tensor | float = 0.0) -> Tensor:
+    """log Σ exp(z) − `less` of a merged state (max, sum, …); −inf where nothing was merged.
+
+    `less` is taken off the maximum first: of a match that is the maximum nothing is lost, however large both are.
+    """
+    return torch.where(state[1] == 0, EMPTY_MAX, (state[0] - less) + torch.log(state[1]))
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -154,7 +164,7 @@ def _max_and_sum(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _weighted_sum(x: Tensor, y: Tensor) -> Tensor:
     """Σ x·y of two chunks, with no third chunk, by rows: one float32 sum over a whole chunk drifts by 4e-5."""
-    return torch.linalg.vecdot(x, y).sum(dtype=STATE_DTYPE)
+    return torch.linalg.vecdot(x, y.to(x.dtype)).sum()
 
 
 def _no_totals(chunk: Chunk) -> Tensor:
@@ -210,7 +220,7 @@ def _softmax_slope(columns: bool) -> Callable[[Chunk], Kept]:
         """
         excluded = chunk.duplicates()
         scaled = chunk.s * chunk.scalars[0]
-        total = chunk.s.new_zeros((), dtype=STATE_DTYPE)
+        total = chunk.s.new_zeros(())
         slope = None
         for side, dim in ((chunk.rows, -1), (chunk.columns, -2))[: 2 if columns else 1]:
             lse, weight, uniform, match = side.unsqueeze(dim)
@@ -218,7 +228,7 @@ def _softmax_slope(columns: bool) -> Callable[[Chunk], Kept]:
             chunk.matches(part).zero_()
             if excluded is not None:
                 part.masked_fill_(excluded, 0.0)
-            total = total + _weighted_sum(part, chunk.s) - (part.sum(dim) * match.squeeze(dim)).sum(dtype=STATE_DTYPE)
+            total = total + _weighted_sum(part, chunk.s) - (part.sum(dim) * match.squeeze(dim)).sum()
             slope = part if slope is None else slope.add_(part)
         return Kept(_nothing(chunk, chunk.shape[0]), _nothing(chunk, chunk.shape[1]), total[None], slope)
 
@@ -248,7 +258,7 @@ def _sigmoid(chunk: Chunk) -> Kept:
             chunk.matches(slope).neg_()
         else:
             slope = torch.where(chunk.same, -slope, slope)
-        totals = torch.stack((_weighted_sum(slope, chunk.s), slope.sum(dtype=STATE_DTYPE)))
+        totals = torch.stack((_weighted_sum(slope, chunk.s), slope.sum()))
     return Kept(row[None], _nothing(chunk, chunk.shape[1]), chunk.s.new_zeros(2) if totals is None else totals, slope)
 
 
@@ -295,7 +305,8 @@ def _hinge_all(chunk: Chunk) -> Kept:
         count = positive.to(violation.dtype)
         states.append(torch.stack((violation.mul_(count).sum(dim), count.sum(dim))))
         if slope is not None:
-            slope += count.mul_(vectors[1].unsqueeze(other))
+            # Not a product: an infinite weight times no violation is 0.
+            slope += torch.where(positive, vectors[1].unsqueeze(other), 0.0)
     return Kept(states[0], states[1], _no_totals(chunk), slope)
 
 

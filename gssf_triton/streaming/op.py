@@ -1,4 +1,4 @@
-"""The one `torch.library` operator of everything streamed, `gssf::stream`; the losses' autograd Functions call it."""
+"""The one `torch.library` operator of everything streamed, `gssf::stream`; the losses call it, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gssf_triton.streaming.chunks import chunk_shape
 from gssf_triton.streaming.driver import Engine, Operands, TorchEngine, stream
-from gssf_triton.streaming.epilogues import EPILOGUES, STATE_DTYPE
+from gssf_triton.streaming.epilogues import EPILOGUES, state_dtype
 
 
 def _engine(backend: str, t: Tensor, columns: int) -> Engine:
@@ -67,17 +67,16 @@ def _(
     wants_slope: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kept = EPILOGUES[epilogue]
+    kept, wide = EPILOGUES[epilogue], state_dtype(t.dtype)
 
     def state(outputs: int, length: int | torch.SymInt) -> Tensor:
-        return t.new_empty((outputs, length), dtype=STATE_DTYPE)
+        return t.new_empty((outputs, length), dtype=wide)
 
-    wide = torch.promote_types(t.dtype, torch.float32)
     d_t, d_y = ((t.new_empty(x.shape, dtype=wide) if wants_slope else t.new_empty(0)) for x in (t, y))
     return (
         state(len(kept.row_empty), t.shape[0]),
         state(len(kept.column_empty), y.shape[0]),
-        t.new_empty(kept.totals, dtype=STATE_DTYPE),
+        t.new_empty(kept.totals, dtype=wide),
         d_t,
         d_y,
     )

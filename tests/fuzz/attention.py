@@ -118,7 +118,7 @@ def attention(d: Draw) -> Case:
 
     return Case(
         function="attention", backend=d.backend, tags=d.tags, tensors=tensors, call=ours, oracle=exact,
-        out_dtypes=(dtype,), needs=choose_needs(d, tensors), mode=mode, cast=frozenset("qkv"), autocast=d.autocast,
+        out_dtypes=(dtype,), needs=choose_needs(d, tensors), mode=mode, cast=frozenset("kv"), autocast=d.autocast,
         fixed={"mask": mask},
         incoming=choose_incoming(d, [(*full, L, E)], [dtype]), repeat=d.maybe(0.1, "repeated"),
     )  # fmt: skip

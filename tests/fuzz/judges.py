@@ -30,8 +30,8 @@ def always(tensors: Tensors) -> bool:
 class Case:
     """One call. `call` and `oracle` take the tensors by name, the oracle in float64, and return a tuple.
 
-    `out_dtypes` are those wanted of the outputs; `cast` names the tensors that autocast casts, and `autocast` is what
-    it casts them to; `incoming` are the gradients that flow in, one an output, None for an output nobody uses.
+    `out_dtypes` are those wanted of the outputs; `autocast` is what autocast multiplies in, and `cast` names the
+    tensors that it rounds first; `incoming` are the gradients that flow in, one an output, None for one nobody uses.
     `decided(tensors)` is False where a maximum or a hinge is so near a tie that rounding decides it: then the gradient
     has no right value. Where a NaN makes more
     of the oracle's gradients NaN than it should (0 · NaN in a product), `dense_gradients` is False, and
@@ -282,10 +282,11 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 @contextlib.contextmanager
 def strict_warnings() -> Iterator[None]:
-    """Any warning is a fault, but NumPy's of the NaN and Inf that the interpreter hands it."""
+    """Any warning is a fault, but the metrics' and NumPy's, which the interpreter hands them, of NaN and Inf."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter|numpy\..*")
+        warnings.filterwarnings("ignore", category=UserWarning, message=r".* holds? NaN or infinity, the first is")
         # Triton 3.6's makes numbers of arrays, of which NumPy 2.3 warns.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"triton\.runtime\.interpreter")
         yield

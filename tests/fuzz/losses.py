@@ -112,11 +112,6 @@ def _case(
 
     def exact(given: Tensors) -> Outputs:
         known = {name: x.detach().cpu() if isinstance(x, Tensor) else x for name, x in fixed.items()}
-        if mode == "autocast":
-            known = {
-                name: x.to(d.autocast) if name in ("teacher_a", "teacher_b") and x.dtype != torch.float64 else x
-                for name, x in known.items()
-            }
         if function == "distillation_loss":
             known = {"teacher": {name: None if x is None else x.double() for name, x in known.items()}}
         flat = {name: x.reshape(()) if x is not None and x.numel() == 1 and name.startswith("logit") else x
@@ -134,7 +129,7 @@ def _case(
 
     return Case(
         function=function, backend=d.backend, tags=d.tags, tensors=tensors, call=ours, oracle=exact,
-        out_dtypes=(dtype,), needs=needs, mode=mode, cast=frozenset(("a", "b")), autocast=d.autocast, fixed=fixed,
+        out_dtypes=(dtype,), needs=needs, mode=mode, autocast=d.autocast, fixed=fixed,
         incoming=choose_incoming(d, [shape], [dtype]), decided=decided, exact_ties=whole,
         repeat=d.maybe(0.1, "repeated"),
     )  # fmt: skip

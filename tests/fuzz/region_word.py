@@ -80,7 +80,8 @@ def _case(
     mode = choose_mode(d)
     out_dtype = d.choice((torch.float32, torch.float64)) if d.maybe(0.1, "out_dtype") else None
     dtype = d.autocast if mode == "autocast" and d.dtype != torch.float64 else d.dtype
-    held = KEPT[torch.float64 if dtype == torch.float64 else torch.float32]
+    # Half-precision rows are exact; of others autocast rounds those that are not folded.
+    held = KEPT[dtype if mode == "autocast" or dtype == torch.float64 else torch.float32]
     needs = choose_needs(d, tensors)
     if "not finite" in d.tags:
         # A row that meets nobody has a gradient of 0, and 0 · NaN is NaN in the weights' as it is in torch; the oracle
@@ -107,7 +108,7 @@ def _case(
     return Case(
         function=function, backend=d.backend, tags=d.tags, tensors=tensors, call=ours, oracle=exact,
         out_dtypes=(out_dtype or dtype,), needs=needs, mode=mode,
-        cast=frozenset(("regions", "words")), autocast=d.autocast, fixed=masks,
+        autocast=d.autocast, fixed=masks,
         incoming=choose_incoming(d, [(items[0], items[1])], [out_dtype or dtype]), decided=decided, exact_ties=whole,
         dense_gradients=False,
         # The oracle's dense metric multiplies an infinity by 0; as −∞ alone it loses every maximum, and is not seen.

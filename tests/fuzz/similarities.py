@@ -113,7 +113,7 @@ def _finish(
     finite = "not finite" not in d.tags
     return Case(
         function=function, backend=d.backend, tags=d.tags, tensors=tensors, call=ours, oracle=exact,
-        out_dtypes=(dtype,) * len(shapes), needs=needs, mode=mode, cast=frozenset(features), autocast=d.autocast,
+        out_dtypes=(dtype,) * len(shapes), needs=needs, mode=mode, autocast=d.autocast,
         incoming=choose_incoming(d, shapes, [dtype] * len(shapes)),
         twice=twice and mode == "grad" and finite and d.dtype not in HALVES and d.maybe(0.12, "second derivative"),
         repeat=d.maybe(0.1, "repeated"),

@@ -1,0 +1,39 @@
+"""One step a module in the graphs that torch.fx traces (`symbolic_trace`, feature extractors), as torch.nn's are.
+
+The public functions are such steps too, by `torch.fx.wrap`: the module that is traced itself is made of them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch.fx
+from torch import nn
+
+
+class Leaf(nn.Module):
+    """A module that torch.fx does not look into: its hooks, its dropout and its mode stay its own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for x in (*args, *kwargs.values()):
+            tracer = _tracer_of(x)
+            if tracer is not None:
+                return tracer.call_module(self, partial(_step, tracer, self), args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+def _tracer_of(x: Any) -> Any:
+    """The tracer of what stands for an input, or for one of what an input holds: features are dicts, in lists."""
+    if isinstance(x, torch.fx.Proxy):
+        return x.tracer
+    if isinstance(x, (list, tuple, dict)):
+        for part in x.values() if isinstance(x, dict) else x:
+            tracer = _tracer_of(part)
+            if tracer is not None:
+                return tracer
+    return None
+
+
+def _step(tracer: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
