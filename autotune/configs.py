@@ -124,8 +124,8 @@ def pairwise_config(
     return PairwiseConfig(64 if _splits_padding(B) else 128, 128, block_k, num_warps=8, num_stages=3)
 
 
-def drains(config: PairwiseConfig, B: int, dtype: torch.dtype, arch: str, *, terms: bool, even: bool = True) -> bool:
-    """Whether the one-pass kernel finishes a step's product with b before the next step's fold; `even`: S has no tail.
+def drains(config: PairwiseConfig, B: int, dtype: torch.dtype, arch: str, *, terms: bool) -> bool:
+    """Whether the one-pass kernel finishes a step's product with b before the next step's fold.
 
     On sm_90 it may stay in flight, but where the fold's registers are then written in between, ptxas (13.4, Triton 3.9)
     gives up, and has every single instruction wait for the one before (its warning C7515). It does not where the fold
@@ -134,7 +134,16 @@ def drains(config: PairwiseConfig, B: int, dtype: torch.dtype, arch: str, *, ter
     if not arch.startswith("sm_9") or padded_block(B) > config.BLOCK_K:
         return False
     wide = config.BLOCK_N >= 128 and (config.BLOCK_K >= 64 or config.BLOCK_M <= 64)
-    return terms or not even or not wide or dtype.itemsize > 2
+    return terms or not wide or dtype.itemsize > 2
+
+
+def stores_both(arch: str, *, terms: bool) -> bool:
+    """Whether the one-pass kernel holds the stores of even and of ragged S, so that no size compiles anew.
+
+    They stand behind its loop, which stays what it is, in as many registers on sm_80 and sm_90. With two terms, and on
+    sm_100, both together spill, or take what a second program would need: even and ragged S have a kernel each.
+    """
+    return not terms and arch.startswith(("sm_8", "sm_9", "interpreter"))
 
 
 def stream_config(dtype: torch.dtype, arch: str, *, teacher: bool = False) -> PairwiseConfig:

@@ -77,7 +77,9 @@ def matrix(name: str, x: Tensor | None, dims: str, absent: Tensor, stride: str |
     Triton compiles anew for an argument that is 1, or a multiple of 16, where it was not before. So the kernel is not
     to specialise these strides, and is told what matters of them: the stride along the contiguous side is None, and
     EVEN_S (of a matrix "s") tells that this side and all other strides are multiples of 16. A kernel reads them by
-    `tile.stride_of` and `tile.side_of`.
+    `tile.stride_of` and `tile.side_of`. One that is told at run time instead, with a branch for each, serves all sizes:
+    that is free where the branch stands behind the loop alone. Around the gradient's loads it makes ptxas serialise
+    sm_90's products in TF32 (C7515).
     """
     letter, even = stride or name, f"EVEN_{name.upper()}"
     arguments = pointer(name, x, dims, absent, letter)

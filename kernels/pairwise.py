@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import drains
+from gssf_triton.autotune.configs import drains, stores_both
 from gssf_triton.kernels.launch import (
     Metric,
     describe,
@@ -24,7 +24,20 @@ from gssf_triton.kernels.launch import (
 from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, side_of, similarity_tile, stride_of
 
 
-@triton.jit(do_not_specialize=["stride_sz", "stride_sm", "stride_sn", "M", "N", "chunks"])
+@triton.jit
+def _store(
+    s, s_diag, s_ptr, s_diag_ptr, z, offs_m, offs_n, stride_sz, stride_sm, stride_sn, M, N, TERMS: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    mask = (offs_m < side_of(M, stride_sm, EVEN))[:, None] & (offs_n < side_of(N, stride_sn, EVEN))[None, :]
+    rows = z * stride_of(stride_sz, EVEN) + offs_m.to(tl.int64) * stride_of(stride_sm, EVEN)
+    offs = rows[:, None] + (offs_n.to(tl.int64) * stride_of(stride_sn, EVEN))[None, :]
+    tl.store(s_ptr + offs, cast(s, s_ptr.dtype.element_ty), mask=mask)
+    if TERMS:
+        tl.store(s_diag_ptr + offs, cast(s_diag, s_diag_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["stride_sz", "stride_sm", "stride_sn", "even_s", "M", "N", "chunks"])
 def pairwise_kernel(
     a_ptr,
     stride_az,
@@ -44,6 +57,7 @@ def pairwise_kernel(
     stride_sz,
     stride_sm,
     stride_sn,
+    even_s,
     s_diag_ptr,
     M,
     N,
@@ -68,7 +82,8 @@ def pairwise_kernel(
 ):
     """S[z, i, j] = T(a[z, i]) · b[z, j]; one program owns one [BLOCK_M, BLOCK_N] tile of one matrix of the batch.
 
-    With TERMS the block term goes to s_ptr and the diagonal one to s_diag_ptr, of the same strides.
+    With TERMS the block term goes to s_ptr and the diagonal one to s_diag_ptr, of the same strides. Even S is stored 16
+    bytes a lane: whether it is EVEN_S tells, or, where that is None, even_s at run time, for one kernel of all sizes.
     Source: GSSF (arXiv 2410.15266), s(x, y) = xᵀ(W ⊙ U)y.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -85,12 +100,12 @@ def pairwise_kernel(
         B, BLOCK_B, BLOCK_M, BLOCK_N, BLOCK_K, HAS_DIAG, HAS_BLOCKS, TERMS, NORMALIZE, EVEN_D, WIDE, PRECISION, ACC,
         DRAIN,
     )  # fmt: skip
-    mask = (offs_m < side_of(M, stride_sm, EVEN_S))[:, None] & (offs_n < side_of(N, stride_sn, EVEN_S))[None, :]
-    rows = z * stride_of(stride_sz, EVEN_S) + offs_m.to(tl.int64) * stride_of(stride_sm, EVEN_S)
-    offs = rows[:, None] + (offs_n.to(tl.int64) * stride_of(stride_sn, EVEN_S))[None, :]
-    tl.store(s_ptr + offs, cast(s, s_ptr.dtype.element_ty), mask=mask)
-    if TERMS:
-        tl.store(s_diag_ptr + offs, cast(s_diag, s_diag_ptr.dtype.element_ty), mask=mask)
+    if EVEN_S is not None:
+        _store(s, s_diag, s_ptr, s_diag_ptr, z, offs_m, offs_n, stride_sz, stride_sm, stride_sn, M, N, TERMS, EVEN_S)
+    elif even_s:
+        _store(s, s_diag, s_ptr, s_diag_ptr, z, offs_m, offs_n, stride_sz, stride_sm, stride_sn, M, N, TERMS, True)
+    else:
+        _store(s, s_diag, s_ptr, s_diag_ptr, z, offs_m, offs_n, stride_sz, stride_sm, stride_sn, M, N, TERMS, False)
 
 
 def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_diag: Tensor | None) -> None:
@@ -113,6 +128,7 @@ def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_
             _launch(a[run], b[run], metric, normalize, s[run], None if s_diag is None else s_diag[run])
         return
     stored = matrix("s", s, "zmn", a)
+    even = stored.pop("EVEN_S")
     launch(
         pairwise_kernel,
         (batch * tiles,),
@@ -127,8 +143,9 @@ def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_
         TERMS=terms, NORMALIZE=normalize,
         # Norms are sums of their own beside the products, which keeps ptxas from giving up.
         DRAIN=not (normalize or metric.is_identity) and drains(
-            config, metric.block_size, a.dtype, describe(a.device), terms=terms, even=stored["EVEN_S"]
+            config, metric.block_size, a.dtype, describe(a.device), terms=terms
         ),
+        even_s=int(even), EVEN_S=None if stores_both(describe(a.device), terms=terms) else even,
         EVEN_D=metric.is_even(D, config.BLOCK_K), WIDE=needs_wide_channels(a, b),
         **numerics(a),
         **options(config),

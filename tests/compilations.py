@@ -10,18 +10,23 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import gssf_triton as gssf
+from gssf_triton.autotune.plans import force_plan
 from gssf_triton.autotune.rehearsal import Tape, recording
 
 D, B = 64, 32
 #: (sizes that may compile, sizes after them that must not). Chunks of the losses' S end raggedly, or after one row.
 Sizes = tuple[tuple[int, ...], tuple[int, ...]]
 BATCHES: Sizes = (256,), (255, 250, 240, 1, 300, 4097, 5000)
-#: An even size and a ragged one. Of S (1, 1) nobody can tell which side is the contiguous one: a kernel of its own.
+#: S alone: one kernel, even or ragged, whichever side has fewer rows.
+FORWARD: Sizes = (256,), (240, 255, 254, 250, 1, 301, 511)
+#: With gradients: an even size and a ragged one. Of S (1, 1) nobody can tell which side is the contiguous one: a kernel
+#: of its own.
 SQUARES: Sizes = (256, 255), (250, 240, 300, 511)
 #: Rows beside 256 others: the fewer are folded, so even and ragged sizes come both above and below.
 SIDES: Sizes = (240, 255, 256, 301), (250, 208, 1, 300, 511)
@@ -67,10 +72,37 @@ def losses(dtype: torch.dtype, with_ids: bool) -> Iterator[tuple[str, Callable[[
         yield "distillation_loss", distil
 
 
-def products(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[int], None], Sizes]]:
+def own_product(*sides: Tensor, **weights: Tensor) -> Tensor:
+    with force_plan("fold_own_product"):
+        return gssf.pairwise_sim(*sides, **weights)
+
+
+def products(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[int], object], Sizes]]:
     def sides(*shapes: tuple[int, ...]) -> list[Tensor]:
         return [features(*shape, dtype=dtype) for shape in shapes]
 
+    def fixed(*shape: int) -> Tensor:
+        return features(*shape, dtype=dtype).detach()
+
+    for name, forward in (
+        ("pairwise_sim", gssf.pairwise_sim),
+        ("pairwise_sim, normalised", partial(gssf.pairwise_sim, normalize=True)),
+        ("pairwise_terms", gssf.pairwise_terms),
+        ("own product", own_product),
+    ):
+        # Two terms: a kernel each for even and ragged S. The product of what was folded: a fold for either side.
+        sizes = FORWARD if "pairwise_sim" in name else SIDES
+        for at, shapes in (
+            ("n × n", lambda n: ((n,), (n,))),
+            ("256 × n", lambda n: ((256,), (n,))),
+            ("n × 256", lambda n: ((n,), (256,))),
+            ("3 × 256 × n", lambda n: ((3, 256), (3, n))),
+        ):
+            yield (
+                f"{name}, forward, {at}",
+                lambda n, forward=forward, shapes=shapes: forward(*(fixed(*x) for x in shapes(n)), **weights()),
+                sizes,
+            )
     for normalize in (False, True):
         kind = ", normalised" if normalize else ""
         yield (

@@ -17,7 +17,7 @@ COUNT = Path(__file__).parent / "compilations.py"
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_batch_size_compiles_anew(dtype: str, tmp_path: Path) -> None:
-    """Once an even and a ragged size have been seen; the losses compile nothing at their first ragged one either."""
+    """Once an even and a ragged size have been seen; the losses, and S without gradients, from the first call on."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(
@@ -25,5 +25,5 @@ def test_no_batch_size_compiles_anew(dtype: str, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     found: dict[str, list[list[int]]] = json.loads(run.stdout)
-    assert len(found) >= 25
+    assert len(found) >= 40
     assert {name: sizes for name, sizes in found.items() if any(new for _, new in sizes)} == {}

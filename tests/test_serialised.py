@@ -15,7 +15,8 @@ from gssf_triton.autotune.configs import PairwiseConfig, drains, pairwise_config
 
 pytestmark = pytest.mark.kernels
 
-#: Compiles what the calls launch, in a process whose decorators compile; prints the gate's verdict on each call.
+#: Compiles what the calls launch, in a process whose decorators compile; prints the gate's verdict on each, and how
+#: wide a lane's stores are.
 PROGRAM = """
 import json
 from dataclasses import replace
@@ -33,14 +34,17 @@ CALLS = {
     "small, bf16": (one_pass(256, 16), "bf16"),
     "diagonal alone, bf16": (one_pass(256, 0), "bf16"),
     "tf32": (one_pass(8192, 8), "tf32"),
-    "terms, fp16": (replace(one_pass(8192, 32), run=lambda **x: sum(gssf_triton.pairwise_terms(**x))), "fp16"),
+    "terms, bf16": (replace(one_pass(8192, 32), run=lambda **x: sum(gssf_triton.pairwise_terms(**x))), "bf16"),
 }
 said = {}
 with recording("sm_90") as tape:
     for name, (call, numerics) in CALLS.items():
         found = [(launch, grid) for launch, grid in call.rehearse(tape, numerics)[0].launches]
         assert [launch.kernel for launch, _ in found] == ["pairwise_kernel"], found
-        said[name] = [fault for l, g in found for fault in faults(Case(l, g, name), compile_launch(l))]
+        (launch, grid), = found
+        made = compile_launch(launch)
+        stores = sorted({x.vector_bytes for x in made.facts.accesses if x.kind == "store"})
+        said[name] = faults(Case(launch, grid, name), made), stores
 print(json.dumps(said))
 """
 
@@ -50,8 +54,11 @@ def test_no_default_tile_is_serialised(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 5 and {name: faults for name, faults in found.items() if faults} == {}
+    found: dict[str, tuple[list[str], list[int]]] = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 5 and {name: faults for name, (faults, _) in found.items() if faults} == {}
+    # Even S by 16 bytes, ragged S by numbers, both in one kernel; with two terms a kernel each.
+    numbers = {name: [4, 16] if name == "tf32" else [16] if "terms" in name else [2, 16] for name in found}
+    assert {name: stores for name, (_, stores) in found.items()} == numbers
 
 
 def test_products_stay_in_flight_where_the_assembler_copes() -> None:
