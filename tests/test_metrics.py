@@ -13,9 +13,14 @@ from reference import features, weights
 from retrieval_reference import coarse, coarse_weights
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gssf_triton import metrics
 from gssf_triton.autotune import retrieval_configs
+from gssf_triton.retrieval import match_ranks as matching
+from gssf_triton.retrieval.scoring import Scores
+from gssf_triton.retrieval.search import make_exclusions
 
 
 @pytest.fixture(params=["whole", "chunks"])
@@ -196,9 +201,113 @@ def test_retrieval_with_nan_in_the_set(backend: str, device: str) -> None:
     x = coarse(60, 12, device=device)
     x[torch.rand(60, device=device) < 0.2] = float("nan")
     labels = torch.randint(0, 5, (60,)).to(device)
+    x[7] = float("nan")
     W_diag = torch.ones(12, device=device)
-    ours = metrics.retrieval(x, labels, W_diag, normalize=False, backend=backend)
+    bad = x.isnan().any(1).nonzero()[:, 0].tolist()
+    with pytest.warns(UserWarning, match=rf"{len(bad)} of the 60 rows of embeddings hold.* first is {bad[0]}:") as said:
+        ours = metrics.retrieval(x, labels, W_diag, normalize=False, backend=backend)
+    assert [warning.filename for warning in said] == [__file__], "told to whoever calls"
     same(ours, naive.retrieval(naive.scores_of(x, x, W_diag, None).tolist(), labels.tolist(), (1, 2, 4, 8)))
+
+
+def test_many_matches_and_few_cost_different_ways_to_the_same_ranks(
+    cut: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sorted whole, or looked up among the matches; ties, NaN, junk, dropped items and queries without a match."""
+    call, names = reid_call(33, 131, False, device)
+    call["a"][5], call["b"][17], call["b"][40] = float("nan"), float("nan"), float("nan")
+    ids, cams = (names["query_ids"], names["gallery_ids"]), (names["query_cams"], names["gallery_cams"])
+    mask = torch.rand(33, 131, device=device) < 0.8
+    for dtype in (torch.float32, torch.float64):
+        queries, gallery = call["a"].to(dtype), call["b"].to(dtype)
+        exclusions = make_exclusions(queries, 131, None, mask, ids, cams)
+        scores = Scores(queries, 131, call["W_diag"], call["W_blocks"], False, backend)
+        S = naive.scores_of(queries, gallery, call["W_diag"], call["W_blocks"]).tolist()
+        keep = [
+            naive.kept(
+                i, 131, mask=mask.tolist(), same=lambda i, j: ids[0][i] == ids[1][j] and cams[0][i] == cams[1][j]
+            )
+            for i in range(33)
+        ]
+        expected = naive.match_places(S, ids[0].tolist(), ids[1].tolist(), keep)
+        for few, numpy_threads in ((0, 2), (0, 0), (200, 2)):
+            monkeypatch.setattr(matching, "FEW_MATCHES", few)
+            monkeypatch.setattr(matching, "NUMPY_SORT_THREADS", numpy_threads)
+            monkeypatch.setattr(matching, "sorted_rows", lambda N, device: 7)
+            found: list[list[int]] = []
+            for rows, ranks, counts in matching.match_ranks(scores, gallery, exclusions, iter):
+                assert rows.start == len(found)
+                found += [row[:count] for row, count in zip(ranks.tolist(), counts.tolist(), strict=True)]
+            assert found == expected
+
+
+def test_few_classes_take_no_longer_than_sorting(device: str) -> None:
+    """Counted in scores, not seconds: half of all items match, and S is computed once, a bounded part at a time."""
+    x = coarse(600, 8, device=device)
+    labels = torch.arange(600, device=device) % 2
+    scored: list[int] = []
+    fill = Scores.fill
+
+    def counted(self: Scores, out: Tensor, *rest: Any) -> Tensor:
+        scored.append(out.numel())
+        return fill(self, out, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scores, "fill", counted)
+        patch.setattr(matching, "sorted_rows", lambda N, device: 16)
+        found = metrics.retrieval(x, labels, torch.ones(8, device=device), normalize=False)
+    assert sum(scored) == 600 * 600 and max(scored) <= 16 * 600
+    S = naive.scores_of(x, x, torch.ones(8, device=device), None)
+    same(found, naive.retrieval(S.tolist(), labels.tolist(), (1, 2, 4, 8)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_rows_that_are_no_numbers_are_counted(value: float, device: str) -> None:
+    call, names = image_text_call(9, 30, True, device)
+    call["b"][[4, 21]], call["a"][3, 5] = value, value
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    with pytest.warns(UserWarning) as said:
+        metrics.image_text(call["a"], call["b"], **weights, **names)
+    assert [str(warning.message) for warning in said] == [
+        "1 of the 9 rows of images holds NaN or infinity, the first is 3: NaN ranks before every number",
+        "2 of the 30 rows of texts hold NaN or infinity, the first is 4: NaN ranks before every number",
+    ]
+    call, names = reid_call(5, 20, True, device)
+    call["b"][11] = value
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    with pytest.warns(UserWarning, match="1 of the 20 rows of gallery holds NaN or infinity, the first is 11:") as said:
+        metrics.reid(call["a"], call["b"], **weights, **names)
+    assert len(said) == 1 and said[0].filename == __file__
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device that lacks float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert not any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)), func
+        return out
+
+
+def test_a_device_without_float64(device: str) -> None:
+    """The same numbers, to the last bit."""
+    call, names = image_text_call(17, 80, True, device)
+    weights = {name: call[name] for name in ("W_diag", "W_blocks")}
+    texts, labels = call["b"], torch.arange(80, device=device) % 3
+    people, cameras = reid_call(20, 90, True, device)
+    weights_of_people = {name: people[name] for name in ("W_diag", "W_blocks")}
+
+    def all_three() -> list[dict[str, float]]:
+        return [
+            metrics.image_text(call["a"], texts, **weights, **names, folds=3),
+            metrics.retrieval(texts, labels, **weights),
+            metrics.retrieval(texts, torch.arange(80, device=device) // 2, **weights),
+            metrics.reid(people["a"], people["b"], **weights_of_people, **cameras),
+        ]
+
+    with NoFloat64():
+        without = all_three()
+    assert without == all_three()
 
 
 # ---------------------------------------------------------------- promises

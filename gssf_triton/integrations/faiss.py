@@ -5,15 +5,21 @@ s(x, y) = ⟨T(x), y⟩, so any inner-product index serves GSSF, and new weights
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gssf_triton.integrations import require
 from gssf_triton.integrations.arrays import Features, folded_queries, gallery_rows
 from gssf_triton.options import check_count
+from gssf_triton.retrieval.checks import bad_rows
+
+#: Results that are asked for at a time, 12 bytes each, of queries with more ties than k.
+MOST_RESULTS = 1 << 24
 
 
 def build_index(gallery: Features, factory: str = "Flat", *, normalize: bool = False) -> Any:
@@ -31,7 +37,8 @@ def build_index(gallery: Features, factory: str = "Flat", *, normalize: bool = F
     Raises:
         ModuleNotFoundError: FAISS is not installed (the extra `gssf_triton[faiss]`).
         TypeError: neither a tensor nor an array.
-        ValueError: a gallery of another form, or a `factory` that FAISS does not know.
+        ValueError: a gallery of another form, or with NaN or infinity in it where the index is trained, or a `factory`
+            that FAISS does not know.
 
     Source:
         Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266); Johnson et al., FAISS, 2019.
@@ -54,8 +61,13 @@ def build_index(gallery: Features, factory: str = "Flat", *, normalize: bool = F
         index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ValueError(f"factory must be an index that FAISS knows, got {factory!r}: {error}") from None
+    bad = bad_rows("gallery", rows)
     if not index.is_trained:
+        if bad is not None:
+            raise ValueError(f"gallery must be finite, for FAISS to train {factory!r} on it: {bad}")
         index.train(rows)
+    if bad is not None:
+        warnings.warn(f"{bad}: FAISS finds none of them", stacklevel=2)
     index.add(rows)
     return index
 
@@ -71,8 +83,9 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """The k best gallery items of each query under the metric, as `gssf_triton.topk` returns them.
 
-    A flat index gives `topk`'s answer, equal scores by the lower index included. FAISS breaks ties as it likes, so
-    results are fetched until the k-th score is seen to end, and sorted.
+    A flat index gives `topk`'s answer, equal scores by the lower index included. FAISS breaks ties as it likes, so of
+    queries whose k-th score goes on (one of zeros, say) more results are fetched until it ends, and sorted. Only NaN
+    differs: FAISS finds no such item, and nothing for such a query; a warning counts them.
 
     Args:
         index: An inner-product index of the gallery, as `build_index` makes it.
@@ -101,14 +114,27 @@ def search(
     folded = folded_queries(queries, W_diag, W_blocks, normalize=normalize)
     if folded.shape[1] != index.d:
         raise ValueError(f"queries must have the index's D = {index.d}, got shape {folded.shape}")
-    fetched = min(k + 1, index.ntotal)
+    bad = bad_rows("folded queries", folded)
+    if bad is not None:
+        warnings.warn(f"{bad}: FAISS finds nothing for them", stacklevel=2)
+    found = _best(index, folded, k, min(k + 1, index.ntotal))
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+def _best(index: Any, folded: NDArray[np.float32], k: int, fetched: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(values, indices), (Q, k), of `fetched` results a query; of twice as many for those whose k-th score goes on."""
     values, indices = index.search(folded, fetched)
-    while fetched < index.ntotal and bool((values[:, k - 1] == values[:, -1]).any()):
-        fetched = min(2 * fetched, index.ntotal)
-        values, indices = index.search(folded, fetched)
     missing = indices < 0
     values[missing] = -np.inf
+    # Where FAISS found fewer than it was asked for, there is nothing behind them.
+    goes_on = (values[:, k - 1] == values[:, -1]) & ~missing[:, -1] if fetched < index.ntotal else ()
     # Score first, then index; what was not found comes last.
     order = np.lexsort((np.where(missing, index.ntotal, indices), -values), axis=-1)[:, :k]
-    best = (np.take_along_axis(found, order, axis=-1) for found in (values, indices))
-    return tuple(torch.from_numpy(found) for found in best)  # type: ignore[return-value]
+    values, indices = (np.take_along_axis(found, order, axis=-1) for found in (values, indices))
+    (open_rows,) = np.nonzero(goes_on)
+    wider = min(2 * fetched, index.ntotal)
+    step = max(1, MOST_RESULTS // wider)
+    for start in range(0, len(open_rows), step):
+        rows = open_rows[start : start + step]
+        values[rows], indices[rows] = _best(index, folded[rows], k, wider)
+    return values, indices

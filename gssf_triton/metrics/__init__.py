@@ -1,7 +1,7 @@
 """The field's retrieval metrics under the learned similarity, in percent, without the score matrix.
 
 Both sides are normalised unless `normalize=False` says otherwise. Ties are resolved as `gssf_triton.topk` resolves
-them: the item of the lower index comes first.
+them: the item of the lower index comes first. Rows that hold NaN or infinity are counted in a warning.
 """
 
 from __future__ import annotations

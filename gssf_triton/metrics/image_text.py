@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gssf_triton import checks, options
 from gssf_triton.autotune.retrieval_configs import stream_chunks
 from gssf_triton.backend import resolve_backend
-from gssf_triton.metrics.common import recalls
+from gssf_triton.metrics.common import BELOW_CALLER, recalls, to_host
 from gssf_triton.progress import progress_bar
 from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval import ranks
@@ -47,8 +49,8 @@ def image_text(
         texts: (T, D), of the images' dtype and device.
         W_diag: Diagonal weight, (D,), or None.
         W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None.
-        image_ids: (I,) integers.
-        text_ids: (T,) integers.
+        image_ids: (I,) integers, and
+        text_ids: (T,) integers, each of any dtype; compared as int64.
         ks: The cut-offs K.
         folds: Parts that are evaluated apart, at most I.
         normalize: Put both sides on the unit sphere first.
@@ -86,12 +88,13 @@ def image_text(
     row_checks.check_matrix("texts", texts, "(T, D)")
     checks.check_same_dtype(images, texts, names)
     checks.check_weights("images", images, W_diag, W_blocks)
-    row_checks.check_labels("image_ids", image_ids, images.shape[0], "images", images)
-    row_checks.check_labels("text_ids", text_ids, texts.shape[0], "texts", texts)
+    image_ids = row_checks.check_labels("image_ids", image_ids, images.shape[0], "images", images)
+    text_ids = row_checks.check_labels("text_ids", text_ids, texts.shape[0], "texts", texts)
     row_checks.check_ks(ks)
     options.check_count("folds", folds, 1, max(images.shape[0], 1))
     options.check_flags(normalize=normalize, progress=progress)
     resolve_backend(backend, images, W_blocks)
+    row_checks.warn_of_bad_rows(BELOW_CALLER, images=images, texts=texts)
     transposed = None if W_blocks is None else W_blocks.mT
     parts = _folds(image_ids, text_ids, folds)
     results = []
@@ -111,7 +114,7 @@ def image_text(
                 )
                 for batch in bar(slices(0, queries.shape[0], rows))
             ]  # fmt: skip
-            first = torch.cat(batches) if batches else query_ids.new_empty(0)
+            first = to_host(batches)
             result |= _direction(name, first[first >= 0], tuple(ks))
         results.append(result)
     mean = {name: sum(result[name] for result in results) / folds for name in results[0]}
@@ -132,14 +135,11 @@ def _folds(image_ids: Tensor, text_ids: Tensor, folds: int) -> list[tuple[Tensor
     return parts
 
 
-def _direction(name: str, first: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
+def _direction(name: str, first: NDArray[np.int64], ks: tuple[int, ...]) -> dict[str, float]:
     """Recalls, median and mean of the ranks (from 0) of one direction's queries."""
     found = recalls(first, ks, f"{name}_r")
-    if first.numel() == 0:
-        return found | {f"{name}_medr": math.nan, f"{name}_meanr": math.nan}
-    ordered = first.sort().values
-    middle = ordered[[(first.numel() - 1) // 2, first.numel() // 2]].double().mean()
-    return found | {f"{name}_medr": float(middle.floor()) + 1, f"{name}_meanr": float(first.double().mean()) + 1}
+    median, mean = (float(np.median(first)), float(first.mean())) if first.size else (math.nan, math.nan)
+    return found | {f"{name}_medr": median // 1 + 1, f"{name}_meanr": mean + 1}
 
 
 def _in_order(values: dict[str, float], ks: tuple[int, ...]) -> dict[str, float]:

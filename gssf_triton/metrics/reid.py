@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gssf_triton import checks, options
 from gssf_triton.backend import resolve_backend
-from gssf_triton.metrics.common import percent, precisions, recalls, valid_places
+from gssf_triton.metrics.common import BELOW_CALLER, are_matches, average_precision, percent, recalls, to_host
 from gssf_triton.progress import progress_bar
 from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval.match_ranks import match_ranks
@@ -40,14 +41,17 @@ def reid(
     """Person re-identification's metrics in Market-1501's single-query protocol.
 
     For each query, gallery items of its identity and its camera are not ranked, nor is junk (id −1); distractors (id 0,
-    or any id that no query has) are. Queries without a match among what is left are left out.
+    or any id that no query has) are. Queries without a match among what is left are left out. Average precision is
+    torchreid's and fast-reid's, the mean of the precisions at the matches; Market-1501's own script takes trapezoids
+    below the precision–recall curve, some tenths of a percent less. Equal scores go by the lower index (others leave
+    them to NumPy's sort).
 
     Args:
         queries: (Q, D), the left side of the similarity.
         gallery: (N, D), of the queries' dtype and device.
         W_diag: Diagonal weight, (D,), or None.
         W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None.
-        query_ids: (Q,) integers, the identities.
+        query_ids: (Q,) integers of any dtype, the identities; compared as int64.
         gallery_ids: (N,) integers; −1 is junk.
         query_cams: (Q,) integers, the cameras.
         gallery_cams: (N,) integers.
@@ -87,19 +91,20 @@ def reid(
     options.check_flags(normalize=normalize, progress=progress)
     exclusions = make_exclusions(queries, N, None, None, (query_ids, gallery_ids), (query_cams, gallery_cams))
     backend = resolve_backend(backend, queries, W_blocks)
-    exclusions = replace(exclusions, mask=(gallery_ids != JUNK).expand(Q, N))
+    row_checks.warn_of_bad_rows(BELOW_CALLER, queries=queries, gallery=gallery)
+    assert exclusions.gallery_ids is not None
+    exclusions = replace(exclusions, mask=(exclusions.gallery_ids != JUNK).expand(Q, N))
     scores = Scores(queries, N, W_diag, W_blocks, normalize, backend)
-    first, precision, penalty = [], [], []
+    first, precision, penalty = [], [np.zeros(0)], [np.zeros(0)]
     for _, ranks, counts in match_ranks(scores, gallery.detach(), exclusions, progress_bar(progress, "re-id")):
         matched = counts > 0
         ranks, counts = ranks[matched], counts[matched]
         if counts.numel() == 0:
             continue
-        valid = valid_places(ranks, counts)
         first.append(ranks[:, 0])
-        precision.append((precisions(ranks) * valid).sum(1) / counts)
         last = ranks.gather(1, counts[:, None] - 1)[:, 0]
-        penalty.append(counts.double() / (last + 1))
-    empty = torch.zeros(0, device=queries.device)
-    summary = {"map": percent(torch.cat([empty, *precision])), "minp": percent(torch.cat([empty, *penalty]))}
-    return summary | recalls(torch.cat([empty, *first]), tuple(ks), "cmc")
+        places, matches = ranks.cpu().numpy(), counts.cpu().numpy()
+        precision.append(average_precision(places, matches, are_matches(places, matches)))
+        penalty.append(matches / (last.cpu().numpy() + 1))
+    summary = {"map": percent(np.concatenate(precision)), "minp": percent(np.concatenate(penalty))}
+    return summary | recalls(to_host(first), tuple(ks), "cmc")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gssf_triton import checks, options
 from gssf_triton.backend import resolve_backend
-from gssf_triton.metrics.common import percent, precisions, recalls, valid_places
+from gssf_triton.metrics.common import BELOW_CALLER, are_matches, average_precision, percent, recalls, to_host
 from gssf_triton.progress import progress_bar
 from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval.match_ranks import match_ranks
@@ -32,11 +33,13 @@ def retrieval(
     """Every item as a query against all others: what CUB-200-2011, Cars-196 and SOP are reported in.
 
     An item is left out of its own ranking by its index, not as the first result: under a learned metric it is often
-    not its own best match.
+    not its own best match. MAP@R and R-precision are those of PyTorch Metric Learning, which leaves items whose label
+    nobody shares out of Recall@K, too; here, as in the first evaluations of these sets, they are misses. Equal scores
+    go by the lower index.
 
     Args:
         embeddings: (N, D); the queries are the left side of the similarity.
-        labels: (N,) integers.
+        labels: (N,) integers of any dtype.
         W_diag: Diagonal weight, (D,), or None.
         W_blocks: Block-diagonal weight, (G, B, B) with G·B = D, or None.
         ks: The cut-offs K of Recall@K.
@@ -70,27 +73,26 @@ def retrieval(
     row_checks.check_matrix("embeddings", embeddings, "(N, D)")
     checks.check_weights("embeddings", embeddings, W_diag, W_blocks)
     N = embeddings.shape[0]
-    row_checks.check_labels("labels", labels, N, "embeddings", embeddings)
+    labels = row_checks.check_labels("labels", labels, N, "embeddings", embeddings)
     row_checks.check_ks(ks)
     options.check_flags(normalize=normalize, progress=progress)
     backend = resolve_backend(backend, embeddings, W_blocks)
+    row_checks.warn_of_bad_rows(BELOW_CALLER, embeddings=embeddings)
     itself = torch.arange(N, device=embeddings.device)
     exclusions = make_exclusions(embeddings, N, itself, None, (labels, labels))
     scores = Scores(embeddings, N, W_diag, W_blocks, normalize, backend)
-    first, average, precision = [], [], []
+    first, average, precision = [], [np.zeros(0)], [np.zeros(0)]
     for _, ranks, counts in match_ranks(scores, embeddings.detach(), exclusions, progress_bar(progress, "retrieval")):
         if ranks.shape[1] == 0:
             first.append(counts - 1)
             continue
         matched = counts > 0
         first.append(torch.where(matched, ranks[:, 0], -1))
-        ranks, counts = ranks[matched], counts[matched]
-        within = valid_places(ranks, counts) & (ranks < counts[:, None])
-        average.append((precisions(ranks) * within).sum(1) / counts)
-        precision.append(within.sum(1).double() / counts)
-    empty = torch.zeros(0, device=embeddings.device)
-    summary = recalls(torch.cat([empty, *first]), tuple(ks), "r")
-    return summary | {
-        "map_at_r": percent(torch.cat([empty, *average])),
-        "r_precision": percent(torch.cat([empty, *precision])),
+        places, R = ranks[matched].cpu().numpy(), counts[matched].cpu().numpy()
+        among_first = are_matches(places, R) & (places < R[:, None])
+        average.append(average_precision(places, R, among_first))
+        precision.append(among_first.sum(1) / R)
+    return recalls(to_host(first), tuple(ks), "r") | {
+        "map_at_r": percent(np.concatenate(average)),
+        "r_precision": percent(np.concatenate(precision)),
     }

@@ -1,7 +1,8 @@
 """The rank of every match of every query, for metrics that need more than the first: average precision and its kin.
 
 Two passes over the same chunks: the match scores of a batch of queries, sorted; then, for every item, how many of them
-it comes before. Memory grows with the number of matches, never with Q·N.
+it comes before. Queries with many matches, where that takes longer than sorting all items, are sorted, a few at a time.
+Memory grows with the number of matches, never with Q·N.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gssf_triton.retrieval.order import order_keys
+from gssf_triton.autotune.retrieval_configs import FEW_MATCHES, NUMPY_SORT_THREADS, sorted_rows
+from gssf_triton.retrieval.order import absent, key_dtype, order_keys
 from gssf_triton.retrieval.scan import chunk
 from gssf_triton.retrieval.scoring import Exclusions, Scores, slices
 
@@ -81,6 +83,77 @@ def _beaten(matches: Matches, keys: Tensor, first: int) -> Tensor:
     return below
 
 
+def _most_matches(scores: Scores, gallery: Tensor, exclusions: Exclusions, rows: slice) -> int:
+    """How many matches one of these queries has at most; those that are left out count, too."""
+    counts = torch.zeros(rows.stop - rows.start, dtype=torch.int64, device=gallery.device)
+    for part in slices(0, gallery.shape[0], scores.chunks.columns):
+        counts += exclusions.same_id(rows, part).sum(1)
+    return int(counts.max())
+
+
+def _by_counting(
+    scores: Scores, gallery: Tensor, exclusions: Exclusions, rows: slice, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`match_ranks` of these queries: every item is looked up among each query's matches."""
+    matches = _collect(scores, gallery, exclusions, rows, scale)
+    many, most = matches.keys.shape
+    if most == 0:
+        return matches.indices, matches.counts
+    # bins[i, b]: items that come before exactly the b worst of query i's matches.
+    bins = torch.zeros(many * (most + 1), dtype=torch.int64, device=gallery.device)
+    start = torch.arange(many, device=gallery.device)[:, None] * (most + 1)
+    for part in slices(0, gallery.shape[0], scores.chunks.columns):
+        S = chunk(scores, rows, gallery, part, scale)
+        beaten = _beaten(matches, order_keys(S), part.start)
+        dropped = exclusions.dropped(rows, part, 0)
+        if dropped is not None:
+            beaten.masked_fill_(dropped, 0)
+        bins += torch.bincount((beaten + start).flatten(), minlength=bins.numel())
+    bins = bins.view(many, most + 1)
+    # Before the match at place p come the items that beat more than p matches: the best match lies last.
+    before = bins.flip(1).cumsum(1)[:, :most]  # [r, m]: column c holds the items that beat at least m - c
+    best = torch.arange(most, device=gallery.device)[None] + (most - matches.counts)[:, None]
+    return before.gather(1, best.clamp_max(most - 1)), matches.counts
+
+
+def _sorted_matches(keys: Tensor, match: Tensor) -> Tensor:
+    """`match` (r, N) in the order of retrieval of `keys` (r, N), which may be overwritten."""
+    if keys.dtype == torch.int64:
+        return match.gather(1, keys.sort(dim=1, descending=True, stable=True).indices)
+    # One number an item: the key, best first; below it the index; last, whether it matches. No two are equal.
+    items = keys.bitwise_not_().long().mul_(2**32)
+    items += torch.arange(0, 2 * keys.shape[1], 2, device=keys.device)
+    items += match
+    if items.device.type == "cpu" and torch.get_num_threads() <= NUMPY_SORT_THREADS:
+        items.numpy().sort(axis=1)
+    else:
+        items = items.sort(dim=1).values
+    return items.bitwise_and_(1).bool()
+
+
+def _by_sorting(
+    scores: Scores, gallery: Tensor, exclusions: Exclusions, rows: slice, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`match_ranks` of these queries: all items in order."""
+    many, N = rows.stop - rows.start, gallery.shape[0]
+    keys = torch.empty((many, N), dtype=key_dtype(scores.dtype), device=gallery.device)
+    match = torch.empty((many, N), dtype=torch.bool, device=gallery.device)
+    for part in slices(0, N, scores.chunks.columns):
+        keys[:, part] = order_keys(chunk(scores, rows, gallery, part, scale))
+        match[:, part] = exclusions.same_id(rows, part)
+        dropped = exclusions.dropped(rows, part, 0)
+        if dropped is not None:
+            keys[:, part].masked_fill_(dropped, absent(keys.dtype))
+            match[:, part] &= ~dropped
+    in_order = _sorted_matches(keys, match)
+    counts = in_order.sum(1)
+    row, rank = in_order.nonzero(as_tuple=True)
+    slot = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
+    ranks = torch.zeros((many, int(counts.max())), dtype=torch.int64, device=row.device)
+    ranks[row, slot] = rank
+    return ranks, counts
+
+
 def match_ranks(
     scores: Scores, gallery: Tensor, exclusions: Exclusions, progress: Callable[[Iterator[slice]], Iterator[slice]]
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -90,24 +163,10 @@ def match_ranks(
     Behind a query's matches lie ranks that mean nothing.
     """
     scale = scores.scale(gallery)
+    few = sorted_rows(gallery.shape[0], gallery.device.type)
     for rows in progress(scores.rows()):
-        matches = _collect(scores, gallery, exclusions, rows, scale)
-        many, most = matches.keys.shape
-        if most == 0:
-            yield rows, matches.indices, matches.counts
+        if _most_matches(scores, gallery, exclusions, rows) <= FEW_MATCHES:
+            yield rows, *_by_counting(scores, gallery, exclusions, rows, scale)
             continue
-        # bins[i, b]: items that come before exactly the b worst of query i's matches.
-        bins = torch.zeros(many * (most + 1), dtype=torch.int64, device=gallery.device)
-        start = torch.arange(many, device=gallery.device)[:, None] * (most + 1)
-        for part in slices(0, gallery.shape[0], scores.chunks.columns):
-            S = chunk(scores, rows, gallery, part, scale)
-            beaten = _beaten(matches, order_keys(S), part.start)
-            dropped = exclusions.dropped(rows, part, 0)
-            if dropped is not None:
-                beaten.masked_fill_(dropped, 0)
-            bins += torch.bincount((beaten + start).flatten(), minlength=bins.numel())
-        bins = bins.view(many, most + 1)
-        # Before the match at place p come the items that beat more than p matches: the best match lies last.
-        before = bins.flip(1).cumsum(1)[:, :most]  # [r, m]: column c holds the items that beat at least m - c
-        best = torch.arange(most, device=gallery.device)[None] + (most - matches.counts)[:, None]
-        yield rows, before.gather(1, best.clamp_max(most - 1)), matches.counts
+        for some in slices(rows.start, rows.stop, few):
+            yield some, *_by_sorting(scores, gallery, exclusions, some, scale)

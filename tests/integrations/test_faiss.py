@@ -167,3 +167,64 @@ def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
 def test_a_missing_library_is_named_with_its_extra() -> None:
     with pytest.raises(ModuleNotFoundError, match=re.escape('pip install "gssf_triton[faiss]"')):
         require("no_such_library.part", "faiss")
+
+
+class Asked:
+    """What FAISS was asked for: (queries, results a query) of each search."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+        self.searches: list[tuple[int, int]] = []
+        search = kind.search
+
+        def told(index: Any, x: Any, k: int, *rest: Any, **more: Any) -> Any:
+            self.searches.append((len(x), k))
+            return search(index, x, k, *rest, **more)
+
+        monkeypatch.setattr(kind, "search", told)
+
+
+def test_missing_results_are_no_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = torch.cat([features(40, 8) + 20, features(40, 8) - 20])
+    index, asked = build_index(gallery, "IVF2,Flat"), Asked(monkeypatch, faiss.IndexIVFFlat)
+    values, indices = search(index, torch.ones(3, 8), torch.ones(8), k=60)  # the cell that is looked into has 40
+    assert asked.searches == [(3, 61)]
+    assert [sorted(row[:40]) for row in indices.tolist()] == [list(range(40))] * 3
+    assert bool((indices[:, 40:] == -1).all()) and bool((values[:, 40:] == -torch.inf).all())
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF1,Flat"])
+def test_only_queries_with_ties_are_asked_again(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that could not be read, all zeros, ties with every item; three more have a tie of five."""
+    gallery = features(300, 8)
+    gallery[[3, 50, 51, 120, 299]] = gallery[7] * 0 + 9
+    queries = torch.cat([features(20, 8), torch.ones(3, 8)])
+    queries[11] = 0
+    kind = faiss.IndexFlat if factory == "Flat" else faiss.IndexIVFFlat
+    index, asked = build_index(gallery, factory), Asked(monkeypatch, kind)
+    monkeypatch.setattr("gssf_triton.integrations.faiss.MOST_RESULTS", 40)
+    values, indices = search(index, queries, torch.ones(8), k=3)
+    best = (queries @ gallery.T).sort(dim=1, descending=True).values
+    tied = int((best[:, 2] == best[:, 3]).sum())
+    first, *later = asked.searches
+    assert first == (23, 4) and 4 <= tied < 23 and sum(count for count, k in later if k == 8) == tied
+    assert {count for count, k in later if k > 8} == {1} and all(count * k <= 40 or count == 1 for count, k in later)
+    assert indices[11].tolist() == [0, 1, 2] and values[11].tolist() == [0.0] * 3
+    assert indices[20:].tolist() == [[3, 50, 51]] * 3 and values[20:].tolist() == [[72.0] * 3] * 3
+
+
+def test_rows_that_are_no_numbers_are_counted() -> None:
+    gallery, queries = features(30, 8), features(4, 8)
+    gallery[[9, 17], 2], queries[2] = torch.nan, torch.nan
+    with pytest.warns(
+        UserWarning, match="2 of the 30 rows of gallery hold NaN or infinity, the first is 9: FAISS"
+    ) as said:
+        index = build_index(gallery)
+    assert said[0].filename == __file__
+    with pytest.warns(
+        UserWarning, match="1 of the 4 rows of folded queries holds NaN or infinity, the first is 2: FAISS"
+    ):
+        values, indices = search(index, queries, torch.ones(8), k=28)
+    assert indices[2].tolist() == [-1] * 28 and values[2].tolist() == [-torch.inf] * 28
+    assert sorted(indices[0].tolist()) == [i for i in range(30) if i not in (9, 17)]
+    with pytest.raises(ValueError, match=r"gallery must be finite, for FAISS to train 'IVF2,Flat' on it: 2 of the 30"):
+        build_index(gallery, "IVF2,Flat")
