@@ -15,6 +15,7 @@ from glyph_model import ImageTower, TextTower, tokenize
 from torch import Tensor, nn
 
 from gssf_triton.data.glyphs import Glyphs
+from gssf_triton.losses.scales import bounded_exp
 from gssf_triton.nn import GSSF, DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
 
 LOSSES = ("info_nce", "sigmoid", "triplet", "distillation")
@@ -94,7 +95,7 @@ def info_nce(S: Tensor, log_scale: Tensor) -> Tensor:
 
     For scores that are no product, such as late interaction's; `gssf_triton.info_nce` needs no matrix.
     """
-    logits = log_scale.exp().clamp_max(100) * S
+    logits = bounded_exp(log_scale, 100.0) * S
     target = torch.arange(len(S), device=S.device)
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.mT, target)) / 2
 

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from gssf_triton import functional, options
 from gssf_triton.losses.modules import DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
 from gssf_triton.multihead import GSSFAttention
+from gssf_triton.tracing import Leaf
 
 __all__ = ["GSSF", "DistillationLoss", "GSSFAttention", "InfoNCELoss", "SigmoidLoss", "TripletLoss"]
 
 
-class GSSF(nn.Module):
+class GSSF(Leaf):
     """A learned similarity that starts as exactly the cosine and can replace it in any retrieval model.
 
     Args:

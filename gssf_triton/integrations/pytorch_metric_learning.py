@@ -13,10 +13,12 @@ from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
 from gssf_triton import checks, functional, options
+from gssf_triton.integrations import as_tensor
 from gssf_triton.nn import GSSF
+from gssf_triton.tracing import Leaf
 
 
-class GSSFDistance(BaseDistance):
+class GSSFDistance(Leaf, BaseDistance):
     """A learned similarity in the place of PML's `CosineSimilarity`, which it is at the start.
 
     The metric is not symmetric: the query is its left side and the reference its right side, everywhere in PML. Where a
@@ -24,6 +26,12 @@ class GSSFDistance(BaseDistance):
     metric for which they do not.
 
     Its parameters are learned if they are given to an optimizer: `loss_func.parameters()` has them.
+
+    Eleven of PML's losses are defined by a distance of their own and refuse any other: `AngularLoss`, `CircleLoss`,
+    `DynamicSoftMarginLoss`, `FastAPLoss`, `InstanceLoss`, `LargeMarginSoftmaxLoss` (so too its kinds, `ArcFaceLoss`,
+    `CosFaceLoss`, `SphereFaceLoss` and `SubCenterArcFaceLoss`), `PNPLoss`, `SignalToNoiseRatioContrastiveLoss`,
+    `SmoothAPLoss`, `ThresholdConsistentMarginLoss`, `TupletMarginLoss`. `VICRegLoss` takes none, and `P2SGradLoss`
+    does not look at the one it is given: it learns no metric.
 
     Args:
         dim: Channels D of the embeddings.
@@ -107,11 +115,11 @@ class GSSFKNN:
 
     def train(self, embeddings: Tensor) -> None:
         """Take these references in the place of those before."""
-        self.reference = torch.as_tensor(embeddings)
+        self.reference = as_tensor(embeddings)
 
     def add(self, embeddings: Tensor) -> None:
         """Take these references too."""
-        added = torch.as_tensor(embeddings)
+        added = as_tensor(embeddings)
         self.reference = added if self.reference is None else torch.cat([self.reference, added])
 
     @torch.no_grad()
@@ -143,8 +151,9 @@ class GSSFKNN:
             checks.check_features(name, x)
         reference = reference.to(query)
         checks.check_batches(("query", "reference"), query, reference, paired=False)
-        W_diag, W_blocks = (None if w is None else w.detach().to(query.device) for w in self.distance.weights())
-        query, reference = (self.distance.maybe_normalize(x) for x in (query, reference))
+        distance: Any = self.distance
+        W_diag, W_blocks = (None if w is None else w.detach().to(query.device) for w in distance.weights())
+        query, reference = (distance.maybe_normalize(x) for x in (query, reference))
         values, indices = topk(query, reference, W_diag, W_blocks, k=k + 1 if ref_includes_query else k)
         if not ref_includes_query:
             return values, indices

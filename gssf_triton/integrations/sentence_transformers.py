@@ -1,30 +1,61 @@
 """GSSF in sentence-transformers: the similarity of its ranking losses and evaluators, and a fused loss.
 
-Nothing here imports the library: it takes any callable of two batches of embeddings as a similarity. Its trainer
-optimises the loss's parameters beside the model's, so the metric is learned with no more ado; save it with
+Nothing here imports the library: it takes any callable of two batches of embeddings as a similarity. In one process its
+Trainer learns the metric as a parameter of the loss with no more ado; save it with
 `torch.save(similarity.state_dict(), …)`, the model does not hold it.
+
+The Trainer wraps the model alone. A metric in the loss is therefore not averaged over processes, and a cached loss does
+not divide its gradient by the steps of gradient accumulation: 4 steps make it 4 times as large. In both cases put the
+metric into the model, `gssf_triton.integrations.sentence_transformers_model.QueryMetric`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.fx
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gssf_triton.integrations import as_tensor
 from gssf_triton.nn import GSSF
 from gssf_triton.options import check_flags, check_module, check_positive
+from gssf_triton.tracing import Leaf
 
 Embeddings = Tensor | NDArray[np.floating] | list[Any]
+
+
+@torch.fx.wrap
+def _batch(name: str, x: Embeddings, weight: Tensor) -> Tensor:
+    """Embeddings as the library hands them over: tensors, arrays, lists of them; one embedding is a batch of 1."""
+    if not isinstance(x, (Tensor, np.ndarray, list)):
+        raise TypeError(f"{name} must be a torch.Tensor, a numpy.ndarray or a list of them, got {type(x).__name__}")
+    try:
+        if isinstance(x, list) and x and isinstance(x[0], (Tensor, np.ndarray)):
+            x = torch.stack([as_tensor(row) for row in x])
+        batch = as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must hold embeddings of one length, got a {type(x).__name__}: {error}") from None
+    if batch.is_complex():
+        raise ValueError(f"{name} must hold real numbers, got {batch.dtype}")
+    batch = batch.to(weight.device)
+    if not batch.is_floating_point():
+        batch = batch.to(weight.dtype)
+    return batch.unsqueeze(0) if batch.dim() == 1 else batch
 
 
 class GSSFSimilarity(GSSF):
     """A learned `similarity_fct`, called as `sentence_transformers.util.cos_sim` is; the cosine at the start.
 
     The first batch is the metric's left side: give a loss or an evaluator queries first, as they do by themselves.
+
+    In a loss it is learned by the Trainer of one process, with other than cached losses or without gradient
+    accumulation; elsewhere take `QueryMetric`, see the top of this file.
 
     Args:
         dim: Channels D of the embeddings.
@@ -49,36 +80,35 @@ class GSSFSimilarity(GSSF):
     #: The library's model cards print a similarity's name.
     __name__ = "GSSFSimilarity"
 
-    def _batch(self, name: str, x: Embeddings) -> Tensor:
-        """Embeddings as the library hands them over: tensors, arrays, lists of them; one embedding is a batch of 1."""
-        weight = next(self.parameters())
-        if not isinstance(x, (Tensor, np.ndarray, list)):
-            raise TypeError(f"{name} must be a torch.Tensor, a numpy.ndarray or a list of them, got {type(x).__name__}")
-        try:
-            if isinstance(x, list) and x and isinstance(x[0], (Tensor, np.ndarray)):
-                x = torch.stack([torch.as_tensor(row) for row in x])
-            batch = torch.as_tensor(x)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} must hold embeddings of one length, got a {type(x).__name__}: {error}") from None
-        if batch.is_complex():
-            raise ValueError(f"{name} must hold real numbers, got {batch.dtype}")
-        batch = batch.to(weight.device)
-        if not batch.is_floating_point():
-            batch = batch.to(weight.dtype)
-        return batch.unsqueeze(0) if batch.dim() == 1 else batch
-
     def forward(self, a: Embeddings, b: Embeddings) -> Tensor:
         """(M, N) similarities of a (M, D) and b (N, D): for ranking losses."""
-        return super().forward(self._batch("a", a), self._batch("b", b))
+        _warn_of_many_processes(self)
+        weight = next(self.parameters())
+        return super().forward(_batch("a", a, weight), _batch("b", b, weight))
 
     def pairwise(self, a: Embeddings, b: Embeddings) -> Tensor:
         """(N,) similarities of a[i] and b[i]; a loss learns the metric where it is given `PairwiseSimilarity`."""
-        return self.paired(self._batch("a", a), self._batch("b", b))
+        _warn_of_many_processes(self)
+        weight = next(self.parameters())
+        return self.paired(_batch("a", a, weight), _batch("b", b, weight))
 
-    @torch.no_grad()
     def score(self, a: Embeddings, b: Embeddings) -> Tensor:
         """`forward` without a gradient: for evaluators' `score_functions` and `util.semantic_search`."""
-        return self(a, b)
+        with torch.no_grad():
+            scores: Tensor = self(a, b)
+        return scores.detach()  # torch.fx does not see no_grad
+
+
+def _warn_of_many_processes(similarity: GSSFSimilarity) -> None:
+    """The Trainer of several processes leaves each with a metric of its own, and says nothing."""
+    learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in similarity.parameters())
+    if learns and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            "a GSSFSimilarity in a loss is not averaged over processes by sentence-transformers' Trainer, which wraps "
+            "the model alone: put gssf_triton.integrations.sentence_transformers_model.QueryMetric into the model, or "
+            "wrap the loss in DistributedDataParallel yourself",
+            stacklevel=3,
+        )
 
 
 def _check_similarity(similarity: object) -> None:
@@ -86,7 +116,7 @@ def _check_similarity(similarity: object) -> None:
         raise TypeError(f"similarity must be a GSSFSimilarity, got {type(similarity).__name__}")
 
 
-class PairwiseSimilarity(nn.Module):
+class PairwiseSimilarity(Leaf):
     """`GSSFSimilarity.pairwise` as a module, for the losses over pairs (`CoSENTLoss`): they learn its metric.
 
     Args:
@@ -105,7 +135,7 @@ class PairwiseSimilarity(nn.Module):
         return self.similarity.pairwise(a, b)
 
 
-class FusedRankingLoss(nn.Module):
+class FusedRankingLoss(Leaf):
     """`MultipleNegativesRankingLoss` on GSSF similarities without the matrix of scores: `gssf_triton.info_nce`.
 
     For pairs (anchor, positive), every other positive of the batch a negative; hard-negative columns are for
@@ -153,6 +183,7 @@ class FusedRankingLoss(nn.Module):
                 "negatives are for MultipleNegativesRankingLoss with a GSSFSimilarity as its similarity_fct"
             )
         metric = self.similarity
+        _warn_of_many_processes(metric)
         anchors, positives = embeddings
         return info_nce(
             anchors,

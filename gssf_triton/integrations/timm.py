@@ -1,7 +1,8 @@
 """GSSF attention in timm's vision transformers: their `attn_layer`.
 
 `timm.create_model("vit_base_patch16_224", attn_layer=GSSFAttention)`: pretrained weights load and give the same output
-until the metric is trained.
+until the metric is trained. What holds no plain attention layer whole, an adapter's state dict, leaves the metric as
+it is; a layer whose plain weights are all there, and no metric, gets the identity.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import Any
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from gssf_triton.heads import HeadMetric
+from gssf_triton.heads import HeadMetric, complete_state_dict
 from gssf_triton.options import check_count, check_terms
 
 
 class NormThenMetric(HeadMetric):
-    """timm's norm of the queries, then T, in the norm's place; a plain model's state dict loads into it."""
+    """timm's norm of the queries, then T, in the norm's place."""
 
     def __init__(self, norm: nn.Module, **options: Any) -> None:
         super().__init__(**options)
@@ -25,13 +26,6 @@ class NormThenMetric(HeadMetric):
     def forward(self, q: Tensor) -> Tensor:
         """T(norm(q)), (..., H, L, D)."""
         return super().forward(self.norm(q))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        own = ("W_diag", "W_blocks", "norm.")
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            if not name[len(prefix) :].startswith(own):
-                state_dict[f"{prefix}norm.{name[len(prefix) :]}"] = state_dict.pop(name)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class GSSFAttention(Attention):
@@ -86,3 +80,15 @@ class GSSFAttention(Attention):
             device=weight.device,
             dtype=weight.dtype,
         )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """A plain model's weights too: its norm is one level deeper here, and it has no metric."""
+        for path, module in self.q_norm.named_modules(prefix=f"{prefix}q_norm"):  # what wraps one may be around it
+            if isinstance(module, NormThenMetric):
+                for name in module.norm.state_dict():
+                    if f"{path}.{name}" in state_dict and f"{path}.norm.{name}" not in state_dict:
+                        state_dict[f"{path}.norm.{name}"] = state_dict.pop(f"{path}.{name}")
+        complete_state_dict(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)

@@ -6,20 +6,32 @@ masks, caches and grouped keys stay the library's own `sdpa`; it is given T(q).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from gssf_triton.heads import HeadMetric
-from gssf_triton.options import check_count, check_terms
+from gssf_triton.heads import HeadMetric, complete_state_dict
+from gssf_triton.options import check_count, check_path, check_terms
 
 #: The attention's name, for `attn_implementation`; also the name of the metric in each attention layer.
 NAME = "gssf"
+
+#: Where a model's config says which layers have a metric, of what form: what `save_pretrained` writes into config.json.
+#: The configs of a model's parts (CLIP's vision model) say it too, of their own layers.
+RECORD = "gssf_metric"
+
+_Model = TypeVar("_Model", bound=PreTrainedModel)
+
+
+class _Written(dict[str, Any]):
+    """The record of a metric that is in memory; a config that was read from a file has a plain dict."""
 
 
 def gssf_attention(
@@ -59,6 +71,196 @@ def _head_sizes(model: PreTrainedModel, example_inputs: Mapping[str, Any]) -> di
     return sizes
 
 
+def _metrics(model: nn.Module) -> dict[str, HeadMetric]:
+    """The metrics by their layers' names."""
+    return {
+        name.removesuffix(NAME).removesuffix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, HeadMetric)
+    }
+
+
+def _attach(model: PreTrainedModel, name: str, metric: HeadMetric) -> None:
+    """The metric as a layer's submodule; state dicts of plain attention still load, see `complete_state_dict`."""
+    owner = name
+    while owner and next(model.get_submodule(owner).parameters(), None) is None:
+        owner = owner.rpartition(".")[0]  # such a layer's weights are those of the module around it
+    model.get_submodule(name).add_module(NAME, metric)
+    model.get_submodule(owner).register_load_state_dict_pre_hook(complete_state_dict)
+
+
+def _place(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """The device and the dtype of a layer."""
+    weight = next(model.get_submodule(name).parameters(), next(model.parameters()))
+    return {"device": weight.device, "dtype": weight.dtype}
+
+
+def _parts(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The outermost model of each config, by name, the whole one first: the layers that the config's record names."""
+    parts: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and all(module.config is not part.config for part in parts.values()):
+            parts[name] = module
+    return parts
+
+
+def _write_record(model: PreTrainedModel) -> None:
+    for part in _parts(model).values():
+        record = _Written()
+        for name, metric in _metrics(part).items():
+            diag, blocks = metric.W_diag, metric.W_blocks
+            weight = blocks.flatten(1, 2) if blocks is not None else diag
+            assert weight is not None
+            size = None if blocks is None else blocks.shape[-1]
+            record[name] = [*weight.shape[:2], size, diag is not None, blocks is not None]
+        if record:
+            setattr(part.config, RECORD, record)
+
+
+def _read_record(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What a model's config or its parts' configs say, by the parts' names: its layers' names here, and their forms.
+
+    Layers that the model has not got (another part's, those beyond a smaller `num_hidden_layers`) are left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for start, part in _parts(model).items():
+        if any(not outer or start.startswith(f"{outer}.") for outer in found):
+            continue
+        names, base = dict(part.named_modules()), f"{part.base_model_prefix}."
+        record = {}
+        for name, form in (getattr(part.config, RECORD, None) or {}).items():
+            # With or without a head around the base model.
+            for own in (name, name.removeprefix(base), f"{base}{name}"):
+                if own in names:
+                    record[f"{start}.{own}" if start else own] = form
+                    break
+        if record:
+            found[start] = record
+    return found
+
+
+def from_pretrained(model_class: type[_Model], folder: str | Path, *args: Any, **kwargs: Any) -> _Model:
+    """A model that was saved after `add_metric`, its trained metric included: `model_class.from_pretrained` for it.
+
+    The library builds a model before it loads the weights and does not know of the metric; its own `from_pretrained`
+    leaves the metric out and lists its weights as unexpected. `add_metric` brings it back after that too, by loading
+    a local folder once more. A part of a saved model (CLIP's vision model) loads with its metric too.
+
+    Args:
+        model_class: The model's class; an Auto class names it as `architectures` in the folder's config.json.
+        folder: The folder that `save_pretrained` wrote, or the name of a repository, and further arguments, as there.
+
+    Returns:
+        The model, in evaluation mode as there.
+
+    Raises:
+        TypeError: a class that is not a `transformers.PreTrainedModel`.
+        ValueError: a folder of a model without a metric.
+
+    Warns:
+        UserWarning: a config that names a metric whose weights are not there: it is the identity.
+
+    Example:
+        >>> from gssf_triton.integrations.transformers import from_pretrained
+        >>> # add_metric(model); train it; model.save_pretrained("folder")
+        >>> # model = from_pretrained(BertModel, "folder")
+    """
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        came = f"{type(model_class).__name__} {model_class!r}"
+        raise TypeError(f"model_class must be a transformers.PreTrainedModel class, got {came}")
+    check_path("folder", folder)
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super(built, self).__init__(config, *args, **kwargs)
+        found = _read_record(self)
+        if not found:
+            kind = model_class.__name__
+            raise ValueError(
+                f"folder must hold a {kind} whose layers were saved with a metric, got {str(folder)!r}: load it with "
+                f"{kind}.from_pretrained and call add_metric"
+            )
+        for record in found.values():
+            for name, (heads, channels, *form) in record.items():
+                _attach(self, name, HeadMetric(heads, channels, *form, **_place(self, name)))
+
+    # Of the same name in the same module: the library looks up how to read a model's weights by both.
+    built: Any = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = built.from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+    model.__class__ = model_class
+    lost = []
+    for name, metric in _metrics(model).items():
+        if any(key.startswith(f"{name}.{NAME}.") for key in info["missing_keys"]):
+            metric.reset_metric()  # the library leaves what it does not know uninitialised
+            lost.append(name)
+    if lost:
+        warnings.warn(
+            f"{str(folder)!r} holds no weights of a metric for {', '.join(lost)}, though its config names one: it is "
+            "the identity there",
+            stacklevel=2,
+        )
+    for start in _read_record(model):
+        part = model.get_submodule(start)
+        _write_record(part)
+        _use(part)
+    return (model, info) if wants_info else model  # type: ignore[return-value]
+
+
+def _use(model: PreTrainedModel) -> None:
+    AttentionInterface.register(NAME, gssf_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def _records(config: PreTrainedConfig) -> list[Any]:
+    """The record of a config, and those of the configs in it."""
+    inner = [getattr(config, name, None) for name in config.sub_configs]
+    return [getattr(config, RECORD, None), *[_records(one) for one in inner if isinstance(one, PreTrainedConfig)]]
+
+
+def _saved_metrics(model: PreTrainedModel) -> dict[str, HeadMetric]:
+    """The metric of the folder that a model was loaded from, where it was saved with one."""
+    in_memory = (isinstance(getattr(part.config, RECORD, _Written()), _Written) for part in _parts(model).values())
+    if all(in_memory) or not _read_record(model):
+        return {}
+    folder, kind = model.config.name_or_path, type(model)
+    where = repr(folder) if folder else f"this {kind.__name__} or a part of it"
+    local = folder and Path(folder, "config.json").is_file()
+    there = type(model.config).from_pretrained(folder) if local else None
+    if there is not None and _records(there) == _records(model.config):
+        try:
+            saved = from_pretrained(kind, folder, config=model.config)
+        except OSError:  # the weights' files have other names: the model was loaded with variant=…
+            saved = None
+        if saved is not None:
+            if not _same_weights(saved, model):
+                warnings.warn(
+                    f"the metric is that of {where}, whose other weights are not this model's: were they trained "
+                    "since, or loaded from a subfolder, a revision? "
+                    "gssf_triton.integrations.transformers.from_pretrained takes those arguments",
+                    stacklevel=3,
+                )
+            return _metrics(saved)
+    warnings.warn(
+        f"{where} was saved with a metric, which the library's from_pretrained leaves out: here it is the identity. "
+        "gssf_triton.integrations.transformers.from_pretrained loads it, given the same arguments; of a part, load the "
+        "whole model with it",
+        stacklevel=3,
+    )
+    return {}
+
+
+def _same_weights(saved: PreTrainedModel, model: PreTrainedModel) -> bool:
+    """Whether the layers that have a metric are those of the saved model."""
+    for name in _metrics(saved):
+        ours = dict(model.get_submodule(name).named_parameters())
+        theirs = dict(saved.get_submodule(name).named_parameters())
+        for key, x in ours.items():
+            if not x.is_meta and (key not in theirs or not torch.equal(theirs[key].to(x), x)):
+                return False
+    return True
+
+
 def add_metric(
     model: PreTrainedModel,
     example_inputs: Mapping[str, Any] | None = None,
@@ -69,8 +271,13 @@ def add_metric(
 ) -> dict[str, HeadMetric]:
     """Let every attention layer of a model score with GSSF, a metric a head; nothing changes until it is trained.
 
-    One forward pass finds the layers and their heads. The metrics are the layers' submodules `gssf`: in `parameters()`
-    and `state_dict()`. To load a saved model, build it, call this, then `load_state_dict`.
+    One forward pass finds the layers and their heads. The metrics are the layers' submodules `gssf`: in `parameters()`,
+    in `state_dict()` and in what `save_pretrained` writes. `from_pretrained` of this module loads such a folder. Of a
+    model that its class's own `from_pretrained` loaded from one, which leaves the metric out, this brings the trained
+    metric back, from a local folder; where it cannot (a repository, a subfolder, a part of a loaded model), it warns.
+    A state dict needs the metric to be there: build the model, call this, then `load_state_dict`. A layer (here the
+    module that the metric is in, BERT's `attention.self` with its query, key and value) whose plain weights are all in
+    the state dict, and no metric, gets the identity; one that lacks any of them, an adapter's, leaves it as it is.
 
     Args:
         model: Any model that attends through the library's attention interface.
@@ -83,7 +290,11 @@ def add_metric(
         The metrics by their layers' names.
 
     Raises:
-        ValueError: a model without such layers, or one that has the metric already.
+        ValueError: a model without such layers, or one that has the metric already, or options that are not those of
+            the metric that was saved with it.
+
+    Warns:
+        UserWarning: a model that was saved with a metric, which is the identity here, or is of other weights.
 
     Source:
         Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
@@ -106,28 +317,34 @@ def add_metric(
         check_count("block_size", block_size, 1)
     if any(isinstance(module, HeadMetric) for module in model.modules()):
         raise ValueError(f"model must be one without a metric, got a {type(model).__name__} that has one already")
-    AttentionInterface.register(NAME, gssf_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    if example_inputs is None:
-        example_inputs = {name: x.to(model.device) for name, x in model.dummy_inputs.items()}
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        sizes = _head_sizes(model, example_inputs)
-        if not sizes:
+    metrics = _saved_metrics(model)
+    for name, metric in metrics.items():
+        size = None if metric.W_blocks is None else metric.W_blocks.shape[-1]
+        saved = (size, metric.W_diag is not None, size is not None)
+        if (block_size, diag, blocks) not in ((None, True, True), (None, *saved[1:]), saved):
             raise ValueError(
-                f"model must attend through the library's interface, got a {type(model).__name__} that does not"
+                f"block_size, diag, blocks must be {saved}, as {model.config.name_or_path!r} was saved, or left out, "
+                f"got {(block_size, diag, blocks)}"
             )
-        metrics = {}
-        for name, layer in model.named_modules():
-            if layer in sizes:
-                weight = next(layer.parameters(), next(model.parameters()))
-                heads, channels = sizes[layer]
-                options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-                metrics[name] = HeadMetric(heads, channels, block_size, diag, blocks, **options)
+        metric.to(**_place(model, name))
+    before = model.config._attn_implementation
+    _use(model)
+    try:
+        if not (metrics and getattr(model.config, RECORD, None)):  # none, or only a part's
+            if example_inputs is None:
+                example_inputs = {name: x.to(model.device) for name, x in model.dummy_inputs.items()}
+            sizes = _head_sizes(model, example_inputs)
+            if not sizes:
+                raise ValueError(
+                    f"model must attend through the library's interface, got a {type(model).__name__} that does not"
+                )
+            for name, layer in model.named_modules():
+                if layer in sizes and name not in metrics:
+                    metrics[name] = HeadMetric(*sizes[layer], block_size, diag, blocks, **_place(model, name))
     except BaseException:
         model.set_attn_implementation(before)
         raise
     for name, metric in metrics.items():
-        model.get_submodule(name).add_module(NAME, metric)
+        _attach(model, name, metric)
+    _write_record(model)
     return metrics

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.fx
 from torch import Tensor, nn
 
 from gssf_triton import options
@@ -14,8 +15,15 @@ from gssf_triton.backend import BACKENDS
 from gssf_triton.losses.common import check_reduction
 from gssf_triton.losses.distillation import distillation_loss
 from gssf_triton.losses.info_nce import info_nce
+from gssf_triton.losses.scales import bounded_exp
 from gssf_triton.losses.sigmoid import sigmoid_loss
 from gssf_triton.losses.triplet import triplet_loss
+from gssf_triton.processes import Held
+from gssf_triton.tracing import Leaf
+
+# One step each of what torch.fx traces.
+for _name in ("bounded_exp", "distillation_loss", "info_nce", "sigmoid_loss", "triplet_loss"):
+    torch.fx.wrap(_name)
 
 
 class Metric(Protocol):
@@ -36,7 +44,7 @@ def check_metric_module(name: str, metric: object) -> None:
         )
 
 
-class _MetricLoss(nn.Module):
+class _MetricLoss(Leaf):
     def __init__(self, metric: Metric, reduction: str, group: dist.ProcessGroup | None, backend: str) -> None:
         super().__init__()
         check_metric_module("metric", metric)
@@ -46,6 +54,15 @@ class _MetricLoss(nn.Module):
         self.reduction = reduction
         self.group = group
         self.backend = backend
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that hold the batch; copies of the module have the same, see `gssf_triton.processes.Held`."""
+        return self._group.get()
+
+    @group.setter
+    def group(self, group: dist.ProcessGroup | None) -> None:
+        self._group = Held(group)
 
     def _metric(self) -> dict[str, Any]:
         metric: Any = self.metric
@@ -57,6 +74,8 @@ class _MetricLoss(nn.Module):
 
 class _ScaledLoss(_MetricLoss):
     """Holds the logarithm of logit_scale, as CLIP does, so that it stays positive; `max_logit_scale` bounds it.
+
+    The bound is the value's: training leads the logarithm back from it and from past it, see `bounded_exp`.
 
     Learned scalars have shape (1,): torch's fully_shard takes no parameter without a dimension.
     """
@@ -81,7 +100,7 @@ class _ScaledLoss(_MetricLoss):
     @property
     def logit_scale(self) -> Tensor:
         """What the similarities are multiplied by, ()."""
-        return self.log_logit_scale.exp().clamp(max=self.max_logit_scale).reshape(())
+        return bounded_exp(self.log_logit_scale, self.max_logit_scale).reshape(())
 
 
 class InfoNCELoss(_ScaledLoss):
@@ -90,7 +109,9 @@ class InfoNCELoss(_ScaledLoss):
     Args:
         metric: A `gssf_triton.nn.GSSF`; its weights are this module's parameters too.
         logit_scale: Where the scale starts; CLIP's 1 / 0.07.
-        learn_scale: Learn the scale; `max_logit_scale` bounds it, 100 as in CLIP.
+        learn_scale: Learn the scale.
+        max_logit_scale: Bounds the scale, CLIP's 100: its value, so that one that starts or ends up at the bound, or
+            past it, learns and comes back.
         symmetric: As in `info_nce`.
         label_smoothing: As in `info_nce`.
         reduction: As in `info_nce`.
@@ -140,7 +161,7 @@ class SigmoidLoss(_ScaledLoss):
         logit_scale: Where the scale starts; SigLIP's 10.
         logit_bias: Where the bias starts; SigLIP's −10.
         learn_scale: Learn both.
-        max_logit_scale: Bound of the scale.
+        max_logit_scale: Bound of the scale, as in `InfoNCELoss`.
         reduction: As in `sigmoid_loss`.
         group: As in `sigmoid_loss`.
         backend: As in `sigmoid_loss`.
@@ -193,7 +214,8 @@ class TripletLoss(_MetricLoss):
 
     Attributes:
         violations: (2,) int64, how many negatives violated the margin in the last call: rows, columns. Not in the
-            state dict.
+            state dict, and no buffer: it lies where the last call's features did. Calls under `torch.func`'s transforms
+            and `torch.export` leave it as it is.
 
     Example:
         >>> import torch
@@ -222,14 +244,20 @@ class TripletLoss(_MetricLoss):
         options.check_flags(hardest=hardest)
         self.margin = margin
         self.hardest = hardest
-        self.register_buffer("violations", torch.zeros(2, dtype=torch.int64), persistent=False)
+        # No buffer: DistributedDataParallel writes into those, which it may not where the last call was made under
+        # inference_mode.
+        self.violations = torch.zeros(2, dtype=torch.int64)
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:
         """The loss of a (N, D) against b (N, D), b[i] matching a[i]."""
-        loss, self.violations = triplet_loss(
+        loss, violations = triplet_loss(
             a, b, **self._metric(), margin=self.margin, hardest=self.hardest, ids=ids, return_violations=True,
             **self._common(),
         )  # fmt: skip
+        # A transform's tensors end with it, and an exported or traced graph has no module to remember them.
+        forgets = torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
+        if isinstance(violations, Tensor) and not forgets:
+            self.violations = violations
         return loss
 
 

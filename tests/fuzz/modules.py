@@ -168,6 +168,16 @@ def gssf(d: Draw) -> Module:
     return _assemble(d, metric, lambda: GSSF(**made), inputs, use, oracle, [shape], [dtype])
 
 
+def _bounded_exp(log: Tensor, bound: float) -> Tensor:
+    """min(exp(log), bound); past the bound with the gradient there, but for what points further out."""
+    if float(log.detach().exp()) <= bound:
+        return log.exp()
+    step = log * 1.0
+    if step.requires_grad:
+        step.register_hook(lambda grad: grad.clamp_min(0))
+    return bound * (1 + step - step.detach())
+
+
 def losses(d: Draw) -> Module:
     """Any of the loss modules; the metric's parameters and the learned scalars get gradients."""
     wide = torch.promote_types(d.dtype, torch.float32)
@@ -203,7 +213,7 @@ def losses(d: Draw) -> Module:
         else:
             log_scale = given["log_logit_scale"]
             assert log_scale is not None
-            known["logit_scale"] = log_scale.exp().clamp(max=module.max_logit_scale).reshape(())
+            known["logit_scale"] = _bounded_exp(log_scale, module.max_logit_scale).reshape(())
         if kind == "InfoNCELoss":
             known |= {name: options[name] for name in ("symmetric", "label_smoothing")}
         if kind == "SigmoidLoss":

@@ -13,7 +13,7 @@ from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity
 from pytorch_metric_learning.utils.inference import MatchFinder
 from reference import assert_close, features, tolerance
 
-from gssf_triton.integrations.pytorch_metric_learning import GSSFDistance
+from gssf_triton.integrations.pytorch_metric_learning import GSSFKNN, GSSFDistance
 
 DIM, BLOCK = 24, 8
 LABELS = torch.arange(4).repeat_interleave(3)
@@ -127,6 +127,16 @@ def test_the_query_is_the_left_side() -> None:
     assert (torch.from_numpy(finder.get_matching_pairs(a, b)) == (distance(a, b) >= 0.3)).all()
 
 
+def test_references_in_arrays_of_any_kind() -> None:
+    distance, query, x = trained(), features(3, DIM), features(9, DIM).numpy()
+    expected = GSSFKNN(distance)(query, 2, torch.from_numpy(x))
+    index = GSSFKNN(distance)
+    index.train(x[:5].astype(">f4"))
+    index.add(x[5:][::-1].copy()[::-1])
+    for found, wanted in zip(index(query, 2), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_copies_and_state() -> None:
     distance = trained()
     other = GSSFDistance(DIM, BLOCK)
@@ -138,3 +148,38 @@ def test_copies_and_state() -> None:
         GSSFDistance(DIM)
     with pytest.raises(ValueError, match="2D"):
         distance(features(2, 3, DIM))
+
+
+#: Losses with a distance of their own, and what else they want.
+REFUSING: dict[str, dict[str, Any]] = {
+    "AngularLoss": {},
+    "CircleLoss": {},
+    "DynamicSoftMarginLoss": {},
+    "FastAPLoss": {},
+    "InstanceLoss": {},
+    "LargeMarginSoftmaxLoss": {"num_classes": 4, "embedding_size": DIM},
+    "PNPLoss": {},
+    "SignalToNoiseRatioContrastiveLoss": {},
+    "SmoothAPLoss": {},
+    "ThresholdConsistentMarginLoss": {},
+    "TupletMarginLoss": {},
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_losses_that_refuse_any_distance_but_their_own(name: str) -> None:
+    """Those that the docstring names; the subclasses of one of them beside it."""
+    kind = getattr(losses, name)
+    with pytest.raises(AssertionError, match=f"{name} requires the distance metric to be"):
+        kind(**REFUSING[name], distance=GSSFDistance(DIM, BLOCK))
+    kinds = [other for other, of in vars(losses).items() if isinstance(of, type) and issubclass(of, kind)]
+    assert GSSFDistance.__doc__ is not None and all(f"`{other}`" in GSSFDistance.__doc__ for other in kinds)
+
+
+def test_losses_that_use_no_distance() -> None:
+    distance, x = GSSFDistance(DIM, BLOCK), features(12, DIM)
+    with pytest.raises(ValueError, match="cannot use a distance"):
+        losses.VICRegLoss(distance=distance)
+    loss = losses.P2SGradLoss(descriptors_dim=DIM, num_classes=4, distance=distance)(x, LABELS)
+    loss.backward()
+    assert all(weight.grad is None for weight in distance.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,24 @@ def test_called_as_cos_sim() -> None:
     )
     scored = similarity.score(a, b)
     assert not scored.requires_grad and torch.equal(scored, similarity(a, b))
+
+
+def test_arrays_that_pytorch_takes_in_no_memory_of_its_own() -> None:
+    """Of another byte order, backwards, read-only: alone and as rows of a list."""
+    similarity, a, b = trained(), features(4, DIM), features(6, DIM)
+    expected, x, y = similarity(a, b), a.numpy(), b.numpy()
+    fixed = x.copy()
+    fixed.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for form in (x.astype(">f4"), x[::-1].copy()[::-1], fixed, np.asfortranarray(x), list(x.astype(">f4"))):
+            torch.testing.assert_close(similarity(form, y), expected)
+        backwards = [row[::-1].copy()[::-1] for row in y]
+        torch.testing.assert_close(similarity(x[:, ::-1].copy()[:, ::-1], backwards), expected)
+        whole = np.arange(DIM).astype(">i8")
+        torch.testing.assert_close(similarity(whole, y), similarity(torch.arange(DIM), b))
+    with pytest.raises(ValueError, match="a must hold embeddings of one length, got a ndarray"):
+        similarity(np.array([["text"] * DIM]), b)
 
 
 def columns(model: SentenceTransformer, count: int, n: int = 6) -> list[dict[str, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import reference
 import torch
 from reference import assert_close, features, tolerance
 from timm.layers import set_fused_attn
+from timm.models import create_feature_extractor
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from gssf_triton.integrations.timm import GSSFAttention
 
@@ -71,6 +74,87 @@ def test_trained_metric(fused: bool, mask: str) -> None:
         keep, options = keep.tril(), {"is_causal": True}
     expected = layer.proj((S.masked_fill(~keep, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2))
     assert_close(layer(x, **options), expected, tolerance(torch.float64))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk-norm"])
+def test_a_partial_state_dict_leaves_the_metric_alone(qk_norm: bool) -> None:
+    ours = transformer(GSSFAttention, qk_norm=qk_norm)
+    randomise(ours)
+    before = {name: x.clone() for name, x in ours.state_dict().items() if "W_" in name}
+    whole = {**transformer(qk_norm=qk_norm).state_dict()}
+    for wanted in ("nothing", "head.", "norm.weight", "proj.bias"):
+        given = {name: x for name, x in whole.items() if wanted in name}
+        found = ours.load_state_dict(given, strict=False)
+        assert set(before) <= set(found.missing_keys) and not found.unexpected_keys
+        assert all(torch.equal(ours.state_dict()[name], x) for name, x in before.items())
+
+
+class Kept(torch.nn.Module):
+    """As PEFT wraps a module that an adapter holds: the first one, and the copy that is trained."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = torch.nn.ModuleDict({"default": copy.deepcopy(module)})
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.modules_to_save["default"](q)
+
+
+def parametrized(module: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.utils.parametrize.register_parametrization(module, "W_diag", torch.nn.Identity())
+
+
+@pytest.mark.parametrize("wrap", [Kept, torch.compile, parametrized], ids=["adapter", "compiled", "parametrized"])
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk-norm"])
+def test_a_wrapped_metric_loads_what_it_saved(qk_norm: bool, wrap: Any) -> None:
+    def wrapped() -> VisionTransformer:
+        model = transformer(GSSFAttention, qk_norm=qk_norm)
+        for block in model.blocks:
+            block.attn.q_norm = wrap(block.attn.q_norm)
+        return model
+
+    ours, other = wrapped(), wrapped()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_()
+    whole = {name: x.clone() for name, x in ours.state_dict().items()}
+    adapter = {name: x for name, x in whole.items() if "q_norm" in name and "original_module" not in name}
+    assert any("W_diag" in name for name in adapter)
+    found = other.load_state_dict(adapter, strict=False)
+    assert not found.unexpected_keys and not set(adapter) & set(found.missing_keys)
+    assert all(torch.equal(other.state_dict()[name], x) for name, x in adapter.items())
+    other.load_state_dict(whole)
+    assert all(torch.equal(other.state_dict()[name], x) for name, x in whole.items())
+
+
+def test_a_part_that_holds_a_layer_whole_resets_that_layer_alone() -> None:
+    ours, plain = transformer(GSSFAttention, qk_norm=True), transformer(qk_norm=True).state_dict()
+    randomise(ours)
+    kept = ours.blocks[1].attn.q_norm.W_diag.clone()
+    ours.load_state_dict({name: x for name, x in plain.items() if name.startswith("blocks.0.attn.")}, strict=False)
+    assert (ours.blocks[0].attn.q_norm.W_diag == 1).all() and torch.equal(ours.blocks[1].attn.q_norm.W_diag, kept)
+
+
+def test_from_the_meta_device_a_plain_models_weights_give_its_output() -> None:
+    plain, ours = transformer(qk_norm=True), transformer(GSSFAttention, qk_norm=True).float().to("meta")
+    ours.load_state_dict(plain.state_dict(), assign=True)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert_close(ours(x), plain(x), tolerance(torch.float64))
+
+
+def test_feature_extractors_see_the_metric_as_one_step() -> None:
+    model = transformer(GSSFAttention, qk_norm=True)
+    randomise(model)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    found = create_feature_extractor(model, {"blocks.0.attn.q_norm": "queries", "blocks.0": "tokens", "head": "out"})(x)
+    assert torch.equal(found["out"], model(x)) and torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    attn, seen = model.blocks[0].attn, []
+    handle = attn.q_norm.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    tokens = model.get_intermediate_layers(x, n=[0], return_prefix_tokens=True)[0]
+    handle.remove()
+    assert torch.equal(found["queries"], seen[0])
+    assert torch.equal(found["tokens"], torch.cat(tokens[::-1], 1))
 
 
 def test_trains_with_its_options() -> None:

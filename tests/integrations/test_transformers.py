@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,14 @@ import torch
 from reference import assert_close, tolerance
 from torch import Tensor
 from transformers import (
+    AutoModel,
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     CLIPConfig,
     CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -26,7 +33,7 @@ from transformers import (
 
 from gssf_triton.heads import HeadMetric
 from gssf_triton.integrations import transformers as integration
-from gssf_triton.integrations.transformers import add_metric
+from gssf_triton.integrations.transformers import add_metric, from_pretrained
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {"vocab_size": 30, "max_position_embeddings": 16, **SMALL}
@@ -46,7 +53,8 @@ def vit() -> ViTModel:
 
 
 def clip() -> CLIPModel:
-    return CLIPModel(CLIPConfig(text_config={**TEXT, "eos_token_id": 29}, vision_config=VISION, projection_dim=16))
+    text = {**TEXT, "eos_token_id": 29, "projection_dim": 16}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16))
 
 
 TOKENS = torch.tensor([[3, 5, 7, 9, 11, 29], [4, 6, 8, 29, 0, 0]])
@@ -162,6 +170,171 @@ def test_learns_and_loads() -> None:
     assert torch.equal(outputs(other, inputs), outputs(model, inputs))
     other.load_state_dict(plain)  # a plain checkpoint: strictly, and back to the identity
     assert all(torch.equal(metric.W_diag, torch.ones_like(metric.W_diag)) for metric in metrics_of(other))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_partial_state_dict_leaves_the_metric_alone(copied: Callable[[Any], Any]) -> None:
+    """An adapter's, a head's; a whole plain one sets the identity, in copies too."""
+    model = made(bert)
+    randomise(add_metric(model))
+    inputs, expected = MODELS["bert"][1], outputs(model, MODELS["bert"][1])
+    other = copied(model)
+    plain = {name: x for name, x in other.state_dict().items() if ".gssf." not in name}
+    layer = {name: x for name, x in plain.items() if name.startswith("encoder.layer.0.attention.self.query")}
+    for partial in ({}, layer, {"pooler.dense.bias": plain["pooler.dense.bias"]}):
+        missing = other.load_state_dict(partial, strict=False).missing_keys
+        assert len([name for name in missing if ".gssf.W_" in name]) == 4
+        assert torch.equal(outputs(other, inputs), expected)
+    other.load_state_dict(plain)
+    assert not torch.allclose(outputs(other, inputs), expected)
+    assert all(torch.equal(metric.W_diag, torch.ones(4, 8)) for metric in metrics_of(other))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_comes_back_with_its_metric(name: str, tmp_path: Path) -> None:
+    """By our from_pretrained, and by the library's own with add_metric after it; sharded."""
+    make, inputs, _ = MODELS[name]
+    model = made(make)
+    metrics = add_metric(model, inputs, block_size=4, diag=False)
+    with torch.no_grad():
+        for metric in metrics.values():
+            metric.W_blocks.normal_()
+    expected = outputs(model, inputs)
+    model.save_pretrained(tmp_path, max_shard_size="30kB")
+    loaded = from_pretrained(type(model), tmp_path, dtype=torch.float64)
+    plain = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert not metrics_of(plain) and not torch.allclose(outputs(plain, inputs), expected)
+    assert add_metric(plain).keys() == metrics.keys()
+    for other in (loaded, plain):
+        assert type(other) is type(model) and not other.training
+        assert_close(outputs(other, inputs), expected, tolerance(torch.float64))
+        for name, x in model.state_dict().items():
+            assert torch.equal(other.state_dict()[name], x)
+    loaded.train()(**inputs)[0].sum().backward()
+    assert all(metric.W_blocks.grad is not None for metric in metrics_of(loaded))
+    with pytest.raises(ValueError, match=r"block_size, diag, blocks must be \(4, False, True\), as .* got \(2, True"):
+        add_metric(type(model).from_pretrained(tmp_path), inputs, block_size=2)
+
+
+def test_a_saved_metric_fits_the_model_with_a_head_and_without(tmp_path: Path) -> None:
+    model = made(lambda: BertForMaskedLM(BertConfig(**TEXT)))
+    randomise(add_metric(model))
+    model.save_pretrained(tmp_path / "head")
+    inputs = MODELS["bert"][1]
+    expected = outputs(model.bert, inputs)
+    base = from_pretrained(BertModel, tmp_path / "head", dtype=torch.float64)
+    assert torch.equal(outputs(base, inputs), expected)
+    base.save_pretrained(tmp_path / "base")
+    again, info = from_pretrained(
+        BertForMaskedLM, tmp_path / "base", dtype=torch.float64, output_loading_info=True
+    )  # a head is made anew, the metric is not
+    assert torch.equal(outputs(again.bert, inputs), expected)
+    assert not any("gssf" in name for name in (*info["missing_keys"], *info["unexpected_keys"]))
+
+
+def test_a_folder_without_a_metric(tmp_path: Path) -> None:
+    plain = made(bert)
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"must hold a BertModel whose layers were saved with a metric, got '.*plain'"):
+        from_pretrained(BertModel, tmp_path / "plain")
+    with pytest.raises(TypeError, match=r"model_class must be a transformers\.PreTrainedModel class, got .*AutoModel"):
+        from_pretrained(AutoModel, tmp_path / "plain")
+    model = BertModel.from_pretrained(tmp_path / "plain")
+    randomise(add_metric(model))
+    other = BertModel(model.config)  # of the same config, but nothing was saved with a metric
+    assert all(torch.equal(metric.W_diag, torch.ones(4, 8)) for metric in add_metric(other).values())
+    # The config knows of a metric, its weights are not there: the identity, never what memory held.
+    model.save_pretrained(tmp_path / "lost", state_dict=plain.state_dict())
+    with pytest.warns(UserWarning, match=r"lost' holds no weights of a metric for encoder\.layer\.0\.att"):
+        lost = from_pretrained(BertModel, tmp_path / "lost")
+    assert all(torch.equal(m.W_diag, torch.ones(4, 8)) and not m.W_blocks.any() for m in metrics_of(lost))
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    model = made(bert)
+    randomise(add_metric(model))
+    model.save_pretrained(tmp_path)
+    plain = BertModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.warns(UserWarning, match=r"was saved with a metric.*gssf_triton\.integrations\.transformers\.from_pre"):
+        add_metric(plain)
+
+
+def test_parts_of_a_saved_model_keep_their_metric(tmp_path: Path) -> None:
+    model, inputs = made(clip), MODELS["clip"][1]
+    randomise(add_metric(model, inputs))
+    model.save_pretrained(tmp_path)
+    pixels, text = {"pixel_values": PIXELS}, {"input_ids": TOKENS, "attention_mask": PADDING}
+    options = {"dtype": torch.float64}
+    whole, vision = (cls.from_pretrained(tmp_path, **options) for cls in (CLIPModel, CLIPVisionModel))
+    assert len(add_metric(vision)) == 2
+    for one in (vision, from_pretrained(CLIPVisionModel, tmp_path, **options)):
+        assert torch.equal(outputs(one, pixels), outputs(model.vision_model, pixels))
+    reader = from_pretrained(CLIPTextModelWithProjection, tmp_path, **options)
+    assert torch.equal(outputs(reader.text_model, text), outputs(model.text_model, text))
+    with pytest.warns(
+        UserWarning, match=r"this CLIPVisionModel or a part of it was saved with a metric.*load the whole model"
+    ):
+        add_metric(whole.vision_model, pixels)
+
+
+def test_a_metric_in_a_part_alone_is_saved(tmp_path: Path) -> None:
+    model, inputs = made(clip), MODELS["clip"][1]
+    metrics = add_metric(model.vision_model, {"pixel_values": PIXELS})
+    randomise(metrics)
+    expected = outputs(model, inputs)
+    model.save_pretrained(tmp_path / "first")
+    loaded = from_pretrained(CLIPModel, tmp_path / "first", dtype=torch.float64)
+    loaded.save_pretrained(tmp_path / "again")
+    for one in (loaded, from_pretrained(CLIPModel, tmp_path / "again", dtype=torch.float64)):
+        assert len(metrics_of(one)) == 2 and torch.equal(outputs(one, inputs), expected)
+    plain = CLIPModel.from_pretrained(tmp_path / "first", dtype=torch.float64)
+    found = add_metric(plain, inputs)  # the text model's starts as the identity
+    assert len(found) == 4 and torch.allclose(outputs(plain, inputs), expected)
+    for name, metric in metrics.items():
+        assert torch.equal(found[f"vision_model.{name}"].W_diag, metric.W_diag)
+    with pytest.raises(ValueError, match="hold a CLIPTextModelWithProjection whose layers were saved with a me"):
+        from_pretrained(CLIPTextModelWithProjection, tmp_path / "first")
+
+
+def test_other_ways_to_load_keep_the_metric_or_say_so(tmp_path: Path) -> None:
+    model = made(bert)
+    first, _ = add_metric(model).values()
+    randomise({"first": first})
+    for start in ("", "sub"):
+        model.save_pretrained(tmp_path / start)
+        torch.nn.init.constant_(first.W_diag, 3.0)  # another metric, of other weights, in the subfolder
+        torch.nn.init.zeros_(model.encoder.layer[0].attention.self.query.weight)
+    fewer = BertModel.from_pretrained(tmp_path, num_hidden_layers=1)
+    add_metric(fewer)
+    for one in (fewer, from_pretrained(BertModel, tmp_path, num_hidden_layers=1)):
+        (metric,) = metrics_of(one)
+        assert torch.equal(metric.W_blocks, first.W_blocks) and not (metric.W_diag == 3).any()
+    with pytest.warns(UserWarning, match=r"whose other weights are not this model's.*a subfolder"):
+        add_metric(BertModel.from_pretrained(tmp_path, subfolder="sub"))
+    (tmp_path / "config.json").unlink()
+    with pytest.warns(UserWarning, match=r"here it is the identity\..*given the same arguments"):
+        add_metric(BertModel.from_pretrained(tmp_path, subfolder="sub"))
+    model.save_pretrained(tmp_path / "variant", variant="fp16")
+    with pytest.warns(UserWarning, match="here it is the identity"):
+        add_metric(BertModel.from_pretrained(tmp_path / "variant", variant="fp16"))
+    assert (metrics_of(from_pretrained(BertModel, tmp_path, subfolder="sub"))[0].W_diag == 3).all()
+    fresh = BertModel(from_pretrained(BertModel, tmp_path, subfolder="sub").config)  # its config, but nothing loaded
+    assert all((metric.W_diag == 1).all() for metric in add_metric(fresh).values())
+
+
+def test_a_plain_model_of_a_shared_config_is_said_to_have_no_metric(tmp_path: Path) -> None:
+    config = BertConfig(**TEXT)
+    plain, inputs = BertModel(config).eval(), MODELS["bert"][1]
+    expected = outputs(plain, inputs)
+    add_metric(BertModel(config))
+    plain.save_pretrained(tmp_path)
+    for load in (from_pretrained, lambda cls, folder: cls.from_pretrained(folder)):
+        with pytest.warns(UserWarning, match="holds no weights of a metric for"):
+            one = load(BertModel, tmp_path)
+            if not metrics_of(one):
+                add_metric(one)
+        torch.testing.assert_close(outputs(one, inputs), expected)
 
 
 def test_mistakes() -> None:

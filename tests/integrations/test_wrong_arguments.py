@@ -17,7 +17,15 @@ from reference import features
 from transformers import BertConfig, BertModel
 from wrong_values import KINDS, faults_of
 
-from gssf_triton.integrations import arrays, faiss, open_clip, pytorch_metric_learning, sentence_transformers, timm
+from gssf_triton.integrations import (
+    arrays,
+    faiss,
+    open_clip,
+    pytorch_metric_learning,
+    sentence_transformers,
+    sentence_transformers_model,
+    timm,
+)
 from gssf_triton.integrations import transformers as hugging_face
 from gssf_triton.nn import GSSF
 
@@ -108,6 +116,9 @@ CALLS: dict[str, Call] = {
         lambda device: {"model": torch.nn.Linear(2, 2), "similarity": similarity()},
         {"model": "module", "similarity": "similarity", "scale": "positive number", "symmetric": "flag"},
     ),
+    "sentence_transformers_model.QueryMetric": Call(
+        sentence_transformers_model.QueryMetric, lambda device: {"dim": D, "block_size": B}, {**SIZES, **NORMALIZE}
+    ),
     "timm.GSSFAttention": Call(
         timm.GSSFAttention,
         lambda device: {"dim": 2 * D, "num_heads": 2},
@@ -117,6 +128,11 @@ CALLS: dict[str, Call] = {
         hugging_face.add_metric,
         bert,
         {"model": "model", "example_inputs": "inputs", "block_size": "divisor of a head or None", **TERMS},
+    ),
+    "transformers.from_pretrained": Call(
+        hugging_face.from_pretrained,
+        lambda device: {"model_class": BertModel, "folder": "no/such/folder"},
+        {"model_class": "model class", "folder": "path"},
     ),
 }  # fmt: skip
 
@@ -142,7 +158,10 @@ def test_every_parameter_has_a_kind(name: str) -> None:
 
 
 def test_everything_public_is_called() -> None:
-    modules = (arrays, faiss, open_clip, pytorch_metric_learning, sentence_transformers, timm, hugging_face)
+    modules = (
+        arrays, faiss, open_clip, pytorch_metric_learning, sentence_transformers, sentence_transformers_model, timm,
+        hugging_face,
+    )  # fmt: skip
     public = {
         f"{module.__name__.rpartition('.')[2]}.{name}"
         for module in modules
