@@ -257,7 +257,6 @@ MISUSE: dict[str, tuple[str, Callable[[], object], str]] = {
     "pickled": (f"{RETRIEVAL} --cosine", put("x.npy", lambda: np.array([{}, 1])), "EMBEDDINGS: x.npy: .* cannot read"),
     "three-d": (f"{RETRIEVAL} --cosine", put("x.npy", lambda: np.ones((2, 3, 4))), r"got float64 of shape \(2, 3, 4\)"),
     "integers": (f"{RETRIEVAL} --cosine", put("x.npy", lambda: np.ones((N, D), int)), "float64, got int64 of shape"),
-    "foreign-bytes": (f"{RETRIEVAL} --cosine", put("x.npy", lambda: np.ones((N, D), ">f4")), "got >f4 of shape"),
     "labels-short": (
         f"{RETRIEVAL} --cosine",
         put("ids.npy", lambda: np.arange(3)),

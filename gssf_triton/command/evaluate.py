@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from gssf_triton import metrics
 from gssf_triton.command.files import load_features, load_labels
 from gssf_triton.command.metric import add_metric, as_tensor, load_metric
-from gssf_triton.command.results import add_output, as_csv, as_json, bar_wanted, check_target, form_of, write_results
+from gssf_triton.command.results import (
+    add_output,
+    as_csv,
+    as_json,
+    bar_wanted,
+    check_output,
+    form_of,
+    note,
+    write_results,
+)
 from gssf_triton.command.usage import Help, Parser, UsageError, positive, refusals
+from gssf_triton.data.precomputed import CAPTIONS_PER_IMAGE, is_repeated
 
 Protocol = Callable[[argparse.Namespace], dict[str, float]]
 
@@ -26,7 +37,8 @@ examples:
 """
 IMAGE_TEXT = """\
 Recall@K both ways, their sum, median and mean ranks. Images and texts of equal ids match. Without ids, the texts are
-taken to be captions in the images' order, equally many an image (five, where there are five times as many).
+taken to be captions in the images' order, equally many an image (five, where there are five times as many). Images
+whose rows stand five times, once a caption, are taken once.
 """
 REID = """\
 mAP, mINP and CMC in Market-1501's protocol: items of the query's identity and camera are not ranked, nor is junk
@@ -37,11 +49,19 @@ Recall@K, MAP@R and R-precision of every row as a query against all others, itse
 """
 
 
+def _one_of_five(args: argparse.Namespace, images: NDArray[Any]) -> NDArray[Any]:
+    note(args, f"IMAGES: {args.images} has every image five times, once a caption: each is taken once")
+    return images[::CAPTIONS_PER_IMAGE]
+
+
 def _image_text(args: argparse.Namespace) -> dict[str, float]:
     images, texts = load_features("IMAGES", args.images), load_features("TEXTS", args.texts)
+    repeated = is_repeated(images)
     if (args.image_ids is None) != (args.text_ids is None):
         raise UsageError("--image-ids and --text-ids go together; without both, texts are captions in order")
     if args.image_ids is None:
+        if repeated and len(images) == len(texts):
+            images = _one_of_five(args, images)
         if len(texts) % max(len(images), 1) or not len(images):
             raise UsageError(
                 f"TEXTS: expected equally many captions an image, a multiple of the {len(images)} rows of "
@@ -52,6 +72,9 @@ def _image_text(args: argparse.Namespace) -> dict[str, float]:
     else:
         image_ids = load_labels("--image-ids", args.image_ids, len(images), "IMAGES")
         text_ids = load_labels("--text-ids", args.text_ids, len(texts), "TEXTS")
+        first_ids = image_ids[::CAPTIONS_PER_IMAGE]
+        if repeated and torch.equal(image_ids, first_ids.repeat_interleave(CAPTIONS_PER_IMAGE)):
+            images, image_ids = _one_of_five(args, images), first_ids
     metric = load_metric(args, images)
     with refusals():
         return metrics.image_text(
@@ -100,7 +123,7 @@ def _retrieval(args: argparse.Namespace) -> dict[str, float]:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_target("--out", args.out)
+    check_output(args)
     found = args.protocol(args)
     text = as_json(found) if form_of(args) == "json" else as_csv(("metric", "value"), found.items())
     write_results(args, text)

@@ -5,6 +5,7 @@ Every error names the option, the file, what was expected and what came. Nothing
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gssf_triton.command.usage import UsageError
-from gssf_triton.data.files import DataError, image_file, numbered_lines
+from gssf_triton.data.files import LARGEST, DataError, image_file, numbered_lines, visible_files
 from gssf_triton.integrations.arrays import load_arrays
 from gssf_triton.storage import reason
 
@@ -30,8 +31,8 @@ class Weights(NamedTuple):
 
 
 def _existing(option: str, path: Path, what: str) -> None:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "no file" if os.path.exists(path) else "no such file"
         raise UsageError(f"{option}: {path}: {found}; expected {what}")
 
 
@@ -51,10 +52,10 @@ def load_array(option: str, path: Path, what: str) -> NDArray[Any]:
 
 
 def load_features(option: str, path: Path) -> NDArray[Any]:
-    """(rows, D) floats."""
+    """(rows, D) floats, in whatever byte order the file has them: who takes rows turns them."""
     what = f"an .npy array of shape (rows, D) and dtype {', '.join(FEATURE_DTYPES[:-1])} or {FEATURE_DTYPES[-1]}"
     array = load_array(option, path, what)
-    if array.ndim != 2 or str(array.dtype) not in FEATURE_DTYPES:
+    if array.ndim != 2 or array.dtype.name not in FEATURE_DTYPES:
         raise UsageError(f"{option}: {path}: expected {what}, got {array.dtype} of shape {array.shape}")
     return array
 
@@ -65,6 +66,8 @@ def load_labels(option: str, path: Path, rows: int, of: str) -> Tensor:
     array = load_array(option, path, what)
     if array.shape != (rows,) or array.dtype.kind not in "iu":
         raise UsageError(f"{option}: {path}: expected {what}, got {array.dtype} of shape {array.shape}")
+    if array.dtype.kind == "u" and array.max(initial=0) > LARGEST:
+        raise UsageError(f"{option}: {path}: expected integers of at most {LARGEST}, got {array.max()}")
     return torch.from_numpy(array.astype(np.int64))
 
 
@@ -80,7 +83,7 @@ def load_weights(option: str, path: Path) -> Weights:
     if not found:
         raise UsageError(f"{option}: {path}: expected {what}, got {', '.join(arrays) or 'nothing'}")
     for name, array in found.items():
-        if str(array.dtype) not in FEATURE_DTYPES:
+        if array.dtype.name not in FEATURE_DTYPES:
             raise UsageError(f"{option}: {path}: expected floats in {name}, got {array.dtype}")
     return Weights(*(torch.from_numpy(found[name]) if name in found else None for name in Weights._fields))
 
@@ -98,15 +101,18 @@ def load_texts(option: str, path: Path, rows: int, of: str) -> list[str]:
 
 
 def load_images(option: str, source: Path, rows: int, of: str) -> list[Path]:
-    """One image file for each row: the lines of a list, relative to it, or a folder's images sorted by name."""
-    if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    else:
-        what = "the path of an image file"
-        try:
+    """One image file for each row: the lines of a list, relative to it, or a folder's images sorted by name.
+
+    The list is the user's own, and may name files anywhere.
+    """
+    what = "the path of an image file"
+    try:
+        if os.path.isdir(source):
+            files = [image_file(source, None, path) for path in visible_files(source, IMAGE_SUFFIXES)]
+        else:
             files = [image_file(source, number, source.parent / text) for number, text in numbered_lines(source, what)]
-        except (DataError, OSError) as fault:
-            raise UsageError(f"{option}: {fault}") from None
+    except (DataError, OSError) as fault:
+        raise UsageError(f"{option}: {fault}") from None
     if len(files) != rows:
         raise UsageError(f"{option}: {source}: expected {rows} images, one for each row of {of}, got {len(files)}")
     return files

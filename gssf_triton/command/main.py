@@ -6,11 +6,12 @@ Exit status: 0 done, 2 a command that makes no sense, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import gssf_triton
+from gssf_triton import console
 from gssf_triton.command.evaluate import add_evaluate
 from gssf_triton.command.search import add_search
 from gssf_triton.command.usage import Help, Parser, UsageError
@@ -47,9 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
+    console.ready()
     args = build_parser().parse_args(argv)
+
+    def say(message: Warning | str, *where: object, **more: object) -> None:
+        stream = sys.stdout if console.leads_to(sys.stderr, args.out) else sys.stderr
+        print(f"{args.prog}: warning: {' '.join(str(message).split())}", file=stream)
+
     try:
-        return int(args.run(args))
+        with warnings.catch_warnings():
+            warnings.showwarning = say
+            return int(args.run(args))
     except UsageError as fault:
         print(f"{args.prog}: {' '.join(str(fault).split())}", file=sys.stderr)
         return 2
@@ -57,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.prog}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the results has seen enough; Python would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the results has seen enough.
+        console.give_up_output()
         return 0
+    except OSError as fault:
+        print(f"{args.prog}: {fault}", file=sys.stderr)
+        return 2

@@ -15,6 +15,7 @@ from gssf_triton.checks import check_weights
 from gssf_triton.command.files import Weights, load_weights
 from gssf_triton.command.usage import UsageError, default_device, parse_device, refusals
 from gssf_triton.retrieval.scoring import ARRAY_DTYPES
+from gssf_triton.storage import native
 
 
 class Metric(NamedTuple):
@@ -38,7 +39,7 @@ def load_metric(args: argparse.Namespace, features: NDArray[Any], transpose: boo
     """The metric for features of its left side, or, with `transpose`, of its right one."""
     device = parse_device(args.device)
     if args.cosine:
-        weights = Weights(torch.ones(features.shape[1], dtype=ARRAY_DTYPES[features.dtype]), None)
+        weights = Weights(torch.ones(features.shape[1], dtype=ARRAY_DTYPES[features.dtype.newbyteorder("=")]), None)
     else:
         weights = load_weights("--weights", args.weights)
     W_diag, W_blocks = (None if weight is None else weight.to(device) for weight in weights)
@@ -56,5 +57,5 @@ def load_metric(args: argparse.Namespace, features: NDArray[Any], transpose: boo
 
 
 def as_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array's memory itself on the CPU, a copy on a GPU."""
-    return torch.from_numpy(array).to(device)
+    """The array's memory itself on the CPU, unless its bytes must be turned; a copy on a GPU."""
+    return torch.from_numpy(native(array)).to(device)

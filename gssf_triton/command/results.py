@@ -8,15 +8,20 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gssf_triton import console
+from gssf_triton.command import usage
 from gssf_triton.command.usage import UsageError
 from gssf_triton.storage import replacing
 
 FORMATS = ("json", "csv")
+#: What a spreadsheet takes for a formula's beginning; the last four are = + - @ of East Asian keyboards.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +31,20 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bar, no notes")
 
 
-def check_target(option: str, path: Path | None) -> None:
-    """Said before the work, not after it."""
+def check_output(args: argparse.Namespace, option: str = "--out", inputs: Iterable[Path] = ()) -> None:
+    """Whether what is found can be written: said before the work, not after it.
+
+    Nothing that the command reads may be overwritten: no file of its arguments, and none of `inputs`.
+    """
+    path: Path | None = getattr(args, option.lstrip("-"))
     if path is None:
+        if option == "--out" and sys.__stdout__ is None:
+            raise UsageError("--out: expected a file's name, for standard output is closed")
         return
-    if path.is_dir():
-        raise UsageError(f"{option}: {path} is a folder; expected a file's name")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UsageError(f"{option}: {path.parent} is no folder to write in")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{option}: {path.parent} cannot be written in")
+    given = [value for name, value in vars(args).items() if isinstance(value, Path) and name not in ("out", "sheet")]
+    usage.check_output(option, path, *given, *inputs)
 
 
 def form_of(args: argparse.Namespace) -> str:
@@ -60,11 +69,19 @@ def as_json(results: Any) -> str:
     return json.dumps(clean(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet neither computes, which a ' before it prevents, nor takes for two lines."""
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")
+    return f"'{text}" if any(start.startswith(FORMULA_STARTS) for start in (value, value.lstrip())) else text
+
+
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_cell(value) for value in row] for row in rows)
     return text.getvalue()
 
 
@@ -78,23 +95,32 @@ def replace_file(option: str, path: Path, content: bytes) -> None:
 
 
 def write_results(args: argparse.Namespace, text: str) -> None:
-    if args.out is None:
+    if args.out is not None:
+        # Half a surrogate, as in file names that are no UTF-8, is written \udcff, which is JSON, too.
+        replace_file("--out", args.out, text.encode(errors="backslashreplace"))
+        note(args, f"results: {args.out}")
+        return
+    if form_of(args) == "json" and not console.knows_unicode():
+        text = re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+    try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    else:
-        replace_file("--out", args.out, text.encode())
-        note(args, f"results: {args.out}")
+    except BrokenPipeError:
+        raise
+    except OSError as fault:
+        console.give_up_output()
+        raise UsageError(f"standard output cannot be written ({fault.strerror})") from None
 
 
 def note(args: argparse.Namespace, text: str) -> None:
     """A line for whoever sits before the screen."""
     if not args.quiet:
-        print(text, file=sys.stderr)
+        console.say(text, args.out)
 
 
 def bar_wanted(args: argparse.Namespace) -> bool:
     """A progress bar is for a terminal, and needs tqdm."""
-    if args.quiet or not sys.stderr.isatty():
+    if args.quiet or not sys.stderr.isatty() or console.leads_to(sys.stderr, args.out):
         return False
     try:
         import tqdm  # noqa: F401

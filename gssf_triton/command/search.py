@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gssf_triton.command.results import (
     as_csv,
     as_json,
     bar_wanted,
-    check_target,
+    check_output,
     form_of,
     note,
     replace_file,
@@ -25,6 +26,7 @@ from gssf_triton.command.results import (
 from gssf_triton.command.sheet import FORMS, Cell, Row, check_requirements, draw_sheet
 from gssf_triton.command.usage import Help, UsageError, positive, refusals
 from gssf_triton.retrieval import topk
+from gssf_triton.retrieval.checks import warn_of_bad_rows
 
 DEFAULT_K = 10
 
@@ -92,30 +94,32 @@ class Shown:
         )
 
 
-def _check_sheet(args: argparse.Namespace, gallery: Shown) -> None:
+def _check_sheet(args: argparse.Namespace, gallery: Shown, images: list[Path]) -> None:
     if args.sheet is None:
         return
     if args.sheet.suffix.lower() not in FORMS:
         raise UsageError(f"--sheet: expected a name that ends in {' or '.join(FORMS)}, got {args.sheet}")
     if not gallery.visible:
         raise UsageError("--sheet: expected --images or --texts, what the gallery's rows look like")
-    check_target("--sheet", args.sheet)
+    check_output(args, "--sheet", images)
     check_requirements(args.sheet.suffix.lower())
-    if args.out is not None and args.out.resolve() == args.sheet.resolve():
+    if args.out is not None and os.path.realpath(args.out) == os.path.realpath(args.sheet):
         raise UsageError(f"--sheet: {args.sheet} is --out's file")
 
 
 def run(args: argparse.Namespace) -> int:
-    check_target("--out", args.out)
+    check_output(args)
     queries, gallery = load_features("QUERIES", args.queries), load_features("GALLERY", args.gallery)
-    if args.queries.resolve() == args.gallery.resolve() and not (args.query_images or args.query_texts):
+    if os.path.samefile(args.queries, args.gallery) and not (args.query_images or args.query_texts):
         args.query_images, args.query_texts = args.images, args.texts
     if args.exclude_self and len(queries) != len(gallery):
         raise UsageError(
             f"--exclude-self: expected QUERIES and GALLERY of one length, got {len(queries)} and {len(gallery)} rows"
         )
     found_gallery, found_queries = Shown(args, "gallery", len(gallery)), Shown(args, "query", len(queries))
-    _check_sheet(args, found_gallery)
+    images = [*(found_gallery.images or ()), *(found_queries.images or ())]
+    check_output(args, "--out", images)
+    _check_sheet(args, found_gallery, images)
     metric = load_metric(args, queries, transpose=args.transpose)
     with refusals():
         values, indices = topk(
@@ -126,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
             progress=bar_wanted(args),
             **metric.options,
         )
+    if not bool(values[indices >= 0].isfinite().all()):
+        warn_of_bad_rows(1, QUERIES=queries, GALLERY=gallery)
     found = [
         [(index, value) for index, value in zip(*row, strict=True) if index >= 0]
         for row in zip(indices.tolist(), values.tolist(), strict=True)

@@ -68,6 +68,8 @@ def check_requirements(form: str) -> None:
             raise UsageError(
                 f'--sheet: a {form} sheet needs {fault.name}: pip install "gssf_triton[command]"'
             ) from None
+        except OSError as fault:  # Matplotlib's, where there is no folder that it may write to
+            raise UsageError(f"--sheet: {module} cannot be used ({fault})") from None
 
 
 def _thumbnail(path: Path) -> Any:
@@ -111,7 +113,13 @@ def _page(title: str, rows: list[Row]) -> bytes:
         for cell in row.matches:
             lines += _figure(cell, "right" if cell.right else "match")
         lines += ["</section>"]
-    return "\n".join([*lines, "</body></html>", ""]).encode()
+    return "\n".join([*lines, "</body></html>", ""]).encode(errors="backslashreplace")
+
+
+def drawable(text: str) -> str:
+    """Text that can be drawn: control characters, and bytes of a file's name that are no UTF-8, are escaped."""
+    text = text.encode(errors="backslashreplace").decode()
+    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)
 
 
 def _draw(axes: Any, cell: Cell, query: bool) -> None:
@@ -120,7 +128,7 @@ def _draw(axes: Any, cell: Cell, query: bool) -> None:
     if cell.image is not None:
         axes.imshow(_thumbnail(cell.image))
     if cell.text is not None:
-        text = "\n".join(textwrap.wrap(cell.text, LINE_LETTERS, max_lines=LINES, placeholder=" …"))
+        text = "\n".join(textwrap.wrap(drawable(cell.text), LINE_LETTERS, max_lines=LINES, placeholder=" …"))
         if cell.image is None:
             middle = {"transform": axes.transAxes, "ha": "center", "va": "center"}
             axes.text(0.5, 0.5, text, fontsize=8, parse_math=False, **middle)
@@ -140,7 +148,7 @@ def _picture(title: str, rows: list[Row]) -> bytes:
     columns = 1 + max((len(row.matches) for row in rows), default=0)
     size = (CELL_INCHES * columns + 0.3, (CELL_INCHES + 0.25) * max(len(rows), 1) + 0.5)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.suptitle(drawable(title), fontsize=11, parse_math=False)
     grid = figure.subplots(max(len(rows), 1), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import torch
+
+from gssf_triton.storage import check_target
 
 
 class UsageError(Exception):
@@ -21,6 +24,16 @@ def refusals() -> Iterator[None]:
         yield
     except ValueError as fault:
         raise UsageError(str(fault)) from fault
+
+
+def check_output(option: str, path: Path, *inputs: Path | None) -> None:
+    """Whether an output can be written, and is none of the inputs: said before the work, not after it."""
+    try:
+        check_target(path, *inputs)
+    except OSError as fault:
+        raise UsageError(f"{option}: {fault.filename} {fault.strerror}") from None
+    except ValueError as fault:
+        raise UsageError(f"{option}: {fault}") from None
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
