@@ -301,7 +301,7 @@ def _gradient(
     needs_blocks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(x):
-        # P x may leave float16's range where T'(P x) does not: one kernel then, which holds it in float32.
+        # P x may leave float16's range where T'(P x) does not: there it is never the library's, rounded product.
         if p is not None and p.dtype == x.dtype != torch.float16:
             plan = lookup.gradient_plan(p.shape[0], p.shape[1], p.shape[2], x.shape[2], block_size, x.dtype, x.device)
             if plan.kind == "fold_product":

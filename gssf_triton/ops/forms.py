@@ -47,9 +47,6 @@ def pairwise_terms(
     from gssf_triton.kernels import pairwise as kernels
     from gssf_triton.kernels.launch import Metric
 
-    if normalize and a.dtype == torch.float16:  # as in bilinear._plan
-        a, b = (fold(torch_backend.as_rows(x), None, None, True).view(x.shape) for x in (a, b))
-        normalize = False
     return kernels.pairwise_terms(a, b, Metric(W_diag, W_blocks), normalize, out_dtype)
 
 
@@ -83,11 +80,15 @@ def _torch_gradient(
     block_size: int,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """R is rounded to the operands' dtype, as by the library's product of the plan that is no one-pass plan."""
+    """R is rounded to the operands' dtype, as by the library's product of the plan that is no one-pass plan.
+
+    Not to float16, whose range it may leave where the gradients do not.
+    """
     needs_rows, needs_diag, needs_blocks = needs
     product_dtype = x.dtype if p is None else torch.promote_types(p.dtype, x.dtype)
     wide = torch.promote_types(product_dtype, torch.float32)
-    R = x if p is None else torch.matmul(p.to(product_dtype), x.to(product_dtype))
+    operands = wide if product_dtype == torch.float16 else product_dtype
+    R = x if p is None else torch.matmul(p.to(operands), x.to(operands))
     rows = d_diag = d_blocks = None
     if needs_rows:
         rows = torch_backend.fold(R, W_diag, None if W_blocks is None else W_blocks.mT).to(x.dtype)
