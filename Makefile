@@ -25,8 +25,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.setup-done
 RUNS := $(VENV)/.setup-runs-done
-# The package as a wheel lays it out, for mypy.
-TYPING := build/typing
 # The oldest Triton supported, which the first GPU machines hold, and where it is unpacked.
 OLDEST_TRITON := 3.6.0
 OLDEST := build/triton-$(OLDEST_TRITON)
@@ -57,10 +55,7 @@ test: $(STAMP) ## run the tests and the docstrings' examples, in Triton's interp
 lint: $(STAMP) ## ruff's rules and format, mypy's types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf $(TYPING)
-	@$(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_py --build-lib $(TYPING)
-	$(BIN)/mypy $(TYPING)/gssf_triton perf examples | \
-		sed -E 's,^$(TYPING)/(gssf_triton/(kernels|autotune)/)?,\2/,; s,^/(gssf_triton/),\1,'
+	$(BIN)/mypy gssf_triton perf examples
 
 format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

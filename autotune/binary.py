@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gssf_triton.autotune import sass, ttgir
-from gssf_triton.autotune.targets import ARCHITECTURES
 from gssf_triton.autotune.ttgir import Access as Access
+from gssf_triton.kernels.targets import ARCHITECTURES
 
 #: Bytes of shared memory that every block loses to the driver.
 RESERVED_SHARED = 1024

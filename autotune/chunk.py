@@ -7,7 +7,7 @@ from typing import cast
 import torch
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import ChunkConfig, chunk_config
+from gssf_triton.kernels.configs import ChunkConfig, chunk_config
 
 
 def stream_chunk(M: int, N: int, D: int, dtype: torch.dtype, device: torch.device) -> ChunkConfig:

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from gssf_triton import console
-from gssf_triton.autotune import devices, lookup, mode, model
-from gssf_triton.autotune.devices import Device
+from gssf_triton.autotune import lookup, mode, model
 from gssf_triton.autotune.keys import NUMERICS, Key, dtype_of, make_key
 from gssf_triton.autotune.shapes import (
     CPU_KERNELS,
@@ -33,9 +32,10 @@ from gssf_triton.autotune.shapes import (
 from gssf_triton.autotune.space import SPACES, TORCH_KERNELS
 from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped, shipped_for
-from gssf_triton.autotune.targets import SHIPPED_DEVICES
 from gssf_triton.command.usage import Parser, UsageError, check_output, default_device, parse_device, positive
-from gssf_triton.kernels import toolchain
+from gssf_triton.kernels import devices, toolchain
+from gssf_triton.kernels.devices import Device
+from gssf_triton.kernels.targets import SHIPPED_DEVICES
 from gssf_triton.progress import bar
 from gssf_triton.storage import CACHE_VARIABLE, read_text, replacing
 

@@ -24,15 +24,15 @@ from gssf_triton import console
 from gssf_triton.autotune import workloads
 from gssf_triton.autotune.binary import Access
 from gssf_triton.autotune.compiled import Compiled, compile_launch
-from gssf_triton.autotune.configs import padded_block
 from gssf_triton.autotune.public_calls import NUMERICS, float32_precision, gated
 from gssf_triton.autotune.rehearsal import Launch, Record, recording
 from gssf_triton.autotune.space import TORCH_KERNELS
 from gssf_triton.autotune.stub import CUDA
 from gssf_triton.autotune.tables import Table, shipped
-from gssf_triton.autotune.targets import ARCHITECTURES
 from gssf_triton.backend import TRITON_RELEASE
 from gssf_triton.kernels import toolchain
+from gssf_triton.kernels.configs import padded_block
+from gssf_triton.kernels.targets import ARCHITECTURES
 from gssf_triton.progress import bar
 
 #: Programs that a grid may have, by dimension.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gssf_triton.autotune.binary import Facts, has_register_operands, inspect
 from gssf_triton.autotune.rehearsal import Launch
-from gssf_triton.autotune.targets import ARCHITECTURES
+from gssf_triton.kernels.targets import ARCHITECTURES
 
 #: A product in Triton's own text: its operands' type and the rows of its result; and how float32 is multiplied.
 DOT = re.compile(r"tt\.dot\b.*: tensor<\d+x\d+x(\w+)> \* tensor<[^>]*> -> tensor<(\d+)x")

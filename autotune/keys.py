@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gssf_triton.autotune.configs import MIN_DOT, padded_block
+from gssf_triton.kernels.configs import MIN_DOT, padded_block
 
 #: Names of the numerics that kernels differ in: float32 multiplies exactly or in TF32.
 NUMERICS = ("bf16", "fp16", "fp32", "tf32", "fp64")

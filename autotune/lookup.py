@@ -18,21 +18,21 @@ from typing import Any, cast
 import torch
 
 from gssf_triton.autotune import mode, model
-from gssf_triton.autotune.configs import (
+from gssf_triton.autotune.keys import RANKED_ROWS, WITHOUT_COLUMNS, Key, distance, make_key, numerics
+from gssf_triton.autotune.space import SPACES, TORCH_KERNELS, Config
+from gssf_triton.autotune.store import Store
+from gssf_triton.autotune.tables import Entry, TableError, shipped_for
+from gssf_triton.backend import TRITON_RELEASE
+from gssf_triton.kernels.configs import (
     CrossAttentionConfig,
     FoldConfig,
     GradientConfig,
     LateInteractionConfig,
     PairwiseConfig,
 )
-from gssf_triton.autotune.devices import Device, identify, identify_for_torch
-from gssf_triton.autotune.keys import RANKED_ROWS, WITHOUT_COLUMNS, Key, distance, make_key, numerics
-from gssf_triton.autotune.plans import Plan, PlanChoice, as_compiled, forced_plan
-from gssf_triton.autotune.retrieval_configs import RetrievalConfig
-from gssf_triton.autotune.space import SPACES, TORCH_KERNELS, Config
-from gssf_triton.autotune.store import Store
-from gssf_triton.autotune.tables import Entry, TableError, shipped_for
-from gssf_triton.backend import TRITON_RELEASE
+from gssf_triton.kernels.devices import Device, identify, identify_for_torch
+from gssf_triton.kernels.plans import Plan, PlanChoice, as_compiled, forced_plan
+from gssf_triton.kernels.retrieval_configs import RetrievalConfig
 
 #: Answers remembered before all are forgotten: a program whose every batch has another size must not grow for ever.
 MOST_REMEMBERED = 16_384

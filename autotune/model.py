@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from gssf_triton.autotune import configs, plans
-from gssf_triton.autotune.configs import (
+from gssf_triton.autotune.keys import PAIR_KERNELS, STREAM_KERNELS, Key, dtype_of
+from gssf_triton.autotune.space import SPACES, Config
+from gssf_triton.kernels import configs, plans
+from gssf_triton.kernels.configs import (
     ChunkConfig,
     CrossAttentionConfig,
     FoldConfig,
@@ -22,11 +24,9 @@ from gssf_triton.autotune.configs import (
     PairwiseConfig,
     padded_block,
 )
-from gssf_triton.autotune.keys import PAIR_KERNELS, STREAM_KERNELS, Key, dtype_of
-from gssf_triton.autotune.plans import PlanChoice
-from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K, RetrievalConfig, retrieval_config
-from gssf_triton.autotune.space import SPACES, Config
-from gssf_triton.autotune.targets import ARCHITECTURES, kin, shared_bytes
+from gssf_triton.kernels.plans import PlanChoice
+from gssf_triton.kernels.retrieval_configs import LARGEST_KERNEL_K, RetrievalConfig, retrieval_config
+from gssf_triton.kernels.targets import ARCHITECTURES, kin, shared_bytes
 
 #: Numbers a thread may hold in accumulators beside the operands in flight, found by compiling the tiles around them:
 #: with nothing to fold, with blocks that fit a chunk of channels, and with blocks split over chunks.

@@ -14,8 +14,8 @@ from gssf_triton.autotune import model, tables
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.shapes import GPU_KERNELS, SETS, keys_for
 from gssf_triton.autotune.tables import Entry, Table, render
-from gssf_triton.autotune.targets import SHIPPED_DEVICES
 from gssf_triton.command.usage import UsageError, check_output
+from gssf_triton.kernels.targets import SHIPPED_DEVICES
 from gssf_triton.storage import read_text, replacing
 
 

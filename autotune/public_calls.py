@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.autotune.plans import force_plan
 from gssf_triton.autotune.rehearsal import Record, Tape
+from gssf_triton.kernels.plans import force_plan
 from gssf_triton.kernels.toolchain import is_sound
 
 #: Numerics → (dtype of the features, torch's setting for float32 products).

@@ -10,11 +10,12 @@ import math
 from dataclasses import astuple
 from typing import Any
 
-from gssf_triton.autotune import model, plans
-from gssf_triton.autotune.configs import ChunkConfig, GradientConfig, PairwiseConfig, padded_block
+from gssf_triton.autotune import model
 from gssf_triton.autotune.keys import Key, dtype_of
 from gssf_triton.autotune.space import SPACES, Config
-from gssf_triton.autotune.targets import ARCHITECTURES, kin
+from gssf_triton.kernels import plans
+from gssf_triton.kernels.configs import ChunkConfig, GradientConfig, PairwiseConfig, padded_block
+from gssf_triton.kernels.targets import ARCHITECTURES, kin
 
 #: Rows and columns at which a tile's operands come in half as fast as its products go.
 HALF_RATE_SIDE = 48.0

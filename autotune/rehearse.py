@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from gssf_triton import console
-from gssf_triton.autotune import devices
 from gssf_triton.autotune.binary import predicted_share
 from gssf_triton.autotune.compile_gate import Case, compile_all, faults
 from gssf_triton.autotune.compiled import Compiled
 from gssf_triton.autotune.public_calls import NUMERICS, PublicCall, headline, loss, pairwise, with_rows
 from gssf_triton.autotune.rehearsal import Launch, Record, recording
 from gssf_triton.autotune.stub import stub_driver, stub_host
-from gssf_triton.autotune.targets import ARCHITECTURES
 from gssf_triton.command.usage import UsageError, check_output
+from gssf_triton.kernels import devices
+from gssf_triton.kernels.targets import ARCHITECTURES
 from gssf_triton.progress import bar
 from gssf_triton.storage import replacing
 

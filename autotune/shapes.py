@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gssf_triton.autotune.configs import REGIONS, WORDS, cross_attention_fits
 from gssf_triton.autotune.keys import NUMERICS, PAIR_KERNELS, RANKED_ROWS, STREAM_KERNELS, Key, make_key
+from gssf_triton.kernels.configs import REGIONS, WORDS, cross_attention_fits
 from gssf_triton.storage import read_text
 
 

@@ -11,7 +11,8 @@ from itertools import product
 from reprlib import repr as shown
 from typing import Any
 
-from gssf_triton.autotune.configs import (
+from gssf_triton.autotune.keys import Key
+from gssf_triton.kernels.configs import (
     CROSS_ATTENTION_REGIONS,
     CROSS_ATTENTION_WORDS,
     MIN_DOT,
@@ -24,9 +25,8 @@ from gssf_triton.autotune.configs import (
     cross_attention_fits,
     padded_block,
 )
-from gssf_triton.autotune.keys import Key
-from gssf_triton.autotune.plans import FOLDS, PLANS, PlanChoice
-from gssf_triton.autotune.retrieval_configs import RetrievalConfig
+from gssf_triton.kernels.plans import FOLDS, PLANS, PlanChoice
+from gssf_triton.kernels.retrieval_configs import RetrievalConfig
 
 Config = (
     PairwiseConfig

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from gssf_triton.autotune import devices
-from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render
+from gssf_triton.kernels import devices
+from gssf_triton.kernels.devices import Device
 from gssf_triton.storage import CACHE_VARIABLE, cache_folder, read_text, regular, warn_once
 
 if sys.platform != "win32":
@@ -79,8 +79,8 @@ class Store:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from gssf_triton.autotune.configs import ChunkConfig
-        >>> from gssf_triton.autotune.devices import Device
+        >>> from gssf_triton.kernels.configs import ChunkConfig
+        >>> from gssf_triton.kernels.devices import Device
         >>> from gssf_triton.autotune.keys import Key
         >>> from gssf_triton.autotune.store import Store
         >>> from gssf_triton.autotune.tables import Entry

@@ -25,8 +25,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gssf_triton import backend
-from gssf_triton.autotune import devices, lookup
-from gssf_triton.autotune.targets import ARCHITECTURES, SHIPPED_DEVICES, kin
+from gssf_triton.autotune import lookup
+from gssf_triton.kernels import devices
+from gssf_triton.kernels.targets import ARCHITECTURES, SHIPPED_DEVICES, kin
 from gssf_triton.storage import CACHE_VARIABLE
 
 #: What every disguised tensor says of its device.

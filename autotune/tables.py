@@ -14,9 +14,9 @@ from reprlib import repr as shown
 from typing import Any
 
 from gssf_triton.autotune import model
-from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import NUMERICS, ROW_KERNELS, WITHOUT_COLUMNS, Key, bucket
 from gssf_triton.autotune.space import SPACES, Config, parse_config
+from gssf_triton.kernels.devices import Device
 from gssf_triton.storage import read_text
 
 #: Raised when the file's layout or a configuration's meaning changes: older files are then set aside.

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_triton.autotune import devices, lookup, workloads
+from gssf_triton.autotune import lookup, workloads
 from gssf_triton.autotune.keys import Key, dtype_of
 from gssf_triton.autotune.measure import Clock, Timing, clock_for, measure
 from gssf_triton.autotune.ranking import candidates
 from gssf_triton.autotune.space import TORCH_KERNELS, Config
 from gssf_triton.autotune.tables import Entry
 from gssf_triton.autotune.workloads import Workload
+from gssf_triton.kernels import devices
 
 #: Two medians nearer than this, or than their own spreads, are the same.
 NOISE = 0.02
@@ -53,7 +54,7 @@ def settle(order: Sequence[Config], timings: dict[Config, Timing]) -> Config:
     """The first in `order` of those within noise of the fastest.
 
     Example:
-        >>> from gssf_triton.autotune.configs import ChunkConfig
+        >>> from gssf_triton.kernels.configs import ChunkConfig
         >>> from gssf_triton.autotune.measure import Timing
         >>> from gssf_triton.autotune.tuner import settle
         >>> first, second = ChunkConfig(512, 1024), ChunkConfig(1024, 1024)

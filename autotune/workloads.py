@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import chunk_config
 from gssf_triton.autotune.keys import PAIR_KERNELS, STREAM_KERNELS, Key, dtype_of
 from gssf_triton.autotune.space import Config
+from gssf_triton.kernels.configs import chunk_config
 
 #: Makes the call of a configuration.
 Workload = Callable[[Config], Callable[[], Any]]
@@ -128,9 +128,9 @@ def _pairs(key: Key, where: torch.device) -> Callable[[], Any]:
 
 
 def _triton_call(key: Key, where: torch.device) -> Callable[[], Any]:
-    from gssf_triton import ops
     from gssf_triton.kernels import fold, gradient, paired, pairwise
     from gssf_triton.kernels.launch import Metric
+    from gssf_triton.similarity import bilinear
 
     M, N, D, B, dtype = key.M, key.N, key.D, key.B, dtype_of(key.dtype)
     W_diag = torch.randn(D, device=where)
@@ -148,9 +148,9 @@ def _triton_call(key: Key, where: torch.device) -> Callable[[], Any]:
     if key.kernel == "terms":
         return lambda: pairwise.pairwise_terms(a, b, metric, False, dtype)
     if key.kernel == "plan":
-        return lambda: ops.pairwise(a, b, W_diag, W_blocks, False, dtype)
+        return lambda: bilinear.pairwise(a, b, W_diag, W_blocks, False, dtype)
     P = _features(1, M, N, key=key, where=where) if N else None
     if key.kernel == "gradient":
         return lambda: gradient.gradient(P, b, a, metric, B, (True, True, B > 0))
     assert key.kernel == "gradient_plan", key
-    return lambda: ops.gradient(P, b, a, (W_diag, W_blocks), (True, True, B > 0))
+    return lambda: bilinear.gradient(P, b, a, (W_diag, W_blocks), (True, True, B > 0))

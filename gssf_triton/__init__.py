@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import torch.fx
 
-from gssf_triton import clone  # noqa: F401
-
-# isort: split
 from gssf_triton import metrics, nn
-from gssf_triton.functional import dense_metric, paired_sim, pairwise_sim, pairwise_terms, transform
-from gssf_triton.heads import attention
+from gssf_triton.attention.functional import attention
 from gssf_triton.losses import distillation_loss, info_nce, sigmoid_loss, triplet_loss
 from gssf_triton.region_word import cross_attention_sim, late_interaction
 from gssf_triton.retrieval import ranks, topk
+from gssf_triton.similarity.functional import dense_metric, paired_sim, pairwise_sim, pairwise_terms, transform
 
 __version__ = "0.1.0"
 

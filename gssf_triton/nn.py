@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gssf_triton import functional, options
+from gssf_triton import options
+from gssf_triton.attention.module import GSSFAttention
 from gssf_triton.losses.modules import DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
-from gssf_triton.multihead import GSSFAttention
+from gssf_triton.similarity import functional
 from gssf_triton.tracing import Leaf
 
 __all__ = ["GSSF", "DistillationLoss", "GSSFAttention", "InfoNCELoss", "SigmoidLoss", "TripletLoss"]

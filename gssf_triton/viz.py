@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, functional, options, torch_backend
+from gssf_triton import checks, options
 from gssf_triton.integrations import require
 from gssf_triton.precision import full_precision
 from gssf_triton.retrieval.checks import check_labels
+from gssf_triton.similarity import functional, torch_backend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import GradientConfig
+from gssf_triton.kernels.configs import GradientConfig
 from gssf_triton.kernels.fold import fold
 from gssf_triton.kernels.launch import (
     Metric,

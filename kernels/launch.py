@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.configs import dot_precision
-from gssf_triton.autotune.devices import identify
 from gssf_triton.kernels import toolchain
+from gssf_triton.kernels.configs import dot_precision
+from gssf_triton.kernels.devices import identify
 from gssf_triton.kernels.tile import INTERPRETED
 
 #: Offsets below this fit the 32-bit arithmetic that Triton uses for 32-bit operands.

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import drains, stores_both
+from gssf_triton.kernels.configs import drains, stores_both
 from gssf_triton.kernels.launch import (
     Metric,
     describe,

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune.retrieval_configs import RetrievalConfig
 from gssf_triton.kernels.launch import Metric, matrix, needs_wide_channels, numerics, options, pointer
+from gssf_triton.kernels.retrieval_configs import RetrievalConfig
 from gssf_triton.kernels.tile import clamped_rows, similarity_tile, stride_of
 from gssf_triton.retrieval.scoring import Exclusions, Scores
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import TRITON_CHUNK_ARRAYS
+from gssf_triton.kernels.configs import TRITON_CHUNK_ARRAYS
 from gssf_triton.kernels.epilogues import EPILOGUES
 from gssf_triton.kernels.launch import (
     ALIGNMENT,

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from gssf_triton.autotune import devices
-from gssf_triton.autotune.configs import dot_precision
 from gssf_triton.backend import TRITON_RELEASE
+from gssf_triton.kernels import devices
+from gssf_triton.kernels.configs import dot_precision
 
 #: The oldest assembler that register operands are safe with: 13.0 is reported to fail, 13.1 not to (#1262 above).
 SAFE_ASSEMBLER = (13, 1)

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.retrieval_configs import padded_k
 from gssf_triton.kernels.launch import launch
 from gssf_triton.kernels.ranked_tile import ABSENT, ranked_tile, spans_of, split_keys, tile_arguments
+from gssf_triton.kernels.retrieval_configs import padded_k
 from gssf_triton.kernels.tile import clamped_rows
 from gssf_triton.retrieval.scan import Lists
 from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores

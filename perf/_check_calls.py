@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.autotune.plans import force_plan
+from gssf_triton.kernels.plans import force_plan
 
 #: Modules of gssf_triton.kernels that hold a kernel called after them.
 KERNELS = (

@@ -17,9 +17,9 @@ from _where import where_wrong
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.autotune.devices import identify
-from gssf_triton.autotune.plans import force_plan
 from gssf_triton.kernels import toolchain
+from gssf_triton.kernels.devices import identify
+from gssf_triton.kernels.plans import force_plan
 
 REPEATS = {"cuda": 100, "cpu": 3}
 #: Products that keep the device busy while a call is repeated once.

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import gssf_triton
 from gssf_triton.autotune import lookup, workloads
-from gssf_triton.autotune.configs import PairwiseConfig
 from gssf_triton.autotune.keys import Key
-from gssf_triton.autotune.plans import force_plan
+from gssf_triton.kernels.configs import PairwiseConfig
 from gssf_triton.kernels.launch import Metric
 from gssf_triton.kernels.pairwise import pairwise
+from gssf_triton.kernels.plans import force_plan
 from gssf_triton.kernels.stream import TritonEngine
 from gssf_triton.streaming.driver import Operands
 

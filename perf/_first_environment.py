@@ -16,8 +16,8 @@ from _operation import relative_error
 from _timing import Effort, Spread, spreads
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.devices import identify
 from gssf_triton.kernels import toolchain
+from gssf_triton.kernels.devices import identify
 
 Row = dict[str, Any]
 Plan = dict[str, list[list[dict[str, Any]]]]

@@ -16,7 +16,7 @@ from _watch import short, watched
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from gssf_triton.autotune.configs import PairwiseConfig
+from gssf_triton.kernels.configs import PairwiseConfig
 
 Row = dict[str, Any]
 

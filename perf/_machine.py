@@ -16,7 +16,7 @@ from _cells import DTYPES
 from _timing import BRIEF, Effort, Spread, clock_for, interleave
 
 import gssf_triton
-from gssf_triton.autotune.devices import identify
+from gssf_triton.kernels.devices import identify
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Bytes of the buffer that is copied to measure the bandwidth: far beyond any cache.

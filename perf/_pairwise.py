@@ -12,7 +12,7 @@ from _tensors import metric_for, normal_for
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.autotune.plans import force_plan
+from gssf_triton.kernels.plans import force_plan
 
 #: Rows and groups that the float64 truth is computed for.
 PROBED_ROWS = 64

@@ -37,7 +37,7 @@ from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
-from poison import poisoned_memory  # noqa: E402
+from support.poison import poisoned_memory  # noqa: E402
 
 from gssf_triton.backend import HAS_TRITON, TRITON_VERSION  # noqa: E402
 

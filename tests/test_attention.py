@@ -8,13 +8,13 @@ import warnings
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import assert_close, features, tolerance
+from support import reference
+from support.reference import assert_close, features, tolerance
 from torch import Tensor, nn
 
 import gssf_triton
-from gssf_triton.heads import HeadMetric
+from gssf_triton.attention.functional import HeadMetric
 from gssf_triton.nn import GSSFAttention
 
 # ---------------------------------------------------------------- the function

@@ -7,8 +7,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from gssf_triton.autotune import configs, plans
-from gssf_triton.autotune.targets import ARCHITECTURES
+from gssf_triton.kernels import configs, plans
+from gssf_triton.kernels.targets import ARCHITECTURES
 
 HALF, FULL = torch.bfloat16, torch.float32
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

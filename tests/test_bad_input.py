@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from good_calls import FUNCTIONS, MODULES, OTHERS, D, G, M, distillation_call
-from reference import features, weights
-from wrong_values import KINDS, assert_says, complaint, faults_of
+from support.good_calls import FUNCTIONS, MODULES, OTHERS, D, G, M, distillation_call
+from support.reference import features, weights
+from support.wrong_values import KINDS, assert_says, complaint, faults_of
 
 import gssf_triton
 from gssf_triton import data, metrics, nn, viz

@@ -20,16 +20,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from good_calls import FUNCTIONS
+from support.good_calls import FUNCTIONS
+from support.tuner_kit import CPU, a_chunk, measured, stream_key
 from test_glyphs import same
-from tuner_kit import CPU, a_chunk, measured, stream_key
 
 from gssf_triton import storage
 from gssf_triton.autotune import lookup
 from gssf_triton.autotune.cli import main
-from gssf_triton.autotune.devices import INTERPRETER, identify_for_torch
 from gssf_triton.backend import HAS_TRITON
 from gssf_triton.data import Glyphs, glyphs
+from gssf_triton.kernels.devices import INTERPRETER, identify_for_torch
 
 BACKENDS = ["torch", "triton"] if HAS_TRITON else ["torch"]
 KEY = stream_key()
@@ -192,7 +192,7 @@ sys.meta_path.insert(0, Without())
 pwd.getpwuid = unknown
 assert not os.environ.keys() & {{"HOME", "XDG_CACHE_HOME", "GSSF_CACHE_DIR"}}
 sys.path[:0] = {[path for path in sys.path if path]!r}
-from good_calls import FUNCTIONS
+from support.good_calls import FUNCTIONS
 for call in FUNCTIONS.values():
     for chosen in [dict(backend=backend) for backend in {BACKENDS}] if "backend" in call.kinds else [dict()]:
         call.callable("cpu")(**call.arguments("cpu"), **chosen)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import features, weights
+from support.reference import features, weights
 
 import gssf_triton
 from gssf_triton.command import main, results

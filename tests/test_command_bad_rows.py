@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference import features
+from support.reference import features
 
 from gssf_triton.command import main
 

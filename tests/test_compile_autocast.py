@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from reference import assert_close, features, tolerance, weights
+from support.reference import assert_close, features, tolerance, weights
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_triton
-from gssf_triton import ops  # noqa: F401  (registers torch.ops.gssf)
 from gssf_triton.nn import GSSF
+from gssf_triton.similarity import functional  # noqa: F401  (registers torch.ops.gssf)
 
 FUNCTIONS = ["pairwise_sim", "pairwise_terms", "paired_sim", "transform"]
 functions = pytest.mark.parametrize("function", FUNCTIONS)

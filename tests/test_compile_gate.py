@@ -27,11 +27,11 @@ PROGRAM = """
 import json
 from unittest import mock
 import torch
-import planted_kernels
+from support import planted_kernels
 import gssf_triton
 from gssf_triton.autotune import compile_gate, lookup
 from gssf_triton.autotune.compiled import compile_launch
-from gssf_triton.autotune.configs import PairwiseConfig
+from gssf_triton.kernels.configs import PairwiseConfig
 from gssf_triton.autotune.public_calls import pairwise
 from gssf_triton.autotune.rehearsal import recording
 

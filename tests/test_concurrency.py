@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from file_writers import LETTERS, WRITERS, read_glyphs
-from forks import forked
-from good_calls import FUNCTIONS, MODULES, Call
+from support.file_writers import LETTERS, WRITERS, read_glyphs
+from support.forks import forked
+from support.good_calls import FUNCTIONS, MODULES, Call
 
-from gssf_triton.autotune import devices, lookup, store
-from gssf_triton.autotune.configs import ChunkConfig
+from gssf_triton.autotune import lookup, store
 from gssf_triton.data import glyphs
+from gssf_triton.kernels import devices
+from gssf_triton.kernels.configs import ChunkConfig
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 THREADS, TIMES = 4, 3
@@ -226,7 +227,7 @@ def test_data_loader_workers(tmp_path: Path) -> None:
     folder.mkdir()
     np.save(folder / "dev_ims.npy", np.random.default_rng().normal(size=(6, 5, 32)).astype(np.float32))
     (folder / "dev_caps.txt").write_text("a caption .\n" * 30)
-    script = Path(__file__).with_name("data_loading.py")
+    script = Path(__file__).with_name("support") / "data_loading.py"
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
@@ -239,8 +240,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import ChunkConfig
-from gssf_triton.autotune.devices import Device
+from gssf_triton.kernels.configs import ChunkConfig
+from gssf_triton.kernels.devices import Device
 from gssf_triton.autotune.store import Store
 
 def choose():

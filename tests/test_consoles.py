@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tuner_kit import cache  # noqa: F401
+from support.tuner_kit import cache  # noqa: F401
 
 from gssf_triton import console, progress
 from gssf_triton.autotune import cli, compile_gate, model_tables, rehearse, tables, tuner

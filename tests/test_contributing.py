@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import ChunkConfig
+from gssf_triton.kernels.configs import ChunkConfig
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 #: What the files that the text names have at hand.

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tuner_kit import a_chunk, stream_key
+from support.tuner_kit import a_chunk, stream_key
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "perf")]
@@ -33,12 +33,12 @@ from glyph_training import STATE, Run, Settings, load_teacher, test_pairs  # noq
 from study_runner import RUN, Results  # noqa: E402
 
 from gssf_triton.autotune import shapes, tables  # noqa: E402
-from gssf_triton.autotune.devices import Device  # noqa: E402
 from gssf_triton.autotune.store import Store  # noqa: E402
 from gssf_triton.command import files  # noqa: E402
 from gssf_triton.command.usage import UsageError  # noqa: E402
 from gssf_triton.data import DataError, Glyphs, glyphs, load_cub200, load_precomputed, load_sop  # noqa: E402
 from gssf_triton.integrations.arrays import load_arrays, save_arrays  # noqa: E402
+from gssf_triton.kernels.devices import Device  # noqa: E402
 
 test_pairs.__test__ = False  # type: ignore[attr-defined]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import assert_close, features, tolerance
-from region_word_reference import check, mask, problem
+from support.reference import assert_close, features, tolerance
+from support.region_word_reference import check, mask, problem
 from torch import Tensor
 
 import gssf_triton

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from reference import features, weights
+from support.reference import features, weights
 from torch import Tensor
 
 import gssf_triton

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import assert_close, check, features, tolerance, weights
+from support.reference import assert_close, check, features, tolerance, weights
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.autotune.plans import PLANS, force_plan
+from gssf_triton.kernels.plans import PLANS, force_plan
 
 NAN, INF = float("nan"), float("inf")
 

@@ -19,7 +19,7 @@ import _first_report
 import _workers
 import first_run
 import pytest
-from perf_kit import PERF
+from support.perf_kit import PERF
 
 ROOT = PERF.parent
 #: Folders that are carried to a machine on which nothing can be installed.

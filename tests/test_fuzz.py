@@ -16,9 +16,10 @@ from fuzz.loop import main, run_case
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton import functional, metrics, nn, torch_backend
+from gssf_triton import metrics, nn
 from gssf_triton.losses import info_nce
 from gssf_triton.retrieval import scan
+from gssf_triton.similarity import functional, torch_backend
 
 #: Of each function; the number times the functions is what a run of the tests has time for.
 CASES = 4

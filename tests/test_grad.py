@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from reference import check, features, weights
+from support.reference import check, features, weights
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.autotune.plans import PLANS, force_plan
+from gssf_triton.kernels.plans import PLANS, force_plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHTS = ["diag", "blocks", "diag+blocks"]

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from gloo import in_processes
+from support.gloo import in_processes
 
 import gssf_triton
 from gssf_triton import processes

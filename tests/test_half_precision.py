@@ -6,16 +6,16 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import assert_close, features, tolerance, weights
-from region_word_reference import REFERENCES
+from support import reference
+from support.reference import assert_close, features, tolerance, weights
+from support.region_word_reference import REFERENCES
 from torch import Tensor
 
 import gssf_triton
 from gssf_triton import precision, viz
-from gssf_triton.autotune.plans import PLANS, force_plan
 from gssf_triton.integrations import arrays
+from gssf_triton.kernels.plans import PLANS, force_plan
 
 HALVES = [torch.float16, torch.bfloat16]
 halves = pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])

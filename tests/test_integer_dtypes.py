@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
-import retrieval_reference as naive
+import support.retrieval_reference as naive
 import torch
-from reference import features
+from support.reference import features
 from torch import Tensor
 
 import gssf_triton as gssf

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import Largest, assert_close, far_apart, features, tolerance
-from region_word_reference import check, mask, problem
+from support.reference import Largest, assert_close, far_apart, features, tolerance
+from support.region_word_reference import check, mask, problem
 from torch import Tensor
 
 import gssf_triton

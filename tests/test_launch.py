@@ -93,8 +93,8 @@ def test_work_beyond_a_grid_is_cut_into_launches(
     call: Callable[..., Tensor], kernel: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits, forward and backward, whatever a grid holds."""
-    from gssf_triton.autotune.plans import force_plan
     from gssf_triton.kernels import launch as limits
+    from gssf_triton.kernels.plans import force_plan
 
     leaves = [torch.randn(*shape, device=device, requires_grad=True)
               for shape in ((5, 40, 16), (5, 33, 16), (16,), (2, 8, 8))]  # fmt: skip

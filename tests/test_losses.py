@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from losses_problem import LOSSES, problem
+from support.losses_problem import LOSSES, problem
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_triton
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import ChunkConfig
+from gssf_triton.kernels.configs import ChunkConfig
 from gssf_triton.streaming.op import stream_op
 
 losses = pytest.mark.parametrize("loss", LOSSES)

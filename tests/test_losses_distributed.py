@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gloo import endings, in_processes
+from support.gloo import endings, in_processes
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gssf_triton
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import ChunkConfig
 from gssf_triton.backend import interpreter_is_on
+from gssf_triton.kernels.configs import ChunkConfig
 from gssf_triton.nn import GSSF, DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
 
 #: Pairs of each process.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import reference
 import torch
-from losses_problem import LOSSES, Problem, problem
-from reference import tolerance
+from support import reference
+from support.losses_problem import LOSSES, Problem, problem
+from support.reference import tolerance
 from torch import Tensor
 
 import gssf_triton

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from losses_problem import problem
+from support.losses_problem import problem
 
 MIB = 2**20
 #: Beyond inputs, results, gradients and a constant times (M + N)·D numbers.

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from losses_problem import LOSSES, Problem, problem
+from support.losses_problem import LOSSES, Problem, problem
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_triton
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.configs import ChunkConfig
+from gssf_triton.kernels.configs import ChunkConfig
 from gssf_triton.nn import GSSF, TripletLoss
 
 losses = pytest.mark.parametrize("loss", LOSSES)

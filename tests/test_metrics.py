@@ -7,17 +7,17 @@ import sys
 from typing import Any
 
 import pytest
-import retrieval_reference as naive
+import support.retrieval_reference as naive
 import torch
-from reference import features, weights
-from retrieval_reference import coarse, coarse_weights
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
+from support.reference import features, weights
+from support.retrieval_reference import coarse, coarse_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gssf_triton import metrics
-from gssf_triton.autotune import retrieval_configs
+from gssf_triton.kernels import retrieval_configs
 from gssf_triton.retrieval import match_ranks as matching
 from gssf_triton.retrieval.scoring import Scores
 from gssf_triton.retrieval.search import make_exclusions

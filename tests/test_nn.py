@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from reference import assert_close, features, tolerance
+from support.reference import assert_close, features, tolerance
 from torch import Tensor
 
 import gssf_triton

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import features
+from support.reference import features
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

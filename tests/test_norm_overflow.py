@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import assert_close, features, tolerance, weights
-from region_word_reference import REFERENCES
+from support import reference
+from support.reference import assert_close, features, tolerance, weights
+from support.region_word_reference import REFERENCES
 from torch import Tensor
 from torch.nn.functional import normalize as unit_rows
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from losses_problem import LOSSES, problem
-from reference import assert_close, features, tolerance
+from support.losses_problem import LOSSES, problem
+from support.reference import assert_close, features, tolerance
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 

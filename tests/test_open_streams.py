@@ -15,13 +15,13 @@ import gpu_check
 import numpy as np
 import pytest
 import sweep
+from support.tuner_kit import CPU, a_chunk, cache, stream_key  # noqa: F401
 from test_outputs import folder, refused, write  # noqa: F401
-from tuner_kit import CPU, a_chunk, cache, stream_key  # noqa: F401
 
 from gssf_triton.autotune import cli, lookup, rehearse
-from gssf_triton.autotune.devices import identify_for_torch
 from gssf_triton.autotune.tables import parse
 from gssf_triton.command import main
+from gssf_triton.kernels.devices import identify_for_torch
 from gssf_triton.storage import check_target, replaceable
 
 

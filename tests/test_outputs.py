@@ -27,13 +27,13 @@ import study_reid
 import study_runner
 import sweep
 import torch
-from tuner_kit import CPU, a_chunk, cache, stream_key  # noqa: F401
+from support.tuner_kit import CPU, a_chunk, cache, stream_key  # noqa: F401
 
 from gssf_triton import storage
 from gssf_triton.autotune import cli, lookup, rehearse
-from gssf_triton.autotune.devices import identify_for_torch
 from gssf_triton.command import main
 from gssf_triton.integrations.arrays import load_arrays, save_arrays
+from gssf_triton.kernels.devices import identify_for_torch
 from gssf_triton.storage import check_target, replacing
 
 

@@ -26,9 +26,9 @@ import sys
 wheel, dependencies = sys.argv[1], sys.argv[2:]
 sys.path[:0] = [wheel]
 sys.path += dependencies
-import importlib.util, torch, gssf_triton, gssf_triton.autotune.configs, gssf_triton.kernels, gssf_triton.nn
+import importlib.util, torch, gssf_triton, gssf_triton.kernels.configs, gssf_triton.kernels, gssf_triton.nn
 
-for module in (gssf_triton, gssf_triton.autotune.configs, gssf_triton.kernels, gssf_triton.nn):
+for module in (gssf_triton, gssf_triton.kernels.configs, gssf_triton.kernels, gssf_triton.nn):
     assert module.__file__.startswith(wheel), module.__file__
 assert importlib.util.find_spec("kernels") is None and importlib.util.find_spec("autotune") is None
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
-from reference import assert_close, check, far_apart, features, tolerance, weights
+from support import reference
+from support.reference import assert_close, check, far_apart, features, tolerance, weights
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.autotune.plans import PLANS, force_plan
+from gssf_triton.kernels.plans import PLANS, force_plan
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["diag", "blocks", "diag+blocks"]

@@ -20,7 +20,7 @@ import report
 import sweep
 import torch
 from _costs import Cost, cost
-from perf_kit import quick
+from support.perf_kit import quick
 
 SHAPE = _cells.Shape(24, 40, 32, 8)
 

@@ -13,7 +13,7 @@ from _cells import Cell, Shape, grid
 from _measure import measure
 from _registry import OPERATIONS
 from _timing import Effort
-from perf_kit import quick
+from support.perf_kit import quick
 
 
 @pytest.mark.parametrize("loss", ["info_nce", "sigmoid_loss", "triplet_loss", "distillation_loss"])

@@ -22,7 +22,7 @@ import report
 import sweep
 import torch
 from _costs import cost
-from perf_kit import PERF, quick
+from support.perf_kit import PERF, quick
 
 TINY = ["--device", "cpu", "--seconds", "0.01", "--contenders", "gssf,dense", "--shape", "24,24,32,8"]
 

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.kernels
 
-COUNT = Path(__file__).parent / "compilations.py"
+COUNT = Path(__file__).parent / "support" / "compilations.py"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -69,7 +69,7 @@ def test_the_disguise_ends_with_its_block() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "sm_120"])
 def test_the_stub_is_known_by_its_architecture(arch: str) -> None:
-    from gssf_triton.autotune.devices import identify
+    from gssf_triton.kernels.devices import identify
 
     with stub_gpu(arch):
         assert identify(torch.device("cuda", 0)).arch == arch

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import retrieval_reference as naive
+import support.retrieval_reference as naive
 import torch
-from reference import Largest, assert_close, features, tolerance, weights
-from retrieval_reference import coarse, coarse_weights
+from support.reference import Largest, assert_close, features, tolerance, weights
+from support.retrieval_reference import coarse, coarse_weights
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.autotune import retrieval_configs
+from gssf_triton.kernels import retrieval_configs
 from gssf_triton.retrieval import scan
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gssf_triton.autotune.configs import PairwiseConfig, drains, pairwise_config
+from gssf_triton.kernels.configs import PairwiseConfig, drains, pairwise_config
 
 pytestmark = pytest.mark.kernels
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gloo import in_processes
-from retrieval_reference import coarse, coarse_weights
+from support.gloo import in_processes
+from support.retrieval_reference import coarse, coarse_weights
 
 import gssf_triton
 from gssf_triton.backend import interpreter_is_on

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import assert_close, tolerance
+from support.reference import assert_close, tolerance
 from torch import Tensor
 
 pytestmark = pytest.mark.kernels

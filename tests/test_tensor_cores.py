@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from gssf_triton.autotune.configs import dot_precision
 from gssf_triton.kernels import launch
+from gssf_triton.kernels.configs import dot_precision
 from gssf_triton.kernels.pairwise import pairwise
 from gssf_triton.kernels.tile import nearest
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toolchain_kit import (  # noqa: F401
+from support.toolchain_kit import (  # noqa: F401
     DOUBLE,
     HALF,
     NEW,
@@ -24,15 +24,15 @@ from toolchain_kit import (  # noqa: F401
     install,
     nothing_remembered,
 )
-from tuner_kit import CPU, H100, cache, measured, pretend  # noqa: F401
+from support.tuner_kit import CPU, H100, cache, measured, pretend  # noqa: F401
 
-from gssf_triton.autotune import devices, lookup
+from gssf_triton.autotune import lookup
 from gssf_triton.autotune.cli import main
-from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import make_key
-from gssf_triton.autotune.plans import PlanChoice, as_compiled, force_plan
 from gssf_triton.backend import TRITON_RELEASE
-from gssf_triton.kernels import toolchain
+from gssf_triton.kernels import devices, toolchain
+from gssf_triton.kernels.devices import Device
+from gssf_triton.kernels.plans import PlanChoice, as_compiled, force_plan
 from gssf_triton.kernels.toolchain import Assembler, Toolchain, chains_products, may_launch, takes_registers
 
 pytestmark = pytest.mark.kernels
@@ -145,7 +145,7 @@ def test_a_newer_assembler_that_triton_carries_is_used_for_us_alone(
 COMPILED = """
 import torch, gssf_triton
 from gssf_triton.autotune import stub
-from gssf_triton.autotune.plans import force_plan
+from gssf_triton.kernels.plans import force_plan
 
 with stub.stub_host("sm_90"), stub.stub_driver("sm_90"):
     a, W_diag, W_blocks = torch.zeros(128, 64).bfloat16(), torch.zeros(64), torch.zeros(2, 32, 32)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import reference
 import torch
-from toolchain_kit import (  # noqa: F401
+from support import reference
+from support.toolchain_kit import (  # noqa: F401
     HALF,
     NEW,
     OLD,
@@ -19,11 +19,11 @@ from toolchain_kit import (  # noqa: F401
     recorder,
     tensors,
 )
-from tuner_kit import pretend
+from support.tuner_kit import pretend
 
 import gssf_triton
-from gssf_triton.autotune.devices import Device
 from gssf_triton.kernels import toolchain
+from gssf_triton.kernels.devices import Device
 
 pytestmark = pytest.mark.kernels
 
@@ -104,7 +104,7 @@ def test_nan_stays_in_its_row_and_block(on_hopper: None, monkeypatch: pytest.Mon
         1
     ).nonzero().tolist() == [[2]]
     T = gssf_triton.transform(a, x["W_diag"], x["W_blocks"])
-    monkeypatch.setattr("gssf_triton.functional.resolve_backend", lambda *_: "triton")
+    monkeypatch.setattr("gssf_triton.similarity.functional.resolve_backend", lambda *_: "triton")
     assert torch.equal(gssf_triton.transform(a, x["W_diag"], x["W_blocks"]).isnan(), T.isnan())
     assert T.isnan().nonzero().tolist() == [[2, q] for q in range(8)]
 

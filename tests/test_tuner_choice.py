@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tuner_kit import H100, OTHER_GPU, measured
+from support.tuner_kit import H100, OTHER_GPU, measured
 
-from gssf_triton.autotune import configs, lookup, model, plans, ranking, space
-from gssf_triton.autotune.configs import ChunkConfig, CrossAttentionConfig, FoldConfig, GradientConfig, PairwiseConfig
+from gssf_triton.autotune import lookup, model, ranking, space
 from gssf_triton.autotune.keys import (
     NUMERICS,
     PAIR_KERNELS,
@@ -25,11 +24,13 @@ from gssf_triton.autotune.keys import (
     numerics,
 )
 from gssf_triton.autotune.measure import Timing
-from gssf_triton.autotune.plans import PlanChoice
 from gssf_triton.autotune.space import SPACES
-from gssf_triton.autotune.targets import ARCHITECTURES
 from gssf_triton.autotune.tuner import settle
+from gssf_triton.kernels import configs, plans
+from gssf_triton.kernels.configs import ChunkConfig, CrossAttentionConfig, FoldConfig, GradientConfig, PairwiseConfig
+from gssf_triton.kernels.plans import PlanChoice
 from gssf_triton.kernels.stream import TritonEngine
+from gssf_triton.kernels.targets import ARCHITECTURES
 from gssf_triton.streaming.chunks import chunk_shape
 from gssf_triton.streaming.driver import TorchEngine
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from tuner_kit import CPU, a_chunk, cache, measured, stream_key  # noqa: F401
+from support.tuner_kit import CPU, a_chunk, cache, measured, stream_key  # noqa: F401
 
 import gssf_triton
 from gssf_triton.autotune import compile_gate, lookup, tuner
 from gssf_triton.autotune.cli import main
-from gssf_triton.autotune.configs import ChunkConfig
-from gssf_triton.autotune.devices import identify_for_torch
 from gssf_triton.autotune.keys import Key, dtype_of
 from gssf_triton.autotune.shapes import SETS, Shape, keys_for
 from gssf_triton.autotune.tables import parse, shipped
 from gssf_triton.autotune.tuner import Report
+from gssf_triton.kernels.configs import ChunkConfig
+from gssf_triton.kernels.devices import identify_for_torch
 
 pytestmark = pytest.mark.usefixtures("cache")
 

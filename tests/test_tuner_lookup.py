@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from support.tuner_kit import CPU, H100, OTHER_GPU, a_chunk, cache, measured, pretend, stream_key  # noqa: F401
 from torch import Tensor
-from tuner_kit import CPU, H100, OTHER_GPU, a_chunk, cache, measured, pretend, stream_key  # noqa: F401
 
 import gssf_triton
 from gssf_triton.autotune import lookup, mode, tuner
 from gssf_triton.autotune.chunk import stream_chunk
-from gssf_triton.autotune.configs import ChunkConfig, PairwiseConfig, chunk_config, pairwise_config
-from gssf_triton.autotune.devices import Device, identify_for_torch
 from gssf_triton.autotune.keys import Key, make_key
 from gssf_triton.autotune.model import EPILOGUE_KERNELS
-from gssf_triton.autotune.plans import PLANS, PlanChoice, force_plan
 from gssf_triton.autotune.ranking import candidates
-from gssf_triton.ops import bilinear
+from gssf_triton.kernels.configs import ChunkConfig, PairwiseConfig, chunk_config, pairwise_config
+from gssf_triton.kernels.devices import Device, identify_for_torch
+from gssf_triton.kernels.plans import PLANS, PlanChoice, force_plan
+from gssf_triton.similarity import bilinear
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 import torch
-from forks import forked
-from store_writers import DEVICE, reported
-from tuner_kit import a_chunk, measured, stream_key
+from support.forks import forked
+from support.store_writers import DEVICE, reported
+from support.tuner_kit import a_chunk, measured, stream_key
 
 from gssf_triton.autotune import lookup, model
 from gssf_triton.autotune import store as store_module
-from gssf_triton.autotune.configs import ChunkConfig
-from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import make_key
 from gssf_triton.autotune.space import SPACES
 from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render
+from gssf_triton.kernels.configs import ChunkConfig
+from gssf_triton.kernels.devices import Device
 
 KEY = stream_key()
 

@@ -8,15 +8,15 @@ import subprocess
 import sys
 
 import pytest
-from tuner_kit import H100
+from support.tuner_kit import H100
 
 from gssf_triton.autotune import model, tables
-from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.model_tables import model_table
 from gssf_triton.autotune.shapes import GPU_KERNELS, SETS, keys_for
 from gssf_triton.autotune.space import TORCH_KERNELS
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped
-from gssf_triton.autotune.targets import ARCHITECTURES, SHIPPED_DEVICES
+from gssf_triton.kernels.devices import Device
+from gssf_triton.kernels.targets import ARCHITECTURES, SHIPPED_DEVICES
 
 GPU_TABLES = [table for table in shipped() if table.arch in ARCHITECTURES]
 tables_of_gpus = pytest.mark.parametrize("table", GPU_TABLES, ids=[table.slug for table in GPU_TABLES])
@@ -71,11 +71,11 @@ COMPARE = """
 import triton
 from gssf_triton.autotune.compile_gate import table_cases
 from gssf_triton.autotune.compiled import compile_launch
-from gssf_triton.autotune.configs import PairwiseConfig
+from gssf_triton.kernels.configs import PairwiseConfig
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.model import tile_usage
 from gssf_triton.autotune.tables import Entry, Table
-from gssf_triton.autotune.targets import ARCHITECTURES
+from gssf_triton.kernels.targets import ARCHITECTURES
 
 CASES = [
     ("sm_90", "bf16", 64, (128, 128, 64, 8, 4), True),

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from tuner_kit import CPU, FakeClock, cache, stream_key  # noqa: F401
+from support.tuner_kit import CPU, FakeClock, cache, stream_key  # noqa: F401
 
 from gssf_triton.autotune import lookup, measure, tuner, workloads
 from gssf_triton.autotune.chunk import stream_chunk
-from gssf_triton.autotune.configs import ChunkConfig, chunk_config
-from gssf_triton.autotune.devices import identify, identify_for_torch
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.measure import Timing
 from gssf_triton.autotune.ranking import candidates
 from gssf_triton.autotune.tuner import OutOfTime, tune, tune_key
+from gssf_triton.kernels.configs import ChunkConfig, chunk_config
+from gssf_triton.kernels.devices import identify, identify_for_torch
 from gssf_triton.streaming import chunks
 from gssf_triton.streaming import op as streaming_op
 

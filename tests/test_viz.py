@@ -8,9 +8,9 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-import reference
 import torch
-from reference import assert_close, features, tolerance, weights
+from support import reference
+from support.reference import assert_close, features, tolerance, weights
 
 import gssf_triton
 from gssf_triton import viz

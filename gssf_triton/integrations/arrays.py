@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gssf_triton import checks, functional, options, torch_backend
+from gssf_triton import checks, options
 from gssf_triton.integrations import as_tensor, require
 from gssf_triton.precision import full_precision
+from gssf_triton.similarity import functional, torch_backend
 from gssf_triton.storage import check_target, read_npz, reason, regular, replacing, unusable
 
 Features = Tensor | NDArray[np.floating]

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gssf_triton import torch_backend
 from gssf_triton.checks import check_pair, check_same_dtype
 from gssf_triton.nn import GSSF
 from gssf_triton.options import check_module
 from gssf_triton.precision import joined
+from gssf_triton.similarity import torch_backend
 from gssf_triton.tracing import Leaf
 
 

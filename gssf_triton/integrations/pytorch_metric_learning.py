@@ -12,9 +12,10 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
-from gssf_triton import checks, functional, options
+from gssf_triton import checks, options
 from gssf_triton.integrations import as_tensor
 from gssf_triton.nn import GSSF
+from gssf_triton.similarity import functional
 from gssf_triton.tracing import Leaf
 
 

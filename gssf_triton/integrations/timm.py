@@ -12,7 +12,7 @@ from typing import Any
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from gssf_triton.heads import HeadMetric, complete_state_dict
+from gssf_triton.attention.functional import HeadMetric, complete_state_dict
 from gssf_triton.options import check_count, check_terms
 
 

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from gssf_triton.heads import HeadMetric, complete_state_dict
+from gssf_triton.attention.functional import HeadMetric, complete_state_dict
 from gssf_triton.options import check_count, check_path, check_terms
 
 #: The attention's name, for `attn_implementation`; also the name of the metric in each attention layer.

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from gssf_triton import checks, options
 from gssf_triton.backend import resolve_backend
-from gssf_triton.functional import fold_rows
 from gssf_triton.losses.ranks import Ranks
 from gssf_triton.once import Once
 from gssf_triton.precision import joined, product_dtype
 from gssf_triton.processes import kind
 from gssf_triton.retrieval.checks import check_labels
+from gssf_triton.similarity.functional import fold_rows
 
 REDUCTIONS = ("mean", "sum", "none")
 

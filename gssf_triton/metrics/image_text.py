@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gssf_triton import checks, options
-from gssf_triton.autotune.retrieval_configs import stream_chunks
 from gssf_triton.backend import resolve_backend
+from gssf_triton.kernels.retrieval_configs import stream_chunks
 from gssf_triton.metrics.common import BELOW_CALLER, recalls, to_host
 from gssf_triton.progress import progress_bar
 from gssf_triton.retrieval import checks as row_checks

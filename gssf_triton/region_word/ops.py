@@ -18,7 +18,7 @@ from gssf_triton.once import Once
 from gssf_triton.precision import full_precision
 from gssf_triton.region_word import torch_backend, torch_cross_attention, triton_backend
 from gssf_triton.region_word.torch_backend import Side
-from gssf_triton.torch_backend import accumulate_dtype
+from gssf_triton.similarity.torch_backend import accumulate_dtype
 
 POOLINGS = ("max-mean", "lse-mean", "max-sum")
 

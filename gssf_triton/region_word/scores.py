@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from gssf_triton import checks, options
-from gssf_triton.autotune.configs import (
+from gssf_triton.backend import resolve_backend
+from gssf_triton.kernels.configs import (
     CROSS_ATTENTION_REGIONS,
     CROSS_ATTENTION_WORDS,
     cross_attention_fits,
 )
-from gssf_triton.backend import resolve_backend
-from gssf_triton.functional import fold_rows
 from gssf_triton.precision import full_precision, joined, moved_unit, product_dtype
 from gssf_triton.region_word import checks as row_checks
 from gssf_triton.region_word import ops
 from gssf_triton.region_word.ops import POOLINGS
-from gssf_triton.torch_backend import folds_left
+from gssf_triton.similarity.functional import fold_rows
+from gssf_triton.similarity.torch_backend import folds_left
 
 
 def _check(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from gssf_triton.ops import unit_rows_vjp
 from gssf_triton.region_word.packing import Chunk, Packing, reorder
-from gssf_triton.torch_backend import accumulate_dtype, unit_rows
+from gssf_triton.similarity.bilinear import unit_rows_vjp
+from gssf_triton.similarity.torch_backend import accumulate_dtype, unit_rows
 
 #: Bytes of one chunk's products. On the CPU they stay in the caches (measured: 2 MiB of float32, 1 MiB of L2 a core).
 CHUNK_BYTES = {"cpu": 2 << 20}

@@ -15,7 +15,7 @@ from gssf_triton.constants import NORM_EPS
 from gssf_triton.precision import HEADROOM, float16_unit
 from gssf_triton.region_word import torch_backend, torch_cross_attention
 from gssf_triton.region_word.torch_backend import LoadedChunk, Side, Stream
-from gssf_triton.torch_backend import accumulate_dtype, unit_rows
+from gssf_triton.similarity.torch_backend import accumulate_dtype, unit_rows
 
 
 def _product_dtype(regions: Side, words: Side) -> torch.dtype:

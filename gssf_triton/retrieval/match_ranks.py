@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gssf_triton.autotune.retrieval_configs import FEW_MATCHES, NUMPY_SORT_THREADS, sorted_rows
+from gssf_triton.kernels.retrieval_configs import FEW_MATCHES, NUMPY_SORT_THREADS, sorted_rows
 from gssf_triton.retrieval.order import absent, key_dtype, order_keys
 from gssf_triton.retrieval.scan import chunk
 from gssf_triton.retrieval.scoring import Exclusions, Scores, slices

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gssf_triton.autotune import retrieval_configs
-from gssf_triton.autotune.retrieval_configs import StreamChunks
 from gssf_triton.constants import NORM_EPS
-from gssf_triton.functional import fold_rows
+from gssf_triton.kernels import retrieval_configs
+from gssf_triton.kernels.retrieval_configs import StreamChunks
 from gssf_triton.precision import HEADROOM, float16_unit, full_precision
 from gssf_triton.progress import Tick, no_tick
-from gssf_triton.torch_backend import accumulate_dtype
+from gssf_triton.similarity.functional import fold_rows
+from gssf_triton.similarity.torch_backend import accumulate_dtype
 
 #: torch's names for the array dtypes a gallery on disk may have.
 ARRAY_DTYPES = {np.dtype("f2"): torch.float16, np.dtype("f4"): torch.float32, np.dtype("f8"): torch.float64}

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gssf_triton import checks, options
-from gssf_triton.autotune.retrieval_configs import LARGEST_KERNEL_K
 from gssf_triton.backend import resolve_backend
+from gssf_triton.kernels.retrieval_configs import LARGEST_KERNEL_K
 from gssf_triton.once import Plainly
 from gssf_triton.progress import counting
 from gssf_triton.retrieval import checks as row_checks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gssf_triton.autotune.chunk import stream_chunk
-from gssf_triton.autotune.configs import CHUNK_BUDGET
+from gssf_triton.kernels.configs import CHUNK_BUDGET
 
 
 def chunk_shape(

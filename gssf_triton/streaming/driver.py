@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from gssf_triton.autotune.configs import TORCH_CHUNK_ARRAYS
+from gssf_triton.kernels.configs import TORCH_CHUNK_ARRAYS
 from gssf_triton.streaming.epilogues import EPILOGUES, Chunk, Epilogue, Kept, index_bits, state_dtype
 
 

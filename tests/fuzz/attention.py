@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import reference
 import torch
+from support import reference
 from torch import Tensor, nn
 
 import gssf_triton

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from reference import assert_close, tolerance
-from region_word_reference import TIMES_THE_LOOPS_ERROR
+from support.reference import assert_close, tolerance
+from support.region_word_reference import TIMES_THE_LOOPS_ERROR
 from torch import Tensor
 
 from fuzz.draw import DEVICE, HALVES

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from poison import poisoned_memory
+from support.poison import poisoned_memory
 
 from fuzz.cases import FAMILIES, case
 from gssf_triton import console, progress

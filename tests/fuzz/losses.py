@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import losses_reference
-import reference
 import torch
+from support import losses_reference, reference
 from torch import Tensor
 
 import gssf_triton

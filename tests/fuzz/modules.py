@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import losses_reference
-import reference
 import torch
+from support import losses_reference, reference
 from torch import Tensor, nn
 
 from fuzz import attention

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import region_word_reference
 import torch
+from support import region_word_reference
 from torch import Tensor
 
 import gssf_triton

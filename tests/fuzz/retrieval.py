@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import retrieval_reference as naive
+import support.retrieval_reference as naive
 import torch
-from reference import TOLERANCE
+from support.reference import TOLERANCE
 from torch import Tensor
 
 import gssf_triton

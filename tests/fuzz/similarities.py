@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import reference
 import torch
+from support import reference
 from torch import Tensor
 
 import gssf_triton

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from unittest import mock
 
 from fuzz.draw import Draw
-from gssf_triton.autotune import lookup, retrieval_configs
-from gssf_triton.autotune.configs import ChunkConfig
-from gssf_triton.autotune.plans import PLANS, force_plan
+from gssf_triton.autotune import lookup
+from gssf_triton.kernels import retrieval_configs
+from gssf_triton.kernels.configs import ChunkConfig
+from gssf_triton.kernels.plans import PLANS, force_plan
 from gssf_triton.region_word import torch_backend
 
 

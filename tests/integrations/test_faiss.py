@@ -9,9 +9,9 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-import reference
 import torch
-from reference import assert_close, features, tolerance, weights
+from support import reference
+from support.reference import assert_close, features, tolerance, weights
 from torch import Tensor
 
 from gssf_triton.integrations import require

@@ -7,12 +7,12 @@ from typing import Any
 
 import open_clip
 import pytest
-import reference
 import torch
-from gloo import in_processes
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_process import half_of_a_batch
-from reference import features
+from support import reference
+from support.gloo import in_processes
+from support.reference import features
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 

@@ -6,12 +6,12 @@ import copy
 from typing import Any
 
 import pytest
-import reference
 import torch
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import BatchedDistance, CosineSimilarity
 from pytorch_metric_learning.utils.inference import MatchFinder
-from reference import assert_close, features, tolerance
+from support import reference
+from support.reference import assert_close, features, tolerance
 
 from gssf_triton.integrations.pytorch_metric_learning import GSSFKNN, GSSFDistance
 

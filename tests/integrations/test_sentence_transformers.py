@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
-from reference import assert_close, features, tolerance
 from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, RerankingEvaluator
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from support import reference
+from support.reference import assert_close, features, tolerance
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace

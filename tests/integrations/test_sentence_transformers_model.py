@@ -16,12 +16,12 @@ import pytest
 import real_torchvision  # noqa: F401 (in the processes too)
 import torch
 import torch.distributed as dist
-from gloo import in_processes
 from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.base.data_collator import BaseDataCollator
 from sentence_transformers.base.modules import InputModule
 from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.sentence_transformer import losses
+from support.gloo import in_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import assert_close, features, tolerance
+from support import reference
+from support.reference import assert_close, features, tolerance
 from timm.layers import set_fused_attn
 from timm.models import create_feature_extractor
 from timm.models.vision_transformer import VisionTransformer

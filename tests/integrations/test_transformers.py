@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import assert_close, tolerance
+from support import reference
+from support.reference import assert_close, tolerance
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -31,7 +31,7 @@ from transformers import (
     ViTModel,
 )
 
-from gssf_triton.heads import HeadMetric
+from gssf_triton.attention.functional import HeadMetric
 from gssf_triton.integrations import transformers as integration
 from gssf_triton.integrations.transformers import add_metric, from_pretrained
 

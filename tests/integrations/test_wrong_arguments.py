@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from good_calls import METRIC, NORMALIZE, TERMS, B, Call, D, M, N, metric, pair
 from open_clip.loss import ClipLoss
-from reference import features
+from support.good_calls import METRIC, NORMALIZE, TERMS, B, Call, D, M, N, metric, pair
+from support.reference import features
+from support.wrong_values import KINDS, faults_of
 from transformers import BertConfig, BertModel
-from wrong_values import KINDS, faults_of
 
 from gssf_triton.integrations import (
     arrays,

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reference import WORST_COORDINATE, assert_close, dense_metric, features, tolerance, weights
 from torch import Tensor
 
 import gssf_triton
+from support.reference import WORST_COORDINATE, assert_close, dense_metric, features, tolerance, weights
 
 Mask = Tensor | None
 

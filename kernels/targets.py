@@ -44,7 +44,7 @@ def kin(arch: str) -> str | None:
     """The architecture of the gate that `arch` compiles and runs like; None for what is no GPU.
 
     Example:
-        >>> from gssf_triton.autotune.targets import kin
+        >>> from gssf_triton.kernels.targets import kin
         >>> kin("sm_90"), kin("sm_89"), kin("gfx90a"), kin("interpreter")
         ('sm_90', 'sm_80', 'gfx942', None)
     """

@@ -66,7 +66,7 @@ def as_compiled(choice: PlanChoice, arch: str, triton: tuple[int, ...]) -> PlanC
     The estimate of one pass is of products that overlap. Without it, fold and the library's product is the best plan.
 
     Example:
-        >>> from gssf_triton.autotune.plans import PlanChoice, as_compiled
+        >>> from gssf_triton.kernels.plans import PlanChoice, as_compiled
         >>> as_compiled(PlanChoice("one_pass", "fewer"), "sm_90", (3, 6))
         PlanChoice(kind='fold_product', fold='fewer')
     """
@@ -102,7 +102,7 @@ def force_plan(kind: str, fold_b: bool | None = None) -> Iterator[None]:
         ValueError: an unknown kind.
 
     Example:
-        >>> from gssf_triton.autotune.plans import choose_plan, force_plan
+        >>> from gssf_triton.kernels.plans import choose_plan, force_plan
         >>> with force_plan("one_pass"):
         ...     choose_plan(1, 8192, 8192, 1024, 32, 2).kind
         'one_pass'

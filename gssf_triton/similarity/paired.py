@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_triton.ops import forms
-from gssf_triton.ops.bilinear import cast_like, fold, gradient, unit_rows, unit_rows_vjp
-from gssf_triton.torch_backend import accumulate_dtype
+from gssf_triton.similarity import forms
+from gssf_triton.similarity.bilinear import cast_like, fold, gradient, unit_rows, unit_rows_vjp
+from gssf_triton.similarity.torch_backend import accumulate_dtype
 
 
 @torch.library.custom_op(

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.plans import Plan
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.kernels.plans import Plan
 from gssf_triton.kernels.toolchain import may_launch
-from gssf_triton.ops import forms
 from gssf_triton.precision import float16_operands, full_precision
-from gssf_triton.torch_backend import accumulate_dtype, as_rows
+from gssf_triton.similarity import forms
+from gssf_triton.similarity.torch_backend import accumulate_dtype, as_rows
 
 Weights = tuple[Tensor | None, Tensor | None]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gssf_triton import torch_backend
 from gssf_triton.kernels.toolchain import may_launch
 from gssf_triton.precision import full_precision
+from gssf_triton.similarity import torch_backend
 
 
 def fold(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool) -> Tensor:

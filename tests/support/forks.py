@@ -63,8 +63,8 @@ def forked(function: str, *arguments: object) -> Iterator[Nursery]:
 
 def main(function: str, *arguments: str) -> None:
     module, _, name = function.partition(".")
-    sys.path.insert(0, str(Path(__file__).parent))
-    work = getattr(importlib.import_module(module), name)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    work = getattr(importlib.import_module(f"support.{module}"), name)
     for line in sys.stdin:
         children = []
         for word in line.split():

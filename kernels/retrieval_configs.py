@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gssf_triton.autotune.configs import is_small_memory
+from gssf_triton.kernels.configs import is_small_memory
 
 #: Chunks are this many columns wide, or a multiple of it: whole tiles of every library's product.
 COLUMN_STEP = 64

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_triton.ops import forms
-from gssf_triton.ops.bilinear import add, bilinear_gradients
+from gssf_triton.similarity import forms
+from gssf_triton.similarity.bilinear import add, bilinear_gradients
 
 
 @torch.library.custom_op(

@@ -6,11 +6,11 @@ import os
 from itertools import count, islice
 from pathlib import Path
 
-from gssf_triton.autotune.configs import ChunkConfig
-from gssf_triton.autotune.devices import Device
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry
+from gssf_triton.kernels.configs import ChunkConfig
+from gssf_triton.kernels.devices import Device
 
 DEVICE = Device("cpu-1", "a CPU", "cpu")
 

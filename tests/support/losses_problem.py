@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import losses_reference
 import torch
-from reference import assert_close, features, tolerance, weights
 from torch import Tensor
 
 import gssf_triton
+from support import losses_reference
+from support.reference import assert_close, features, tolerance, weights
 
 LOSSES = ("info_nce", "sigmoid_loss", "triplet_loss", "distillation_loss")
 

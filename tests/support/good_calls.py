@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from reference import features, weights
 
 import gssf_triton
 from gssf_triton import data, metrics, nn, viz
-from gssf_triton.heads import HeadMetric
+from gssf_triton.attention.functional import HeadMetric
+from support.reference import features, weights
 
 #: 4 rows, 6 gallery items, D = 24 = 3 blocks of 8.
 M, N, D, G, B = 4, 6, 24, 3, 8

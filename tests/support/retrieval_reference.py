@@ -10,9 +10,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import reference
 import torch
 from torch import Tensor
+
+from support import reference
 
 Scores = Sequence[Sequence[float]]
 

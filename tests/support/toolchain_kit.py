@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import reference
-import region_word_reference
 import torch
-from tuner_kit import H100, pretend
 
 import gssf_triton
-from gssf_triton.autotune.plans import PLANS, force_plan
 from gssf_triton.kernels import toolchain
+from gssf_triton.kernels.plans import PLANS, force_plan
 from gssf_triton.kernels.toolchain import Assembler, Toolchain
+from support import reference, region_word_reference
+from support.tuner_kit import H100, pretend
 
 NEW, OLD = Assembler("/a/new/ptxas", (13, 4)), Assembler("/an/old/ptxas", (12, 8))
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64

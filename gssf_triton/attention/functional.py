@@ -15,9 +15,10 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gssf_triton import checks, functional, options
+from gssf_triton import checks, options
 from gssf_triton.backend import resolve_backend
 from gssf_triton.precision import float16_operands, joined, product_dtype
+from gssf_triton.similarity import functional
 from gssf_triton.tracing import Leaf
 
 #: Blocks of a head's channels are at most as large as nn.GSSF's default block where no size is given.
@@ -169,7 +170,7 @@ class HeadMetric(Leaf):
 
     Example:
         >>> import torch
-        >>> from gssf_triton.heads import HeadMetric
+        >>> from gssf_triton.attention.functional import HeadMetric
         >>> q = torch.randn(2, 8, 10, 64)
         >>> torch.equal(HeadMetric(num_heads=8, head_dim=64)(q), q)
         True

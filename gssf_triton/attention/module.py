@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gssf_triton import checks, options
-from gssf_triton.heads import (
+from gssf_triton.attention.functional import (
     add_head_weights,
     check_head_options,
     complete_state_dict,

@@ -7,7 +7,7 @@ from pathlib import Path
 import _machine
 import pytest
 
-PERF = Path(__file__).resolve().parent.parent / "perf"
+PERF = Path(__file__).resolve().parents[2] / "perf"
 
 
 def quick(patch: pytest.MonkeyPatch) -> None:

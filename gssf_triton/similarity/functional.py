@@ -17,9 +17,10 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from gssf_triton import checks, ops, options, torch_backend
+from gssf_triton import checks, options
 from gssf_triton.backend import resolve_backend
 from gssf_triton.precision import float16_operands, full_precision, joined, product_dtype
+from gssf_triton.similarity import bilinear, paired, terms, torch_backend
 
 
 def fold_rows(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, *, backend: str) -> Tensor:
@@ -33,7 +34,7 @@ def fold_rows(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normali
             return torch_backend.fold(x, W_diag, W_blocks, normalize)
         if W_diag is None and W_blocks is None and not normalize:
             return x
-        return ops.fold(torch_backend.as_rows(x), W_diag, W_blocks, normalize).view(x.shape)
+        return bilinear.fold(torch_backend.as_rows(x), W_diag, W_blocks, normalize).view(x.shape)
 
 
 def _kernels_take(x: Tensor, backend: str) -> bool:
@@ -78,7 +79,7 @@ class _Call:
 
     def similarity(self, W_diag: Tensor | None, W_blocks: Tensor | None) -> Tensor:
         if self.by_kernels:
-            return self.shaped(ops.pairwise(*self.matrices, W_diag, W_blocks, self.normalize, self.out_dtype))
+            return self.shaped(bilinear.pairwise(*self.matrices, W_diag, W_blocks, self.normalize, self.out_dtype))
         folding = partial(fold_rows, backend=self.backend)
         dtype = product_dtype(self.a)
         with full_precision(self.a):
@@ -88,7 +89,7 @@ class _Call:
             # The library would round the sums, a kernel does not; to it these rows are features of the identity.
             t, y = float16_operands(t, y) if dtype == torch.float16 else (t.to(dtype), y.to(dtype))
             identity = t.new_ones(t.shape[-1])
-            S = ops.pairwise(*_as_matrices(t, y, self.batch), identity, None, False, self.out_dtype)
+            S = bilinear.pairwise(*_as_matrices(t, y, self.batch), identity, None, False, self.out_dtype)
             return self.shaped(S)
 
 
@@ -204,7 +205,7 @@ def pairwise_terms(
     call = _check_pairwise(a, b, W_diag, W_blocks, normalize, out_dtype, backend)
     if not call.by_kernels or call.a.dtype == torch.float16:  # whose range T(a) may leave
         return call.similarity(W_diag, None), call.similarity(None, W_blocks)
-    diagonal, block = ops.pairwise_terms(*call.matrices, W_diag, W_blocks, normalize, call.out_dtype)
+    diagonal, block = terms.pairwise_terms(*call.matrices, W_diag, W_blocks, normalize, call.out_dtype)
     return call.shaped(diagonal), call.shaped(block)
 
 
@@ -264,7 +265,7 @@ def paired_sim(
     if a.dtype == torch.float16:
         # The kernel multiplies in the rows' dtype, and weights have a range of their own.
         rows_a, rows_b = rows_a.float(), rows_b.float()
-    return ops.paired(rows_a, rows_b, W_diag, W_blocks, normalize, dtype).view(shape[:-1])
+    return paired.paired(rows_a, rows_b, W_diag, W_blocks, normalize, dtype).view(shape[:-1])
 
 
 @torch.fx.wrap
@@ -319,7 +320,7 @@ def transform(
     weight = W_blocks.mT if W_blocks is not None and side == "b" else W_blocks
     backend = resolve_backend(backend, x, W_blocks)
     if _kernels_take(x, backend) and x.dtype != torch.float16:  # whose range weights may leave
-        return ops.fold(torch_backend.as_rows(x), W_diag, weight, normalize).view(x.shape)
+        return bilinear.fold(torch_backend.as_rows(x), W_diag, weight, normalize).view(x.shape)
     return fold_rows(x, W_diag, weight, normalize, backend=backend).to(product_dtype(x))
 
 

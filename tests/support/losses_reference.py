@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import reference
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from support import reference
 
 
 def _similarities(a: Tensor, b: Tensor, weights: dict[str, Tensor | None], normalize: bool) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from gssf_triton.autotune import devices, lookup
-from gssf_triton.autotune.configs import ChunkConfig
-from gssf_triton.autotune.devices import Device
+from gssf_triton.autotune import lookup
 from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.tables import Entry
+from gssf_triton.kernels import devices
+from gssf_triton.kernels.configs import ChunkConfig
+from gssf_triton.kernels.devices import Device
 
 CPU = torch.device("cpu")
 H100 = Device("nvidia-h100-80gb-hbm3", "NVIDIA H100 80GB HBM3", "sm_90")

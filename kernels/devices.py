@@ -74,7 +74,7 @@ def identify_for_torch(device: torch.device) -> Device:
 
     Example:
         >>> import torch
-        >>> from gssf_triton.autotune.devices import identify_for_torch
+        >>> from gssf_triton.kernels.devices import identify_for_torch
         >>> identify_for_torch(torch.device("cpu")).slug == f"cpu-{torch.get_num_threads()}"
         True
     """

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import gssf_triton as gssf
-from gssf_triton.autotune.plans import force_plan
 from gssf_triton.autotune.rehearsal import Tape, recording
+from gssf_triton.kernels.plans import force_plan
 
 D, B = 64, 32
 #: (sizes that may compile, sizes after them that must not). Chunks of the losses' S end raggedly, or after one row.

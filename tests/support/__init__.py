@@ -1,0 +1,1 @@
+"""What several tests share: references, problems, processes, and programs that tests start."""
