@@ -1,7 +1,7 @@
-"""What a compiled kernel is made of and what that costs: everything that can be told of it with no GPU.
+"""What a compiled kernel consists of and what it costs, as far as its texts show without a GPU.
 
-`inspect` reads the texts that a compilation leaves behind (TTGIR, PTX or AMD assembly, machine code, the assembler's
-log) and `predicted_share` is arithmetic on what it found. Nothing here imports Triton until its disassembler is needed.
+`inspect` reads the texts of a compilation (TTGIR, PTX or AMD assembly, machine code, the assembler's log).
+`predicted_share` computes from what it found. Triton is imported only for its disassembler.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from gssf_triton.autotune import sass, ttgir
-from gssf_triton.autotune.ttgir import Access as Access
+from gssf_triton.autotune.ttgir import Access
 from gssf_triton.kernels.targets import ARCHITECTURES
 
 #: Bytes of shared memory that every block loses to the driver.
 RESERVED_SHARED = 1024
-#: Registers are handed to a warp in this unit; a multiprocessor has four quarters, which warps are spread over evenly.
+#: Registers are allocated to a warp in this unit. Warps are spread evenly over a multiprocessor's four quarters.
 REGISTER_UNIT, QUARTERS = 256, 4
 WARP = 32
 
 
 @dataclass(frozen=True)
 class Processor:
-    """One multiprocessor: what it holds, and what it does in a cycle.
+    """One multiprocessor: its capacity, and its throughput per cycle.
 
-    `flop` counts dense bfloat16 operations of the tensor cores, `sync_flop` those that the older `mma.sync` reaches.
+    `flop`: dense bfloat16 operations of the tensor cores. `sync_flop`: those that the older `mma.sync` reaches.
     """
 
     shared: int
@@ -56,9 +56,9 @@ PROCESSORS = {
 
 @dataclass(frozen=True)
 class Work:
-    """Cycles that a stretch of a program keeps each unit of its multiprocessor busy, all warps together.
+    """Cycles for which a section of a program keeps each unit of its multiprocessor busy, all warps together.
 
-    `ideal` is what its products take at the tensor cores' peak, `tensor` what these instructions take at best.
+    `ideal`: its products at the tensor cores' peak. `tensor`: its tensor instructions at best.
     """
 
     ideal: float = 0.0
@@ -69,7 +69,7 @@ class Work:
     memory: float = 0.0
 
     def units(self) -> tuple[float, ...]:
-        """The units that can be what a program waits for."""
+        """The cycles of each unit that can be the bottleneck."""
         return self.tensor, self.shared, self.exponential, self.issue, self.memory
 
 
@@ -77,12 +77,12 @@ class Work:
 class Facts:
     """What is known of one compiled kernel.
 
-    `registers` are a thread's, `shared` a block's bytes, `spills` bytes (NVIDIA) or registers (AMD). `tensor_ops`
-    counts the target's own tensor instruction; `wgmma` says (shape, count, of these with A from registers), `tcgen05`
-    (kind, count), `mma_sync` the older ones. `ptx_widths` counts global loads and stores by width ("ld.v4.b32",
-    "st.b16"), `cp_async` asynchronous copies by bytes, `tma` those by descriptor. `serialised` holds the assembler's
-    C75xx lines, `hazards` what `sass.hazards` found. `loop` counts the hot loop's instructions by `sass.CLASSES`.
-    `chained`: see `ttgir.chained`. `error` is why there is nothing else.
+    `registers`: of a thread. `shared`: bytes of a block. `spills`: bytes (NVIDIA) or registers (AMD). `tensor_ops`: the
+    number of the target's own tensor instructions. `wgmma`: (shape, count, count with A from registers). `tcgen05`:
+    (kind, count). `mma_sync`: the number of older tensor instructions. `ptx_widths`: global loads and stores by width
+    ("ld.v4.b32", "st.b16"). `cp_async`: asynchronous copies by bytes. `tma`: the number of copies by descriptor.
+    `serialised`: the assembler's C75xx lines. `hazards`: see `sass.hazards`. `loop`: the hot loop's instructions by
+    `sass.CLASSES`. `chained`: see `ttgir.chained`. `error`: the compiler's error; all else is then empty.
     """
 
     registers: int = 0
@@ -111,7 +111,7 @@ class Facts:
 def programs_per_sm(registers: int, num_warps: int, shared: int, code: int | str) -> int:
     """Programs that fit one multiprocessor side by side, by registers, shared memory, warps and blocks.
 
-    Of AMD's, a compute unit: 512 vector registers a lane of each of four units, at most eight waves a unit.
+    On AMD, a compute unit: four units, each with 512 vector registers a lane and at most eight waves.
     """
     if not isinstance(code, int):
         waves = 4 * min(8, 512 // (-(-max(registers, 1) // 8) * 8))
@@ -123,7 +123,7 @@ def programs_per_sm(registers: int, num_warps: int, shared: int, code: int | str
 
 
 def serialised(log: str) -> tuple[str, ...]:
-    """The lines in which ptxas says that it makes wgmma instructions wait for each other (C7510 and its kin)."""
+    """The lines in which ptxas reports serialised wgmma instructions (C7510 and similar)."""
     return tuple(line.strip() for line in log.splitlines() if re.search(r"\(C75\d\d\)", line))
 
 
@@ -138,7 +138,7 @@ def _wgmma(ptx: str) -> tuple[tuple[str, int, int], ...]:
 
 
 def has_register_operands(ptx: str) -> bool:
-    """True where Hopper's tensor cores take an operand from registers."""
+    """True if a wgmma takes operand A from registers."""
     return any(taken for _, _, taken in _wgmma(ptx))
 
 
@@ -155,17 +155,15 @@ def _copies(ptx: str) -> dict[int, int]:
     return dict(Counter(int(x, 0) for x in found))
 
 
-def disassemble(cubin: bytes, tools: Path | None = None) -> str:
-    """The machine code of a cubin, by the disassembler that Triton ships (or the one in `tools`)."""
-    if tools is None:
-        from triton.backends import nvidia
+def disassemble(cubin: bytes) -> str:
+    """The machine code of a cubin, by the disassembler that Triton ships."""
+    from triton.backends import nvidia
 
-        tools = Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        # Without its own dataflow analysis it takes two thirds of the time of `cuobjdump -sass`.
-        command = [str(tools / "nvdisasm"), "-c", "-ndf", file.name]
+        # Without dataflow analysis (-ndf) it takes two thirds of the time of `cuobjdump -sass`.
+        command = [str(Path(nvidia.__file__).parent / "bin" / "nvdisasm"), "-c", "-ndf", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -186,7 +184,7 @@ def _memory(accesses: Iterable[Access]) -> float:
 
 
 def _mma_sync_flop(x: sass.Instruction) -> int:
-    """Operations of a warp's mma.sync in units of bfloat16's, which twice as wide operands halve: 16 × 8 × 32 bytes."""
+    """Cost of a warp's mma.sync (16 × 8 × 32 bytes) in bfloat16 operations; TF32, twice as wide, counts double."""
     parts = x.modifiers.split(".")
     summed = {"16816": 16, "1688": 8, "1684": 4, "16832": 32}.get(parts[1] if len(parts) > 1 else "", 16)
     return 2 * 16 * 8 * summed * (2 if "TF32" in parts else 1)
@@ -194,12 +192,12 @@ def _mma_sync_flop(x: sass.Instruction) -> int:
 
 def work(instructions: Sequence[sass.Instruction], code: int, num_warps: int, tiles: Sequence[Access] = (),
          products: Iterable[tuple[tuple[int, int, int], int, bool]] = ()) -> Work:  # fmt: skip
-    """The cycles of a stretch of machine code that every warp runs once.
+    """The cycles of a section of machine code that every warp runs once.
 
-    Four warps' wgmma of 64 × N × 32 bytes takes N / 2 cycles of a Hopper multiprocessor, and reads N × 32 bytes of B
-    and, unless from registers, 2,048 of A from shared memory. Copies write what they bring to shared memory. `tiles`
-    are the stretch's accesses in TTGIR, `products` Blackwell's ((rows, columns, summed), bits, A in tensor memory), one
-    for a whole program.
+    Four warps' wgmma of 64 × N × 32 bytes takes N / 2 cycles of a Hopper multiprocessor. It reads N × 32 bytes of B
+    from shared memory, and 2,048 bytes of A unless A is in registers. Copies write their bytes to shared memory.
+    `tiles`: the section's accesses in TTGIR. `products`: Blackwell's, ((rows, columns, summed), bits, A in tensor
+    memory), each for a whole program.
     """
     processor = PROCESSORS[code]
     flop = sync_flop = shared = 0.0
@@ -228,19 +226,19 @@ def work(instructions: Sequence[sass.Instruction], code: int, num_warps: int, ti
 
 
 def predicted_share(facts: Facts, arch: str, iterations: int) -> float | None:
-    """The share of the tensor cores' peak that a kernel can reach at best, by counting; None where it uses none.
+    """The share of the tensor cores' peak that a kernel can reach at best, by counting; None if it uses none.
 
-    A program runs its hot loop `iterations` times and all its other code once. Of a Hopper multiprocessor, a cycle
-    gives 4,096 dense bfloat16 operations (TF32 half of it), 128 bytes of shared memory, 16 exponentials, 4 instructions
-    and 64 bytes of the second-level cache (Ampere and Blackwell: 2,048 and 8,192 operations). With u_loop and u_rest
-    the cycles that unit u is busy in one round and in the rest (see `work`),
+    A program runs its hot loop `iterations` times and all its other code once. In a cycle a Hopper multiprocessor does
+    4,096 dense bfloat16 operations (TF32: half as many), moves 128 bytes of shared memory and 64 bytes of the
+    second-level cache, computes 16 exponentials and issues 4 instructions (Ampere and Blackwell: 2,048 and 8,192
+    operations). Let u_loop and u_rest be the cycles that unit u is busy in one iteration and in the rest (see `work`):
 
         two programs or more side by side: time = max over u of iterations × u_loop + u_rest
         one program alone:                 time = iterations × t_loop + t_rest
 
-    where t_loop is the largest of u_loop if the products are asynchronous and not serialised, else
-    max(tensor, shared) + exponential + issue (memory, if larger), as t_rest always is: alone, nothing runs under an
-    epilogue. The share is iterations × the loop's products at the peak / time. It is a bound: latency is not in it.
+    t_loop is the largest u_loop if the products are asynchronous and not serialised. Otherwise, and always for t_rest
+    (alone, nothing runs under an epilogue), it is max(tensor, shared) + exponential + issue, or memory if larger. The
+    share is iterations × the loop's products at the peak / time. It is an upper bound: latency is not counted.
     """
     if arch not in ARCHITECTURES or not isinstance(ARCHITECTURES[arch].code, int) or not facts.loop_work.ideal:
         return None
@@ -258,7 +256,7 @@ def _alone(x: Work) -> float:
 
 
 def _assembly(ptx: str) -> dict[str, Any]:
-    """What PTX tells."""
+    """The facts in PTX."""
     return {
         "wgmma": _wgmma(ptx),
         "tcgen05": tuple(sorted(Counter(re.findall(r"tcgen05\.mma[\w:.]*?\.kind::(\w+)", ptx)).items())),
@@ -268,12 +266,11 @@ def _assembly(ptx: str) -> dict[str, Any]:
     }
 
 
-def _machine_code(cubin: bytes, module: ttgir.Module, code: int, num_warps: int, tools: Path | None) -> dict[str, Any]:
-    """What only the machine code tells."""
-    text = disassemble(cubin, tools)
+def _machine_code(cubin: bytes, module: ttgir.Module, code: int, num_warps: int) -> dict[str, Any]:
+    """The facts that only the machine code shows."""
     accesses = ttgir.accesses(module)
     products = list(ttgir.products(module))
-    functions = list(sass.parse(text).values())
+    functions = list(sass.parse(disassemble(cubin)).values())
     hot = max((sass.hot_loop(x) for x in functions), key=lambda x: (sass.mix(x)["tensor"], len(x)), default=[])
     inside = {id(x) for x in hot}
     everything = [x for function in functions for x in function if x.opcode != "NOP"]
@@ -299,25 +296,24 @@ def _machine_code(cubin: bytes, module: ttgir.Module, code: int, num_warps: int,
 
 def inspect(
     asm: Mapping[str, str | bytes], *, backend: str, code: int | str, num_warps: int, shared: int, log: str,
-    machine_code: bool = True, tools: Path | None = None,
+    machine_code: bool = True,
 ) -> Facts:  # fmt: skip
-    """What is known of a compiled kernel, from the texts of its compilation.
+    """The facts in the texts of a kernel's compilation.
 
     Args:
         asm: "ttgir", "ptx" and "cubin" for backend "cuda", "ttgir" and "amdgcn" for "hip".
         backend: "cuda" or "hip".
         code: 80, 90, 100, or "gfx942".
         num_warps: Warps of a program.
-        shared: Its shared memory in bytes, of the compilation's metadata.
-        log: What ptxas said, with -v.
-        machine_code: Disassemble, which takes half a second: for hazards and for what is counted in instructions.
-        tools: The folder of `cuobjdump` and `nvdisasm`; None is Triton's own.
+        shared: Its shared memory in bytes, from the compilation's metadata.
+        log: The output of ptxas with -v.
+        machine_code: Also disassemble, for hazards and counts of instructions. Takes half a second.
     """
     target = next(x for x in ARCHITECTURES.values() if x.backend == backend and x.code == code)
     module = ttgir.Module(str(asm["ttgir"]))
     assembly = str(asm["amdgcn" if backend == "hip" else "ptx"])
     if backend == "hip":
-        # Scalar registers spill into lanes of vector registers, not into memory: they do not count.
+        # Spilled scalar registers do not count: they go to lanes of vector registers, not to memory.
         found: dict[str, Any] = {
             "registers": _largest(r"\.vgpr_count:\s*(\d+)", assembly),
             "spills": _largest(r"\.vgpr_spill_count:\s*(\d+)", assembly),
@@ -331,7 +327,7 @@ def inspect(
             **_assembly(assembly),
         }
         if machine_code:
-            found |= _machine_code(cubin, module, code, num_warps, tools)
+            found |= _machine_code(cubin, module, code, num_warps)
     return Facts(
         shared=shared,
         tensor_ops=assembly.count(target.tensor_instruction),

@@ -6,18 +6,18 @@ Exit status: 0 done, 1 something failed or is left to do, 2 a command that makes
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from gssf_triton import console
-from gssf_triton.autotune import lookup, mode, model
-from gssf_triton.autotune.keys import NUMERICS, Key, dtype_of, make_key
+from gssf_triton.autotune import compile_gate, hook, lookup, tuner
 from gssf_triton.autotune.shapes import (
     CPU_KERNELS,
     GPU_KERNELS,
@@ -29,13 +29,16 @@ from gssf_triton.autotune.shapes import (
     parse_shape,
     read_shapes,
 )
-from gssf_triton.autotune.space import SPACES, TORCH_KERNELS
+from gssf_triton.autotune.space import DTYPES, NUMERICS, SPACES, Key, make_key
 from gssf_triton.autotune.store import Store
-from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped, shipped_for
+from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped
+from gssf_triton.backend import interpreter_is_on, resolve_backend
 from gssf_triton.command.usage import Parser, UsageError, check_output, default_device, parse_device, positive
-from gssf_triton.kernels import devices, toolchain
+from gssf_triton.kernels import choice, devices, toolchain
+from gssf_triton.kernels.choice import TORCH_KERNELS, Call, device_of
 from gssf_triton.kernels.devices import Device
-from gssf_triton.kernels.targets import SHIPPED_DEVICES
+from gssf_triton.kernels.release import HAS_TRITON
+from gssf_triton.kernels.targets import KNOWN_CARDS
 from gssf_triton.progress import bar
 from gssf_triton.storage import CACHE_VARIABLE, read_text, replacing
 
@@ -61,27 +64,21 @@ def _kernels(args: argparse.Namespace, where: torch.device) -> tuple[str, ...]:
     if not args.kernel:
         return GPU_KERNELS if where.type == "cuda" else CPU_KERNELS
     triton_kernels = [name for name in args.kernel if name not in TORCH_KERNELS]
-    if where.type == "cpu" and triton_kernels:
-        from gssf_triton.backend import interpreter_is_on
-
-        if not interpreter_is_on():
-            raise UsageError(
-                f"--kernel {triton_kernels[0]} needs a GPU, or, to try the tuner out, Triton's interpreter "
-                "(TRITON_INTERPRET=1)"
-            )
+    if where.type == "cpu" and triton_kernels and not interpreter_is_on():
+        raise UsageError(
+            f"--kernel {triton_kernels[0]} needs a GPU, or, to try the tuner out, Triton's interpreter "
+            "(TRITON_INTERPRET=1)"
+        )
     return tuple(args.kernel)
 
 
 def tune(args: argparse.Namespace) -> int:
     """Tune keys one by one, with a progress bar, writing each down."""
-    from gssf_triton.autotune import tuner
-
     where = parse_device(args.device)
     on_cpu = where.type == "cpu"
     keys = keys_for(_shapes(args, "cpu" if on_cpu else "full"), _kernels(args, where), on_cpu=on_cpu)
     if args.dry_run:
-        for key in tuner.in_order(keys):
-            print(key)
+        print("\n".join(map(str, tuner.in_order(keys))))
         return 0
     with bar(total=len(keys), unit="key", desc="tuning", disable=args.quiet) as shown:
 
@@ -91,14 +88,8 @@ def tune(args: argparse.Namespace) -> int:
                 shown.write(f"{key}: {outcome}")
 
         try:
-            report = tuner.tune(
-                keys,
-                where,
-                time_limit=args.time_limit,
-                force=args.force,
-                most_candidates=args.candidates,
-                progress=progress,
-            )
+            limits = {"time_limit": args.time_limit, "most_candidates": args.candidates}
+            report = tuner.tune(keys, where, force=args.force, progress=progress, **limits)
         except KeyboardInterrupt:
             shown.close()
             print("stopped; what was found is kept, the same command goes on from here")
@@ -111,48 +102,46 @@ def tune(args: argparse.Namespace) -> int:
 
 
 def _named_device(name: str) -> Device:
-    """A device by the slug or the architecture of a table that ships, without it being here."""
-    for slug, arch, names in SHIPPED_DEVICES:
+    """A device that is not here, by its slug or its architecture."""
+    for slug, arch, names in KNOWN_CARDS:
         if name in (slug, arch):
             return Device(slug, names[0], arch)
-    known = ", ".join(f"{slug} ({arch})" for slug, arch, _ in SHIPPED_DEVICES)
+    known = ", ".join(f"{slug} ({arch})" for slug, arch, _ in KNOWN_CARDS)
     raise UsageError(f"--for: {name!r} is none of {known}")
 
 
 def show(args: argparse.Namespace) -> int:
     """What would run for each shape, and why."""
     target = _named_device(args.target) if args.target else None
-    where = None if target else parse_device(args.device)
-    on_cpu = where is not None and where.type == "cpu"
-    default = CPU_KERNELS if on_cpu else GPU_KERNELS
+    where = torch.device("cuda", 0) if target else parse_device(args.device)
+    on_cpu = where.type == "cpu"
     for shape in _shapes(args, "quick"):
         print(f"M={shape.M} N={shape.N} D={shape.D} B={shape.B} {shape.dtype}")
-        tf32 = shape.dtype == "tf32"
         lines: dict[str, None] = {}  # an ordered set: both gradients of a square S ask for the same
-        for kernel, M, N, B in calls_of(shape, args.kernel or default):
+        for kernel, M, N, B in calls_of(shape, args.kernel or (CPU_KERNELS if on_cpu else GPU_KERNELS)):
             key = make_key(kernel, numerics_in(kernel, shape.dtype, on_cpu=on_cpu), M, N, shape.D, B)
-            device, entries = _tables_for(key, where, target)
-            fallback = model.choice(kernel, M, N, shape.D, B, dtype_of(key.dtype), device.arch, tf32=tf32)
-            answer = lookup.find(key, device, entries, fallback)
-            seconds = answer.entry.seconds if answer.entry else None
-            time = f", {seconds * 1e3:.4g} ms" if seconds else ""
-            lines[f"  {key}\n    {answer.config}\n    {answer.why}{time}"] = None
+            call = Call(kernel, where, DTYPES[key.dtype], shape.dtype == "tf32", M, N, shape.D, B)
+            device = target or device_of(call)
+            found = lookup.find(key, device.arch, _entries(device, is_here=target is None))
+            if found:
+                config, why = found.entry.config, f"{found.why}, {found.entry.seconds * 1e3:.4g} ms"
+            else:
+                config, why = choice.by_model(call, device.arch), "model: no table has this key or a tuned neighbour"
+            lines[f"  {key}\n    {config}\n    {why}"] = None
         print("\n".join(lines))
     return 0
 
 
-def _tables_for(key: Key, where: torch.device | None, target: Device | None) -> tuple[Device, dict[Key, Entry]]:
-    """The device that a key's kernel runs on, and what tables hold for it: the package's alone for one not here."""
-    if target is not None:
-        return target, lookup.shipped_entries(target)
-    assert where is not None
-    device = devices.identify_for_torch(where) if key.kernel in TORCH_KERNELS else devices.identify(where)
-    return device, {} if mode.mode() == "off" else dict(lookup.entries_for(device))
+def _entries(device: Device, *, is_here: bool) -> Mapping[Key, Entry]:
+    """What tables hold for a device: the package's alone for one that is not here."""
+    if not is_here:
+        return lookup.shipped_entries(device)
+    return {} if hook.mode() == "off" else lookup.entries_for(device)
 
 
 def _read_tables(paths: Sequence[Path]) -> list[Table]:
     if not paths:
-        return list(shipped())
+        return shipped()
     tables = []
     for path in paths:
         try:
@@ -175,8 +164,6 @@ def check(args: argparse.Namespace) -> int:
     print(f"{len(tables)} table(s), {entries} entries, all legal")
     if args.no_compile:
         return 0
-    from gssf_triton.autotune import compile_gate
-
     cases = [case for table in tables for case in compile_gate.table_cases(table)]
     if not cases:
         print("no kernel to compile")
@@ -187,17 +174,17 @@ def check(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """The user's results as a table that can ship: what holds for the device, without what holds for this machine."""
     where = parse_device(args.device)
-    found: dict[Device, Table] = {}
     here = {devices.identify(where), devices.identify_for_torch(where)}
-    for device in here:
-        entries = {key: entry for key, entry in lookup.store_for(device).read().items() if entry.source == "measured"}
-        if entries:
-            found[device] = Table(device.slug, device.arch, (device.name,), {}, entries)
+    found = {
+        device: Table(device.slug, device.arch, (device.name,), {}, entries)
+        for device in here
+        if (entries := lookup.store_for(device).read())
+    }
     if not found:
         print("nothing to export: nothing was tuned here yet (see `tune`)")
         return 1
     if len(found) > 1:
-        # On a CPU the interpreter has a table, too; its times are worth nothing elsewhere.
+        # On a CPU the interpreter has results, too; its times mean nothing elsewhere.
         found.pop(devices.INTERPRETER, None)
     (table,) = found.values()
     if args.name:
@@ -236,9 +223,7 @@ def _cache_state(store: Store) -> str:
 
 
 def _assembler(device: Device) -> str:
-    """What assembles the kernels, and which of them therefore run; of Hopper's kernels where there is no GPU."""
-    from gssf_triton.backend import HAS_TRITON
-
+    """What assembles the kernels, and which of them it keeps from running; without a GPU, for Hopper's."""
     if not HAS_TRITON:
         return "none without Triton"
     if device.arch in ("cpu", "interpreter"):
@@ -248,12 +233,10 @@ def _assembler(device: Device) -> str:
 
 def doctor(args: argparse.Namespace) -> int:
     """What a bug report needs."""
-    from gssf_triton.backend import HAS_TRITON, interpreter_is_on, resolve_backend
-
     where = parse_device(args.device)
     device = devices.identify_for_torch(where)
     try:
-        tables = ", ".join(table.slug for table in shipped_for(device)) or "none for this device"
+        tables = ", ".join(table.slug for table in shipped() if table.serves(device)) or "none for this device"
     except TableError as fault:
         tables = f"DAMAGED: {fault}"
     sample = torch.empty(1, 1, device=where, dtype=torch.bfloat16)
@@ -269,7 +252,7 @@ def doctor(args: argparse.Namespace) -> int:
         "backend": f"auto takes {resolve_backend('auto', sample, None)}",
         "assembler": _assembler(device),
         "interpreter": "on" if interpreter_is_on() else "off",
-        mode.VARIABLE: f"{mode.mode()} (environment: {os.environ.get(mode.VARIABLE, 'not set')})",
+        hook.VARIABLE: f"{hook.mode()} (environment: {os.environ.get(hook.VARIABLE, 'not set')})",
         "float32 products": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "tables shipped": tables,
@@ -282,12 +265,17 @@ def doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+
+
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", action="append", metavar="MxNxDxB", help="a shape; may be given many times")
     parser.add_argument("--shapes", type=Path, metavar="FILE", help="a JSON list of objects with M, N, D, B and dtype")
     parser.add_argument("--set", choices=list(SETS), help="a set of shapes")
     parser.add_argument("--dtype", nargs="+", choices=NUMERICS, default=["bf16"], help="of --shape (default: bf16)")
     parser.add_argument("--kernel", nargs="+", choices=list(SPACES), metavar="KERNEL", help=", ".join(SPACES))
+    _add_device(parser)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -306,10 +294,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("tune", tune, "measure configurations and keep the best; stop and go on whenever you like")
     _add_shapes(command)
-    command.add_argument("--device", default=default_device(), help="default: %(default)s")
     command.add_argument(
-        "--time-limit", type=positive(float), metavar="SECONDS", help="stop after this long, the first key apart"
-    )
+        "--time-limit", type=positive(float), default=math.inf, metavar="SECONDS",
+        help="stop after this long, the first key apart",
+    )  # fmt: skip
     command.add_argument("--candidates", type=positive(int), default=24, metavar="N", help="configurations a key (24)")
     command.add_argument("--force", action="store_true", help="tune anew what was tuned before")
     command.add_argument("--dry-run", action="store_true", help="list the keys, tune nothing")
@@ -317,7 +305,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("show", show, "what would run for a shape, and why")
     _add_shapes(command)
-    command.add_argument("--device", default=default_device(), help="default: %(default)s")
     command.add_argument("--for", dest="target", metavar="TARGET", help="a GPU that is not here: nvidia-h100, sm_90, …")
 
     command = add("check", check, "the compile gate over the tables: no GPU is needed")
@@ -327,12 +314,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--quiet", action="store_true", help="print only what fails")
 
     command = add("export", export, "your results as a table that can ship with the package")
-    command.add_argument("--device", default=default_device(), help="default: %(default)s")
+    _add_device(command)
     command.add_argument("--out", type=Path, metavar="FILE", help="default: DEVICE.json here; - for standard output")
     command.add_argument("--name", help="the table's device name, in place of the device's own")
 
-    command = add("doctor", doctor, "device, versions, backend and cache, for a bug report")
-    command.add_argument("--device", default=default_device(), help="default: %(default)s")
+    _add_device(add("doctor", doctor, "device, versions, backend and cache, for a bug report"))
     return parser
 
 
@@ -346,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        console.give_up_output()  # whoever read it has seen enough
+        console.give_up_output()  # the reader has closed its end
         return 0
     except (UsageError, OSError) as fault:
         parser.exit(2, f"{parser.prog} {args.command}: {fault}\n")

@@ -1,4 +1,4 @@
-"""Compile what public calls launch, for GPUs that are not there, and hold it to what makes kernels wrong or slow there.
+"""Compile what public calls launch, without their GPUs, and check it for what makes kernels wrong or slow.
 
 `python -m gssf_triton.autotune.compile_gate` makes the calls of `public_calls.gated` on the stub of each architecture,
 compiles every distinct launch, and fails on each that breaks one of `RULES`. Exit status: 0, or 1.
@@ -15,29 +15,24 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import Any
 from unittest import mock
-
-import torch
 
 from gssf_triton import console
 from gssf_triton.autotune import workloads
-from gssf_triton.autotune.binary import Access
 from gssf_triton.autotune.compiled import Compiled, compile_launch
 from gssf_triton.autotune.public_calls import NUMERICS, float32_precision, gated
 from gssf_triton.autotune.rehearsal import Launch, Record, recording
-from gssf_triton.autotune.space import TORCH_KERNELS
 from gssf_triton.autotune.stub import CUDA
 from gssf_triton.autotune.tables import Table, shipped
-from gssf_triton.backend import TRITON_RELEASE
+from gssf_triton.autotune.ttgir import Access
 from gssf_triton.kernels import toolchain
+from gssf_triton.kernels.choice import TORCH_KERNELS
 from gssf_triton.kernels.configs import padded_block
-from gssf_triton.kernels.targets import ARCHITECTURES
+from gssf_triton.kernels.release import TRITON_RELEASE
+from gssf_triton.kernels.targets import ARCHITECTURES, MAX_GRID
 from gssf_triton.progress import bar
 
-#: Programs that a grid may have, by dimension.
-MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
-#: What a lane moves at a time where strides allow it, and the least run of a warp that wastes no part of a sector.
+#: Bytes a lane moves at a time if strides allow it, and a warp's shortest run that wastes no part of a sector.
 VECTOR_BYTES, SECTOR_BYTES = 16, 32
 
 
@@ -84,7 +79,7 @@ def _hazard(case: Case, made: Compiled) -> str | None:
 
 
 def _grid(case: Case, made: Compiled) -> str | None:
-    over = [programs for programs, most in zip(case.grid, MOST_PROGRAMS, strict=False) if programs > most]
+    over = [programs for programs, most in zip(case.grid, MAX_GRID, strict=False) if programs > most]
     return f"a grid of {over[0]:,} programs in a dimension" if over else None
 
 
@@ -101,13 +96,8 @@ def _register_operands(case: Case, made: Compiled) -> str | None:
     launch = case.launch
     if not toolchain.toolchain(launch.arch).is_safe:
         return f"{taken} products take an operand from registers, which this assembler may overwrite"
-    # What `toolchain` keeps from being launched elsewhere must be all that has such operands.
-    names = [name for name, _ in launch.signature]
-    arguments: dict[str, Any] = {names[path[0]]: value for path, value in launch.constants}
-    if features := toolchain.WATCHED.get(launch.kernel):
-        half = dict(launch.signature)[features] in ("*bf16", "*fp16")
-        arguments[features] = torch.empty(0, dtype=torch.float16 if half else torch.float32)
-    if not toolchain.takes_registers(launch.kernel, arguments):
+    # `toolchain` must know every such launch, or it could not prevent it with other assemblers.
+    if not toolchain.variant_of(launch.kernel, launch.arguments()).takes_registers:
         return f"{taken} products take an operand from registers, and `kernels.toolchain` does not know it"
     return None
 
@@ -124,10 +114,9 @@ SYNCHRONOUS = {
 
 
 def _tiles(case: Case, made: Compiled) -> Iterable[Access]:
-    """The accesses of tiles that strides allow to be wide."""
+    """The accesses of tiles whose strides allow wide moves."""
     launch = case.launch
-    strides = [name for name, _ in launch.signature if name.startswith("stride_")]
-    if not all(launch.is_constant(name) or launch.is_divisible(name) for name in strides):
+    if not all(name in launch.values or launch.is_divisible(name) for name in launch.strides):
         return
     is_amd = ARCHITECTURES[launch.arch].backend == "hip"
     for access in made.facts.accesses:
@@ -170,7 +159,7 @@ def _synchronous(case: Case, made: Compiled) -> str | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a launch must not do; `broken` says in words how it does, or None."""
+    """A property that a launch must have; `broken` returns the fault as text, or None."""
 
     name: str
     broken: Callable[[Case, Compiled], str | None]
@@ -193,7 +182,7 @@ RULES = (
 
 
 def faults(case: Case, made: Compiled) -> list[str]:
-    """What keeps a compiled launch from shipping, in words; empty where nothing does."""
+    """The faults of a compiled launch, as texts; empty if it has none."""
     if made.facts.error:
         return [_error(case, made) or ""]
     return [text for rule in RULES if (text := rule.broken(case, made))]
@@ -229,7 +218,7 @@ def cases_of(arch: str, chosen: Iterable[str] = tuple(NUMERICS)) -> list[Case]:
 
 
 def table_cases(table: Table, chosen: Iterable[str] = tuple(NUMERICS)) -> list[Case]:
-    """The distinct launches of a table's configurations, each made at one of the keys that hold it."""
+    """The distinct launches of a table's configurations, each at one of the keys that have it."""
     if table.arch not in ARCHITECTURES:
         return []
     alike = {
@@ -240,7 +229,7 @@ def table_cases(table: Table, chosen: Iterable[str] = tuple(NUMERICS)) -> list[C
     found: dict[Launch, Case] = {}
     with recording(table.arch) as tape:
         for (*_, config), key in alike.items():
-            # What this toolchain would compile wrongly is never launched: there is nothing to hold to rules.
+            # What this toolchain would compile wrongly is never launched, so there is nothing to check.
             with float32_precision(NUMERICS[key.dtype][1]), suppress(toolchain.NotLaunched):
                 workloads.build(key, CUDA)(config)()
             _collect(found, tape.cut(), f"{key}, of {table.slug}")
@@ -264,7 +253,7 @@ def render_row(case: Case, made: Compiled, verdict: str) -> str:
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes whose decorators compile, with a cache of their own: a stale hit would prove nothing."""
+    """Processes without Triton's interpreter and with an empty cache of kernels: a stale hit would prove nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory(prefix="gssf-gate-") as cache:
         environment["TRITON_CACHE_DIR"] = cache
@@ -276,7 +265,7 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def compile_all(launches: Sequence[Launch], jobs: int, *, instructions: bool = False) -> dict[Launch, Compiled]:
-    """Compile in `jobs` processes, with a progress bar; `instructions` as `compile_launch` has it."""
+    """Compile in `jobs` processes, with a progress bar; `instructions`: see `compile_launch`."""
     made: dict[Launch, Compiled] = {}
     with _workers(jobs) as pool:
         futures = {pool.submit(compile_launch, launch, instructions): launch for launch in launches}

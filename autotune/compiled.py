@@ -1,4 +1,4 @@
-"""Compile a recorded launch for a GPU that need not be there, and say what came of it."""
+"""Compile a recorded launch without its GPU, and inspect the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gssf_triton.autotune.binary import Facts, has_register_operands, inspect
 from gssf_triton.autotune.rehearsal import Launch
 from gssf_triton.kernels.targets import ARCHITECTURES
 
-#: A product in Triton's own text: its operands' type and the rows of its result; and how float32 is multiplied.
+#: A product in Triton's dialect (TTIR): its operands' type and its result's rows; and how float32 is multiplied.
 DOT = re.compile(r"tt\.dot\b.*: tensor<\d+x\d+x(\w+)> \* tensor<[^>]*> -> tensor<(\d+)x")
 PRECISION = re.compile(r"inputPrecision = (\w+)")
 
@@ -26,20 +26,20 @@ class Dot:
 
     @property
     def wants_tensor_cores(self) -> bool:
-        """Exact float32 runs on NVIDIA's FMA units."""
+        """False for exact float32, which runs on NVIDIA's FMA units, and for float64."""
         return self.dtype in ("f16", "bf16") or (self.dtype == "f32" and self.precision != "ieee")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A launch's products and what the compiler made of them; `facts.error` where it made nothing."""
+    """A launch's products and what the compiler made of it; `facts.error` if it failed."""
 
     facts: Facts
     dots: tuple[Dot, ...] = ()
 
 
 def dots_of(ttir: str) -> tuple[Dot, ...]:
-    """The products of Triton's own text."""
+    """The products in a text of Triton's dialect (TTIR)."""
     found = []
     for line in ttir.splitlines():
         if dot := DOT.search(line):
@@ -51,7 +51,7 @@ def dots_of(ttir: str) -> tuple[Dot, ...]:
 def compile_launch(launch: Launch, instructions: bool = False) -> Compiled:
     """Compile and inspect one launch; a compiler's error is a result, not an exception.
 
-    `instructions`: read the machine code of every launch, not only where operands in registers may be overwritten.
+    `instructions`: always read the machine code, not only if it may overwrite operands in registers.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -61,11 +61,11 @@ def compile_launch(launch: Launch, instructions: bool = False) -> Compiled:
     try:
         with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
             triton.knobs.nvidia.dump_ptxas_log = True
-            triton.knobs.compilation.always_compile = True  # what is found in a cache has no log
+            triton.knobs.compilation.always_compile = True  # a cached kernel has no log
             compiled = triton.compile(
                 launch.source(), target=GPUTarget(arch.backend, arch.code, arch.warp), options=dict(launch.options)
             )
-    except Exception as error:  # the compiler raises many kinds, and each is what the gate is there to report
+    except Exception as error:  # the compiler raises many kinds; the gate reports each
         lines = str(error).strip().splitlines() or [""]
         return Compiled(Facts(error=f"{type(error).__name__}: {lines[-1]}"))
     facts = inspect(

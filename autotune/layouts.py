@@ -1,4 +1,4 @@
-"""Triton's distributed layouts, read from TTGIR: which elements of a tile a lane holds side by side, and a warp."""
+"""Triton's distributed layouts, read from TTGIR: how many neighbours of a tile a lane and a warp hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Bits = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the bits of a register's and of a lane's number lead: (dimension, step); `fastest` as Triton has it."""
+    """What each bit of a register's and of a lane's number adds: (dimension, step). `fastest` as in Triton."""
 
     registers: _Bits
     lanes: _Bits
@@ -44,7 +44,7 @@ class Layout:
 
 
 def _bits(sizes: list[tuple[int, int]], taken: dict[int, int]) -> _Bits:
-    """The bits of a number that counts through (dimension, size) pairs; `taken` holds the elements passed before."""
+    """The bits of a number that counts through (dimension, size) pairs. `taken`: elements already covered."""
     bits = []
     for dim, size in sizes:
         for _ in range(size.bit_length() - 1):
@@ -54,7 +54,7 @@ def _bits(sizes: list[tuple[int, int]], taken: dict[int, int]) -> _Bits:
 
 
 def _mfma(fields: dict[str, Any]) -> Layout:
-    """AMD's accumulators: four neighbours a lane, along a row where transposed, else along a column."""
+    """AMD's accumulators: four neighbours a lane, along a row if transposed, else along a column."""
     along = 1 if fields["isTransposed"] else 0
     across = 4 if 16 in fields["instrShape"][:2] else 5
     lanes = [(1 - along, 1 << bit) for bit in range(across)] + [(along, 4 << bit) for bit in range(6 - across)]
@@ -62,7 +62,7 @@ def _mfma(fields: dict[str, Any]) -> Layout:
 
 
 def layout(text: str, names: dict[str, str]) -> Layout | None:
-    """The layout that an attribute of TTGIR says, "#blocked" by way of `names`; None for a kind not known here."""
+    """The layout of a TTGIR attribute; `names` resolves "#blocked". None for an unknown kind."""
     text = names.get(text, text)
     kind = text.partition("<")[0].removeprefix("#ttg.")
     fields = {key: literal_eval(value.title()) for key, value in _FIELD.findall(_PARENT.sub("", text))}

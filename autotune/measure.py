@@ -1,8 +1,8 @@
 """Seconds of a call: warm-up, then the median of many samples and their spread.
 
-A sample is one stretch of a monotonic clock on a CPU. On a GPU it is the time between two events on the device, which
-spins before the first until the host has queued all of the call; what the host took for that stands apart. Calls that
-are to be compared are timed in turn, round after round, so that a machine that slows down slows all of them down.
+On a CPU a sample is an interval of a monotonic clock. On a GPU it is the time between two events on the device. Before
+the first event the device spins until the host has queued the whole call; the host's time for that is kept apart. Calls
+to compare are timed in turn, round after round, so that a slowdown of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ Call = Callable[[], object]
 
 #: Written before a sample on a GPU: larger than any L2 cache.
 FLUSH_BYTES = 256 * 2**20
-#: Cycles that a GPU spins for before a sample, about 1 ms at its fastest clock; more where the host takes longer …
+#: Cycles that a GPU spins before a sample, about 1 ms at its fastest clock.
 SPIN_CYCLES = 2_000_000
-#: … by this factor beyond what it took, as often as this, and up to as many cycles (0.2 s).
+#: If the host takes longer, the next spin lasts its time × the margin: so many raises, up to so many cycles (0.2 s).
 SPIN_MARGIN, SPIN_RAISES, MOST_SPIN_CYCLES = 1.5, 4, 400_000_000
-#: Calls whose time is not looked at: compilation, caches, clocks.
+#: Untimed first calls, because of compilation, caches and clocks.
 WARM_UP = 2
 
 
 class Sample(NamedTuple):
     """Seconds of one call on its device.
 
-    On a GPU also the seconds that the host took to queue it, and whether it was `exposed`: the device had to wait for
-    the host, whose time is then part of `seconds`, as it is for whoever reads a value of the device in the call.
+    On a GPU also `host`, the seconds that the host took to queue the call, and `exposed`: whether the device had to
+    wait for the host. Then `seconds` includes host time, as in every call that reads a value from the device.
     """
 
     seconds: float
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
 
 
 class Clock(Protocol):
-    """What the tuner needs of time; tests bring their own."""
+    """What the tuner needs of a clock; tests have their own."""
 
     def now(self) -> float:
         """Seconds, monotonic."""
@@ -52,22 +52,30 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """The process's monotonic clock."""
+    """The process's monotonic clock. `flush_bytes` are read and written before each sample, to empty the caches."""
+
+    def __init__(self, flush_bytes: int = 0) -> None:
+        self.flush = torch.zeros(flush_bytes // 4, dtype=torch.int32)
 
     def now(self) -> float:
         return time.perf_counter()
 
-    def sample(self, call: Call) -> float:
+    def take(self, call: Call) -> Sample:
+        """A sample."""
+        self.flush.add_(1)
         start = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        return Sample(time.perf_counter() - start)
+
+    def sample(self, call: Call) -> float:
+        return self.take(call).seconds
 
 
 class GpuClock(CpuClock):
     """Seconds between two events around one call, the L2 cache flushed before it (as `triton.testing.do_bench`).
 
-    Between flush and call the device spins. Where the host took longer than the spin, the sample is taken again behind
-    a longer one. A call that waits for the device outlasts every spin: its samples are taken without, and are exposed.
+    Between flush and call the device spins. If the host took longer than the spin, the sample is repeated with a longer
+    one. A call that waits for the device outlasts every spin: it is sampled without a spin, as `exposed`.
     """
 
     def __init__(self, device: torch.device, flush_bytes: int = FLUSH_BYTES) -> None:
@@ -96,7 +104,7 @@ class GpuClock(CpuClock):
         return self._behind_spin(call, 0)[0]._replace(exposed=True)
 
     def _behind_spin(self, call: Call, cycles: int) -> tuple[Sample, float, float]:
-        """The sample, what the spin took on the device, and what the host took from before it to the last event."""
+        """(sample, seconds of the spin on the device, the host's seconds from before the spin to the last event)."""
         before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         self.flush.zero_()
         queued = time.perf_counter()
@@ -121,7 +129,7 @@ def clock_for(device: torch.device) -> Clock:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median of the samples in seconds, and their interquartile range over it."""
+    """Median of the samples in seconds, and their interquartile range divided by it."""
 
     seconds: float
     spread: float
@@ -143,7 +151,7 @@ class Timing:
 
 
 def measure(calls: Sequence[Call], clock: Clock, rounds: int, warm_up: int = WARM_UP) -> list[Timing]:
-    """The timing of each call, from `rounds` samples taken in turn, every other round backwards."""
+    """The timing of each call, from `rounds` samples taken in turn, every other round in reverse order."""
     for call in calls:
         for _ in range(warm_up):
             clock.sample(call)

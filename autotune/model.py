@@ -1,20 +1,24 @@
-"""The static model: what a configuration takes of a block before anything is compiled, and whether that fits.
+"""The static model: what a configuration takes of a block before anything is compiled, whether that fits, and its rank.
 
 The shared memory is what Triton's pipeliner allocates: a tile of each operand for each stage in flight. Registers are
-counted where they are many, in accumulators, against bounds found by compiling. Both are held to real compiles by a
-test. The verdict errs to one side: what it passes compiles without spills; some of what it refuses would, too.
+counted where they are many, in accumulators, against bounds found by compiling. A test holds both to real compiles. The
+verdict errs to one side: what it passes compiles without spills; some of what it refuses would, too.
+
+The rank orders the configurations that the tuner measures. Its seconds only compare tiles of one kernel:
+waves of tiles over the processors, each as long as its products or its share of the traffic between L2 cache and shared
+memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 from typing import Any
 
-import torch
-
-from gssf_triton.autotune.keys import PAIR_KERNELS, STREAM_KERNELS, Key, dtype_of
-from gssf_triton.autotune.space import SPACES, Config
-from gssf_triton.kernels import configs, plans
+from gssf_triton.autotune.space import DTYPES, PAIR_KERNELS, SPACES, STREAM_KERNELS, Key
+from gssf_triton.kernels import choice, configs, plans
+from gssf_triton.kernels.choice import Config
 from gssf_triton.kernels.configs import (
     ChunkConfig,
     CrossAttentionConfig,
@@ -25,7 +29,7 @@ from gssf_triton.kernels.configs import (
     padded_block,
 )
 from gssf_triton.kernels.plans import PlanChoice
-from gssf_triton.kernels.retrieval_configs import LARGEST_KERNEL_K, RetrievalConfig, retrieval_config
+from gssf_triton.kernels.retrieval_configs import LARGEST_KERNEL_K, RetrievalConfig
 from gssf_triton.kernels.targets import ARCHITECTURES, kin, shared_bytes
 
 #: Numbers a thread may hold in accumulators beside the operands in flight, found by compiling the tiles around them:
@@ -43,6 +47,14 @@ FMA_ACCUMULATORS, FMA_STEP, FMA_STAGES = 80, 32, 2
 EPILOGUE_KERNELS = (*STREAM_KERNELS, *PAIR_KERNELS, "ranked")
 #: Shared bytes for reductions and the like, which the estimate leaves out.
 SLACK = 1024
+#: Rows and columns at which a tile's operands come in half as fast as its products go.
+HALF_RATE_SIDE = 48.0
+#: L2 cache to the processors, bytes a second: a multiple of the memory's.
+L2_BYTES_PER_SECOND = 3 * plans.BYTES_PER_SECOND
+#: Registers of a processor, in 32-bit words, and the threads it holds.
+REGISTERS, THREADS = 65_536, 2048
+#: A tile that waits for each load takes this much longer than one with all loads in flight.
+STALL = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,11 @@ class Usage:
         return self.shared + SLACK <= shared_bytes(arch) and self.accumulators <= self.most_accumulators
 
 
-def _gate_arch(arch: str) -> str:
+def _block(config: Any, numerics: str, arch: str) -> tuple[str, int, int]:
+    """(architecture of the gate, bytes of a feature, threads of a block)."""
     known = kin(arch)
     assert known is not None, f"{arch} has no shared memory to count"
-    return known
+    return known, DTYPES[numerics].itemsize, config.num_warps * ARCHITECTURES[known].warp
 
 
 def _pipelined(numerics: str, arch: str, rows: int) -> bool:
@@ -70,9 +83,7 @@ def _pipelined(numerics: str, arch: str, rows: int) -> bool:
 
 def tile_usage(config: PairwiseConfig, B: int, numerics: str, arch: str, *, terms: bool = False) -> Usage:
     """The one-pass kernel's; B = 0 for the product alone (a diagonal beside it takes no more)."""
-    arch = _gate_arch(arch)
-    itemsize = dtype_of(numerics).itemsize
-    threads = config.num_warps * ARCHITECTURES[arch].warp
+    arch, itemsize, threads = _block(config, numerics, arch)
     a = config.BLOCK_M * config.BLOCK_K * itemsize
     b = config.BLOCK_N * config.BLOCK_K * itemsize
     w = config.BLOCK_K * config.BLOCK_K * itemsize if B else 0
@@ -83,7 +94,7 @@ def tile_usage(config: PairwiseConfig, B: int, numerics: str, arch: str, *, term
     if not B:
         shared, most = (a + b) * stages, plain
     elif padded_block(B) <= config.BLOCK_K:
-        # a goes through registers into the fold, and is let go of a stage earlier.
+        # a goes through registers into the fold, and is released a stage earlier.
         shared, most = a * (stages - asynchronous) + (b + w) * stages, packed
         taller = config.BLOCK_M > config.BLOCK_N or (config.BLOCK_M == config.BLOCK_N and arch.startswith("sm_"))
         if arch.startswith("sm_10") or (not asynchronous and not taller):
@@ -103,24 +114,19 @@ def tile_usage(config: PairwiseConfig, B: int, numerics: str, arch: str, *, term
 
 def rows_usage(config: FoldConfig, B: int, numerics: str, arch: str, most: int) -> Usage:
     """The fold and matched-pairs kernels'."""
-    arch = _gate_arch(arch)
-    itemsize = dtype_of(numerics).itemsize
+    arch, itemsize, threads = _block(config, numerics, arch)
     tile = config.BLOCK_M * config.BLOCK_K
     w = config.BLOCK_K * config.BLOCK_K if B else 0
-    threads = config.num_warps * ARCHITECTURES[arch].warp
     return Usage((tile * 2 + w) * itemsize * config.num_stages, (2 * tile + w) // threads, most)
 
 
 def gradient_usage(config: GradientConfig, numerics: str, arch: str, most: int) -> Usage:
     """The gradient kernel's: R's rows of whole blocks, and the epilogue's products beside them."""
-    arch = _gate_arch(arch)
-    itemsize = dtype_of(numerics).itemsize
-    threads = config.num_warps * ARCHITECTURES[arch].warp
+    arch, itemsize, threads = _block(config, numerics, arch)
     step = (config.BLOCK_M + config.BLOCK_C) * config.BLOCK_N * itemsize
     # The epilogue is in float32: R, and a slab of y and of the weights.
-    epilogue = (config.BLOCK_M * config.BLOCK_C + 2 * config.BLOCK_P * config.BLOCK_C) * 4
     numbers = config.BLOCK_M * config.BLOCK_C + 2 * config.BLOCK_P * config.BLOCK_C
-    return Usage(max(step * config.num_stages, epilogue), numbers // threads, most)
+    return Usage(max(step * config.num_stages, numbers * 4), numbers // threads, most)
 
 
 def product_usage(config: PairwiseConfig | RetrievalConfig, numerics: str, arch: str, scratch: int, most: int) -> Usage:
@@ -141,7 +147,7 @@ def _epilogue_usage(config: Any, key: Key, arch: str, most: int) -> Usage:
     if isinstance(config, RetrievalConfig):  # keys of 64 bits, and as long a list of them as a row may have
         scratch = 8 * config.BLOCK_M * max(config.BLOCK_N, LARGEST_KERNEL_K)
         used = product_usage(config, key.dtype, arch, scratch, most)
-        held = config.BLOCK_M * LARGEST_KERNEL_K // (config.num_warps * ARCHITECTURES[_gate_arch(arch)].warp)
+        held = config.BLOCK_M * LARGEST_KERNEL_K // _block(config, key.dtype, arch)[2]
         return Usage(used.shared, used.accumulators + held, used.most_accumulators)
     if isinstance(config, PairwiseConfig):  # the slope on its way out, in the accumulator's dtype
         scratch = 4 * config.BLOCK_M * config.BLOCK_N
@@ -155,83 +161,46 @@ def _epilogue_usage(config: Any, key: Key, arch: str, most: int) -> Usage:
     return product_usage(tile, key.dtype, arch, scratch, most)
 
 
+@lru_cache(maxsize=256)
 def default(key: Key, arch: str) -> Config:
-    """The model's choice for a key's own shape: what runs where no table has anything to say."""
-    return choice(key.kernel, key.M, key.N, key.D, key.B, dtype_of(key.dtype), arch, tf32=key.dtype == "tf32")
-
-
-def choice(
-    kernel: str, M: int, N: int, D: int, B: int, dtype: torch.dtype, arch: str, *, tf32: bool, batch: int = 1
-) -> Config:
-    """The model's choice for a shape; for plans the rates of torch's setting for float32 products apply.
-
-    Example:
-        >>> import torch
-        >>> from gssf_triton.autotune.model import choice
-        >>> choice("plan", 8192, 8192, 1024, 32, torch.bfloat16, "sm_90", tf32=True)
-        PlanChoice(kind='fold_product', fold='fewer')
-    """
-    if kernel in ("pairwise", "product", "terms"):
-        return configs.pairwise_config(M, N, D, B, dtype, arch, terms=kernel == "terms")
-    if kernel in ("fold", "paired"):
-        return configs.fold_config(M, D, B, dtype, arch)
-    if kernel == "gradient":
-        return configs.gradient_config(B, dtype, arch, tf32=tf32 or dtype in (torch.float16, torch.bfloat16))
-    if kernel == "chunk":
-        return configs.chunk_config("cpu" if arch == "cpu" else "cuda")
-    if kernel in STREAM_KERNELS:
-        return configs.stream_config(dtype, arch, teacher=kernel == "stream_teacher")
-    if kernel == "ranked":
-        return retrieval_config(dtype, arch, configs.dot_precision(dtype, arch, tf32=tf32))
-    if kernel == "late_interaction":
-        return configs.late_interaction_config(M, N, D, dtype, arch)
-    if kernel == "cross_attention":
-        return configs.cross_attention_config(M, N, dtype, arch)
-    assert kernel in ("plan", "gradient_plan"), kernel
-    return PlanChoice(plans.modelled_plan(batch, M, N, D, B, dtype.itemsize, tf32=tf32).kind, "fewer")
+    """The model's choice for a key's own shape."""
+    return choice.modelled(key.call(), arch)
 
 
 def usage(config: Any, key: Key, arch: str) -> Usage | None:
     """What `config` takes; None for what is no kernel of ours.
 
-    For kernels whose registers nobody counted tile by tile the model's choice, which the gate compiles, is the bound.
+    Where the registers of a kernel were not counted tile by tile, the model's choice, which the gate compiles, is the
+    bound.
     """
+    known: Any = default(key, arch)
     if key.kernel in EPILOGUE_KERNELS:
-        return _epilogue_usage(config, key, arch, _epilogue_usage(default(key, arch), key, arch, 0).accumulators)
+        return _epilogue_usage(config, key, arch, _epilogue_usage(known, key, arch, 0).accumulators)
     if isinstance(config, PairwiseConfig):
         return tile_usage(config, key.B, key.dtype, arch, terms=key.kernel == "terms")
     if isinstance(config, FoldConfig):
-        known = default(key, arch)
-        assert isinstance(known, FoldConfig)
         most = rows_usage(known, key.B, key.dtype, arch, 0).accumulators
         return rows_usage(config, key.B, key.dtype, arch, most)
     if isinstance(config, GradientConfig):
-        known = default(key, arch)
-        assert isinstance(known, GradientConfig)
         return gradient_usage(config, key.dtype, arch, gradient_usage(known, key.dtype, arch, 0).accumulators)
     return None
 
 
-def chunk_bytes(config: ChunkConfig, numerics: str, arch: str) -> int:
-    """What everything of a chunk's size takes: in torch on a CPU, with our kernel on a GPU."""
-    arrays = configs.TORCH_CHUNK_ARRAYS if arch == "cpu" else configs.TRITON_CHUNK_ARRAYS
-    return config.rows * config.columns * arrays * dtype_of(numerics).itemsize
-
-
 def fits(config: Any, key: Key, arch: str) -> bool:
     """True where `config` may be launched for `key`: by the model for targets it knows, and for the model's choice."""
-    if isinstance(config, PlanChoice) or config == default(key, arch):
+    known = default(key, arch)
+    if isinstance(config, PlanChoice) or config == known:
         return True
     if isinstance(config, ChunkConfig):
-        return chunk_bytes(config, key.dtype, arch) <= configs.CHUNK_BUDGET["cpu" if arch == "cpu" else "cuda"]
+        # Everything of a chunk's size: in torch on a CPU, of our kernel on a GPU.
+        arrays = configs.TORCH_CHUNK_ARRAYS if arch == "cpu" else configs.TRITON_CHUNK_ARRAYS
+        held = config.rows * config.columns * arrays * DTYPES[key.dtype].itemsize
+        return held <= configs.CHUNK_BUDGET["cpu" if arch == "cpu" else "cuda"]
     if kin(arch) is None:
         return arch == "interpreter"
-    if isinstance(config, GradientConfig):
-        known = default(key, arch)
-        assert isinstance(known, GradientConfig)
-        # Rows that need a kernel of their own need one in every tile of that block.
-        if known.rows_apart and not config.rows_apart:
-            return False
+    # Rows that need a kernel of their own need one in every tile of that block.
+    if isinstance(known, GradientConfig) and known.rows_apart and not config.rows_apart:
+        return False
     needed = usage(config, key, arch)
     return needed is not None and needed.fits(arch)
 
@@ -243,3 +212,77 @@ def is_legal(config: Config, key: Key, arch: str) -> bool:
     if type(config) is not space.config or any(values[name] not in space.values[name] for name in values):
         return False
     return space.fits_key(config, key) and fits(config, key, arch)
+
+
+# ------------------------------------------------------------------------------------------------------------ ranking
+
+
+def _waves(tiles: int, config: Any, shared: int, arch: str) -> float:
+    """Rounds in which the processors work `tiles` off, with as many on one as shared memory and threads allow."""
+    target = ARCHITECTURES[arch]
+    threads = config.num_warps * target.warp
+    together = max(1, min(target.shared_bytes // max(shared, 1), THREADS // threads, REGISTERS // (threads * 128)))
+    return math.ceil(tiles / (target.processors * together)) * together
+
+
+def _tile_seconds(config: PairwiseConfig, key: Key, arch: str) -> float:
+    used = tile_usage(config, key.B, key.dtype, arch, terms=key.kernel == "terms")
+    itemsize = DTYPES[key.dtype].itemsize
+    M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    tiles = math.ceil(key.M / M) * math.ceil(key.N / N)
+    rate = plans.library_rate(itemsize, key.dtype == "tf32") / ARCHITECTURES[arch].processors
+    side = 2 * M * N / (M + N)
+    # Blocks smaller than a chunk are multiplied with the zeros around them.
+    folds = max(padded_block(key.B), K) if key.B else 0
+    compute = 2.0 * M * key.D * (N + folds) / rate * (1 + HALF_RATE_SIDE / side)
+    traffic = (M + N) * key.D * itemsize / (L2_BYTES_PER_SECOND / ARCHITECTURES[arch].processors)
+    stall = 1 + STALL / max(config.num_stages * K / 32, 1)
+    return _waves(tiles, config, used.shared, arch) * max(compute, traffic) * stall
+
+
+def _gradient_seconds(config: GradientConfig, key: Key, arch: str) -> float:
+    M, N, C = config.BLOCK_M, config.BLOCK_N, config.BLOCK_C
+    tiles = math.ceil(key.D / C) * min(math.ceil(key.M / M), config.max_splits)
+    repeats = math.ceil(math.ceil(key.M / M) / config.max_splits)
+    rate = plans.library_rate(DTYPES[key.dtype].itemsize, key.dtype == "tf32") / ARCHITECTURES[arch].processors
+    side = 2 * M * C / (M + C)
+    work = 2.0 * M * C * (max(key.N, N) + 2 * C) / rate * (1 + HALF_RATE_SIDE / side)
+    return math.ceil(tiles / ARCHITECTURES[arch].processors) * repeats * work * (1 + STALL / config.num_stages)
+
+
+def seconds(config: Config, key: Key, arch: str) -> float:
+    """The model's time of a configuration, to order it among its kernel's."""
+    if isinstance(config, PlanChoice):
+        folded, other = sorted((key.M, key.N), reverse=config.fold == "more")
+        itemsize = DTYPES[key.dtype].itemsize
+        return plans.PLAN_SECONDS[config.kind](1, folded, other, key.D, key.B, itemsize, key.dtype == "tf32")
+    gpu = kin(arch)
+    if gpu is not None and isinstance(config, PairwiseConfig):
+        return _tile_seconds(config, key, gpu)
+    if gpu is not None and isinstance(config, GradientConfig):
+        return _gradient_seconds(config, key, gpu)
+    # Rows and chunks have no estimate: the nearest to the model's choice come first.
+    known = default(key, arch)
+    return sum(abs(math.log2((x + 1) / (y + 1))) for x, y in zip(astuple(config), astuple(known), strict=True))
+
+
+def _is_redundant(config: Config, key: Key) -> bool:
+    """A chunk that goes beyond S does what the next smaller one does."""
+    if not isinstance(config, ChunkConfig):
+        return False
+    least = SPACES["chunk"].values
+    return config.rows > max(key.M, least["rows"][0]) or config.columns > max(key.N, least["columns"][0])
+
+
+def candidates(key: Key, arch: str, limit: int | None = None) -> list[Config]:
+    """What the tuner measures for a key, `limit` at most: the model's choice, then by rank. The order decides ties.
+
+    Example:
+        >>> from gssf_triton.autotune.model import candidates
+        >>> from gssf_triton.autotune.space import Key
+        >>> candidates(Key("gradient_plan", "bf16", 512, 32, 64, 64), "sm_90")[0]
+        PlanChoice(kind='one_pass', fold='fewer')
+    """
+    first = default(key, arch)
+    legal = (c for c in SPACES[key.kernel].all(key) if c != first and not _is_redundant(c, key) and fits(c, key, arch))
+    return [first, *sorted(legal, key=lambda c: (seconds(c, key, arch), tuple(map(str, astuple(c)))))][:limit]

@@ -1,13 +1,14 @@
 """The public calls that the compile gate and the rehearsal make, at the sizes that users have.
 
-The list is the gate's promise: what these calls launch is compiled for every architecture and held to its rules.
+The list is the gate's promise: what these calls launch is compiled for every architecture and checked by its rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import gssf_triton
 from gssf_triton.autotune.rehearsal import Record, Tape
-from gssf_triton.kernels.plans import force_plan
+from gssf_triton.kernels.choice import force_plan
 from gssf_triton.kernels.toolchain import is_sound
 
 #: Numerics → (dtype of the features, torch's setting for float32 products).
@@ -29,15 +30,20 @@ NUMERICS = {
 
 #: Pairs of a large batch, and of one whose chunks of S are ragged.
 PAIRS, RAGGED_PAIRS = 32_768, 5_003
-#: Channels, and those that blocks of 24 divide.
+#: Channels, and a number of them that 24 divides.
 CHANNELS, CHANNELS_24 = 1024, 960
-#: Block sizes that lead to different code: the diagonal alone, a tile of several blocks, one padded to a power of two,
-#: the default, one a tile, split over tiles. The last differs from the one before in the gradient kernel alone.
+#: Block sizes with different code: only the diagonal, several blocks a tile, blocks padded to a power of two, the
+#: default, one block a tile, blocks split over tiles. 256 differs from 128 in the gradient kernel only.
 BLOCK_SIZES = (0, 16, 24, 32, 64, 128, 256)
 #: Those that every architecture compiles.
 MAIN_BLOCK_SIZES = (0, 32, 128)
-#: The architecture that compiles every variant; the others compile those that use most registers.
+#: The architecture that compiles every variant. The others compile those with the most registers.
 FULL_ARCH = "sm_90"
+
+#: Tensors that require gradients: name → (shape, whether it is a weight). Weights stay float32.
+Leaves = dict[str, tuple[tuple[int, ...], bool]]
+#: Other tensors: name → (shape, dtype).
+Fixed = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -47,21 +53,21 @@ class PublicCall:
     Attributes:
         name: What is called, and how.
         run: The call.
-        leaves: Tensors that want gradients: name → (shape, whether it is a weight, which stays float32).
-        fixed: Other arguments, made on the device: name → (shape, dtype).
+        leaves: The features and weights.
+        fixed: Other arguments.
         backward: Whether a backward pass follows.
         plan: The plan to force; None for the one that a user gets.
     """
 
     name: str
     run: Callable[..., Any]
-    leaves: Mapping[str, tuple[tuple[int, ...], bool]]
-    fixed: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    leaves: Leaves
+    fixed: Fixed = field(default_factory=dict)
     backward: bool = True
     plan: str | None = None
 
     def rehearse(self, tape: Tape, numerics: str) -> tuple[Record, Record]:
-        """What the forward and the backward pass ask for, on the stub."""
+        """The records of the forward and the backward pass on the stub."""
         dtype, setting = NUMERICS[numerics]
         leaves = {
             name: torch.empty(shape, device="cuda", dtype=torch.float32 if weight else dtype).requires_grad_(
@@ -81,7 +87,7 @@ class PublicCall:
         return forward, tape.cut()
 
     def on_the_host(self, numerics: str) -> tuple[Callable[[], Any], Callable[[], Any] | None]:
-        """The passes as functions of nothing, on CPU tensors of random numbers, for whoever times them."""
+        """Both passes as functions without arguments, on random CPU tensors, for timing."""
         dtype, setting = NUMERICS[numerics]
         leaves = {
             name: torch.randn(shape).to(torch.float32 if weight else dtype).requires_grad_(self.backward)
@@ -98,26 +104,21 @@ class PublicCall:
 
         if not self.backward:
             return forward, None
-        # Nothing is launched, so what a kernel would have written are indices of no row; zeros are some.
+        # No kernel runs, so indices that it would have written are undefined. Zeros are valid ones.
         with mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros):
             out = forward()
         upstream = torch.ones_like(out)
         return forward, lambda: torch.autograd.grad(out, list(leaves.values()), upstream, retain_graph=True)
 
     def least_bytes(self, numerics: str) -> int:
-        """Bytes of the features and weights, and of their gradients: what any way to compute the call moves."""
+        """Bytes of the features and weights, and of their gradients: the least that any implementation moves."""
         size = NUMERICS[numerics][0].itemsize
-        inputs = sum(_count(shape) * (4 if weight else size) for shape, weight in self.leaves.values())
+        inputs = sum(prod(shape) * (4 if weight else size) for shape, weight in self.leaves.values())
         return inputs * (2 if self.backward else 1)
 
 
-def rows_of(call: PublicCall) -> int:
-    """The most rows of a side."""
-    return max(shape[0] for shape, weight in call.leaves.values() if not weight)
-
-
 def with_rows(call: PublicCall, rows: int) -> PublicCall:
-    """The same call on at most `rows` rows, regions and words, by the plan that its own size has."""
+    """The same call on at most `rows` rows, regions and words, with the plan of its original size."""
 
     def fewer(shape: tuple[int, ...], keep: int) -> tuple[int, ...]:
         return tuple(min(n, rows) for n in shape[: len(shape) - keep]) + shape[len(shape) - keep :]
@@ -126,12 +127,9 @@ def with_rows(call: PublicCall, rows: int) -> PublicCall:
     fixed = {
         name: (fewer(shape, 1 if kind.is_floating_point else 0), kind) for name, (shape, kind) in call.fixed.items()
     }
-    plan = call.plan or ("fold_product" if rows_of(call) > 512 else "one_pass")
+    most = max(shape[0] for shape, weight in call.leaves.values() if not weight)
+    plan = call.plan or ("fold_product" if most > 512 else "one_pass")
     return replace(call, leaves=leaves, fixed=fixed, plan=plan)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 @contextmanager
@@ -151,7 +149,7 @@ def _setting(precision: str, plan: str | None) -> Iterator[None]:
         yield
 
 
-def _fixed(function: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
+def _bound(function: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
     def run(**tensors: Any) -> Tensor:
         out: Any = function(**tensors, **options)
         return torch.stack(out) if isinstance(out, tuple) and out[0].is_floating_point() else out
@@ -163,24 +161,26 @@ def channels(B: int) -> int:
     return CHANNELS_24 if B == 24 else CHANNELS
 
 
-def metric(B: int, diag: bool = True, D: int | None = None) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """The weights as leaves."""
+def weights(B: int, D: int | None = None) -> Leaves:
+    """Both weights, or the diagonal alone if B is 0."""
     D = D or channels(B)
-    weights: dict[str, tuple[tuple[int, ...], bool]] = {"W_diag": ((D,), True)} if diag or not B else {}
-    return weights | ({"W_blocks": ((D // B, B, B), True)} if B else {})
+    blocks: Leaves = {"W_blocks": ((D // B, B, B), True)} if B else {}
+    return {"W_diag": ((D,), True), **blocks}
 
 
-def two_sides(M: int, N: int, D: int, names: tuple[str, str] = ("a", "b")) -> dict[str, tuple[tuple[int, ...], bool]]:
+def two_sides(M: int, N: int, D: int, names: tuple[str, str] = ("a", "b")) -> Leaves:
     return {names[0]: ((M, D), False), names[1]: ((N, D), False)}
 
 
-def pairwise(M: int, N: int, B: int, *, plan: str | None = None, normalize: bool = True) -> PublicCall:
+def pairwise(
+    M: int, N: int, B: int, *, plan: str | None = None, normalize: bool = True, out_dtype: torch.dtype | None = None
+) -> PublicCall:
     """`pairwise_sim` of (M, D) and (N, D), both passes."""
-    how = f", {plan}" if plan else ""
+    how = (f", {plan}" if plan else "") + (f", to {out_dtype}" if out_dtype else "")
     return PublicCall(
         f"pairwise_sim {M}×{N} B={B}{', normalize' if normalize else ''}{how}",
-        _fixed(gssf_triton.pairwise_sim, normalize=normalize),
-        two_sides(M, N, channels(B)) | metric(B),
+        _bound(gssf_triton.pairwise_sim, normalize=normalize, out_dtype=out_dtype),
+        two_sides(M, N, channels(B)) | weights(B),
         plan=plan,
     )
 
@@ -192,12 +192,12 @@ def loss(function: str, pairs: int, *, ids: bool = False, D: int = CHANNELS, B: 
         options["logit_scale"] = scales[function]
     if function == "sigmoid_loss":
         options["logit_bias"] = -10.0
-    fixed: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"ids": ((pairs,), torch.int64)} if ids else {}
+    fixed: Fixed = {"ids": ((pairs,), torch.int64)} if ids else {}
     words = "".join(f", {k}={v}" for k, v in options.items() if k not in ("logit_scale", "logit_bias"))
     return PublicCall(
         f"{function} {pairs:,} pairs{', ids' if ids else ''}{words}",
-        _fixed(getattr(gssf_triton, function), normalize=True, **options),
-        two_sides(pairs, pairs, D) | metric(B, D=D),
+        _bound(getattr(gssf_triton, function), normalize=True, **options),
+        two_sides(pairs, pairs, D) | weights(B, D),
         fixed,
     )
 
@@ -205,13 +205,13 @@ def loss(function: str, pairs: int, *, ids: bool = False, D: int = CHANNELS, B: 
 def distillation(pairs: int, numerics: str, D: int = CHANNELS) -> PublicCall:
     dtype = NUMERICS[numerics][0]
     base = loss("distillation_loss", pairs, D=D)
-    teacher = {"teacher_a": ((pairs, D // 2), dtype), "teacher_b": ((pairs, D // 2), dtype)}
+    teacher: Fixed = {"teacher_a": ((pairs, D // 2), dtype), "teacher_b": ((pairs, D // 2), dtype)}
     return PublicCall(base.name, base.run, base.leaves, teacher)
 
 
 def search(Q: int, N: int, k: int, D: int = 512, *, B: int = 32, mask: bool = False) -> PublicCall:
     """`topk` of Q queries in N items, with `mask` every exclusion there is."""
-    fixed: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    fixed: Fixed = {}
     if mask:
         fixed = {"exclude": ((Q,), torch.int64), "mask": ((Q, N), torch.bool)}
 
@@ -221,20 +221,20 @@ def search(Q: int, N: int, k: int, D: int = 512, *, B: int = 32, mask: bool = Fa
     return PublicCall(
         f"topk {Q:,}×{N:,} k={k}{', exclusions' if mask else ''}",
         run,
-        two_sides(Q, N, D, ("queries", "gallery")) | metric(B, D=D),
+        two_sides(Q, N, D, ("queries", "gallery")) | weights(B, D),
         fixed,
         backward=False,
     )
 
 
 def ranking(Q: int, N: int, D: int = 512, *, cameras: bool = False) -> PublicCall:
-    labels = {"query_ids": ((Q,), torch.int64), "gallery_ids": ((N,), torch.int64)}
+    labels: Fixed = {"query_ids": ((Q,), torch.int64), "gallery_ids": ((N,), torch.int64)}
     if cameras:
         labels |= {"query_cams": ((Q,), torch.int64), "gallery_cams": ((N,), torch.int64)}
     return PublicCall(
         f"ranks {Q:,}×{N:,}{', cameras' if cameras else ''}",
-        _fixed(gssf_triton.ranks, normalize=True),
-        two_sides(Q, N, D, ("queries", "gallery")) | metric(32, D=D),
+        _bound(gssf_triton.ranks, normalize=True),
+        two_sides(Q, N, D, ("queries", "gallery")) | weights(32, D),
         labels,
         backward=False,
     )
@@ -244,14 +244,14 @@ def region_words(
     function: str, images: int, captions: int, R: int, L: int, D: int = CHANNELS, *, mask: bool = True, **options: Any
 ) -> PublicCall:
     """Region–word scores of images of R regions and captions of L words, both passes."""
-    masks = {"region_mask": ((images, R), torch.bool), "word_mask": ((captions, L), torch.bool)} if mask else {}
+    masks: Fixed = {"region_mask": ((images, R), torch.bool), "word_mask": ((captions, L), torch.bool)} if mask else {}
     if function == "late_interaction":
         options["normalize"] = True
     how = f", {options['pooling']}" if "pooling" in options else ""
     return PublicCall(
         f"{function} {images:,}×{captions:,}, {R} regions, {L} words{how}",
-        _fixed(getattr(gssf_triton, function), **options),
-        {"regions": ((images, R, D), False), "words": ((captions, L, D), False)} | metric(32, D=D),
+        _bound(getattr(gssf_triton, function), **options),
+        {"regions": ((images, R, D), False), "words": ((captions, L, D), False)} | weights(32, D),
         masks,
     )
 
@@ -262,8 +262,10 @@ def headline(numerics: str = "bf16") -> list[PublicCall]:
         pairwise(8192, 8192, 32),
         pairwise(512, 512, 32),
         pairwise(64, 1_000_000, 32),
-        PublicCall("paired_sim 32,768", _fixed(gssf_triton.paired_sim), two_sides(PAIRS, PAIRS, CHANNELS) | metric(32)),
-        PublicCall("transform 32,768", _fixed(gssf_triton.transform), {"x": ((PAIRS, CHANNELS), False)} | metric(32)),
+        PublicCall(
+            "paired_sim 32,768", _bound(gssf_triton.paired_sim), two_sides(PAIRS, PAIRS, CHANNELS) | weights(32)
+        ),
+        PublicCall("transform 32,768", _bound(gssf_triton.transform), {"x": ((PAIRS, CHANNELS), False)} | weights(32)),
         loss("info_nce", 256),
         loss("info_nce", PAIRS),
         loss("sigmoid_loss", PAIRS),
@@ -278,11 +280,11 @@ def headline(numerics: str = "bf16") -> list[PublicCall]:
 
 
 def gated(arch: str, numerics: str) -> Iterator[PublicCall]:
-    """The calls whose launches the gate compiles for an architecture, the stated list.
+    """The calls whose launches the gate compiles for an architecture.
 
-    Every variant is compiled for `FULL_ARCH` in bfloat16. float16 differs from it by an instruction's name, but for the
-    losses, whose operands are float16 for both; TF32 from exact float32 by the products, compiled beyond `FULL_ARCH`
-    where there are most of them.
+    Every variant is compiled for `FULL_ARCH` in bfloat16. float16 differs from it in an instruction's name only; the
+    losses use float16 operands for both. TF32 differs from exact float32 in its products only, so other architectures
+    compile just the calls with the most of them.
     """
     full = arch == FULL_ARCH
     main = full and numerics == "bf16"
@@ -297,15 +299,16 @@ def gated(arch: str, numerics: str) -> Iterator[PublicCall]:
             yield pairwise(64, 64, B, normalize=False)
     if plain:
         yield pairwise(1301, 1000, 32, plan="one_pass", normalize=False)
-        yield pairwise(8192, 8192, 32, plan="fold_own_product")
+        other = torch.bfloat16 if NUMERICS[numerics][0] == torch.float32 else torch.float32
+        yield pairwise(8192, 8192, 32, plan="fold_product", out_dtype=other)
         for B in (32, 128):
             yield PublicCall(
-                f"pairwise_terms 8192×8192 B={B}", _fixed(gssf_triton.pairwise_terms, normalize=True),
-                two_sides(8192, 8192, CHANNELS) | metric(B), backward=main,
+                f"pairwise_terms 8192×8192 B={B}", _bound(gssf_triton.pairwise_terms, normalize=True),
+                two_sides(8192, 8192, CHANNELS) | weights(B), backward=main,
             )  # fmt: skip
             yield PublicCall(
-                f"paired_sim B={B}", _fixed(gssf_triton.paired_sim, normalize=True),
-                two_sides(PAIRS, PAIRS, CHANNELS) | metric(B), backward=False,
+                f"paired_sim B={B}", _bound(gssf_triton.paired_sim, normalize=True),
+                two_sides(PAIRS, PAIRS, CHANNELS) | weights(B), backward=False,
             )  # fmt: skip
     # ------------------------------------------------------------------------------------------------- losses
     if main or numerics != "bf16":
@@ -330,7 +333,7 @@ def gated(arch: str, numerics: str) -> Iterator[PublicCall]:
         yield region_words("late_interaction", 16, 64, 1024, 32, 128, mask=False, pooling="max-sum")
         # More pairs than a grid has programs.
         yield replace(region_words("late_interaction", 31_783, 158_915, 36, 32, 64, mask=False), backward=False)
-    # Elsewhere this one is torch's own operations: nothing to compile, and a great many of them.
+    # Elsewhere this call consists of very many torch operations: nothing to compile.
     if is_sound(arch) and (plain or (full and numerics == "tf32")):
         yield region_words("cross_attention_sim", 100, 500, 36, 32)
         if main:

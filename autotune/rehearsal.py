@@ -1,8 +1,7 @@
-"""What a public call would ask of a GPU, recorded without one: its launches and its eager operations.
+"""What a public call would run on a GPU, recorded without one: its launches and its eager operations.
 
-Inside `recording` everything runs on the stub (`stub`): nothing is compiled, nothing is computed, and a call on 32,768
-pairs takes a second. What a launch would have Triton compile is a `Launch`: data that any process can compile
-(`compiled`).
+Inside `recording` everything runs on the stub (`stub`). Nothing is compiled or computed; a call on 32,768 pairs takes a
+second. A `Launch` holds what Triton would compile, as data that any process can compile (`compiled`).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 from unittest import mock
@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_flatten
 
 from gssf_triton.autotune.stub import stub_driver, stub_gpu
 
-#: How constants that cannot be sent to another process are written: Triton's functions and dtypes, by name.
-FUNCTION, DTYPE = "@function", "@dtype"
+#: The names of strides in tuples of arguments (`kernels.args`).
+STRIDES = ("batch", "row", "column", "channel", "stride", "group", "p", "q")
+#: Marks of constants that cannot be sent to another process: functions and dtypes go by name, tiles by field.
+FUNCTION, DTYPE, TILE = "@function", "@dtype", "@tile"
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Launch:
         arch: "sm_90", …
         module: Where the kernel is defined.
         kernel: Its name, "stream_kernel".
-        signature: (parameter, type) in order: "*bf16", "i32", "constexpr", …
-        constants: (path of the parameter, value) of the constants, an argument that equals 1 among them.
+        signature: (parameter, type) in order: "*bf16", "i32", "constexpr", …, for a tuple a tuple of types.
+        constants: (path of the parameter, value) of the constants, including arguments that equal 1.
         attributes: (path of the parameter, attributes), such as a divisibility by 16.
         options: The compiler's options, by name.
     """
@@ -42,32 +44,68 @@ class Launch:
     arch: str
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[tuple[int, ...], Any], ...]
     attributes: tuple[tuple[tuple[int, ...], tuple[tuple[Any, ...], ...]], ...]
     options: tuple[tuple[str, Any], ...]
 
-    def constant(self, name: str) -> Any:
-        """The value of a constant parameter; None where it is no constant."""
-        path = ([parameter for parameter, _ in self.signature].index(name),)
-        return dict(self.constants).get(path)
+    @cached_property
+    def leaves(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Every argument the compiler sees, by name ("a.row" of the tuple a): (path, type)."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
 
-    def is_constant(self, name: str) -> bool:
-        return dict(self.signature).get(name) == "constexpr"
+        def walk(name: str, path: tuple[int, ...], kind: Any) -> None:
+            if isinstance(kind, str):
+                found[name] = path, kind
+                return
+            for number, (part, value) in enumerate(zip(kind._fields, kind, strict=True)):
+                walk(f"{name}.{part}", (*path, number), value)
+
+        for number, (name, kind) in enumerate(self.signature):
+            walk(name, (number,), kind)
+        return found
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The constants by name. The tile's fields go by their own names."""
+        constants = dict(self.constants)
+        found = {name: constants[path] for name, (path, _) in self.leaves.items() if path in constants}
+        tile = found.get("TILE")
+        return found if tile is None else found | dict(tile[3])
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments as `kernels.toolchain` reads them: the values of constants, the types of others."""
+        constants = dict(self.constants)
+
+        def value(path: tuple[int, ...], kind: Any) -> Any:
+            if isinstance(kind, str):
+                return _thaw(constants[path]) if path in constants else kind
+            return type(kind)(*(value((*path, number), part) for number, part in enumerate(kind)))
+
+        return {name: value((number,), kind) for number, (name, kind) in enumerate(self.signature)}
+
+    def constant(self, name: str) -> Any:
+        """The value of a constant or of a field of the tile; None for any other name."""
+        return self.values.get(name)
 
     def is_divisible(self, name: str) -> bool:
-        """True where the compiler knows that 16 divides the argument, or, of a pointer, its address."""
-        path = ([parameter for parameter, _ in self.signature].index(name),)
-        return any(attribute[0] == "tt.divisibility" for attribute in dict(self.attributes).get(path, ()))
+        """True if the compiler knows that 16 divides the argument (a pointer's address)."""
+        found = dict(self.attributes).get(self.leaves[name][0], ())
+        return any(attribute[0] == "tt.divisibility" for attribute in found)
+
+    @property
+    def strides(self) -> list[str]:
+        """The names of all strides."""
+        return [name for name in self.leaves if name.startswith("stride_") or name.rpartition(".")[2] in STRIDES]
 
     @property
     def short_name(self) -> str:
-        """The kernel's name without what all kernels' names end in."""
+        """The kernel's name without "_kernel"."""
         return self.kernel.removesuffix("_kernel")
 
     @property
     def name(self) -> str:
-        """The kernel's short name, with what it is instantiated for."""
+        """The kernel's short name, with the function that it is compiled for, if any."""
         short = self.short_name
         epilogue = next((v for _, v in self.constants if isinstance(v, tuple) and v[0] == FUNCTION), None)
         return short if epilogue is None else f"{short}/{epilogue[2]}"
@@ -81,20 +119,19 @@ class Launch:
         """The tile in a few letters: "M128 N64 K64 w8 s3"."""
         short = {"BLOCK_M": "M", "BLOCK_N": "N", "CAPTIONS": "T", "WORDS": "L", "BLOCK_K": "K", "BLOCK_C": "C",
                  "BLOCK_P": "P"}  # fmt: skip
-        names = [parameter for parameter, _ in self.signature]
-        sizes = [f"{short[names[p[0]]]}{value}" for p, value in self.constants if names[p[0]] in short]
+        sizes = [f"{letter}{self.values[name]}" for name, letter in short.items() if self.values.get(name)]
         options = dict(self.options)
         return " ".join([*sizes, f"w{options['num_warps']}", f"s{options['num_stages']}"])
 
     @property
     def numerics(self) -> str:
-        """The dtype of the first pointer, and the precision of its products where that is not the plain one."""
-        dtype = next(kind[1:] for _, kind in self.signature if kind.startswith("*"))
-        precision = self.constant("PRECISION") if any(p == "PRECISION" for p, _ in self.signature) else "ieee"
+        """The dtype of the first pointer, and its products' precision unless that is "ieee"."""
+        dtype = next(kind[1:] for _, kind in self.leaves.values() if kind.startswith("*"))
+        precision = self.constant("PRECISION")
         return dtype if precision in (None, "ieee") else f"{dtype}/{precision}"
 
     def source(self) -> Any:
-        """What `triton.compile` takes."""
+        """The source for `triton.compile`."""
         from triton.compiler import ASTSource
 
         return ASTSource(
@@ -107,9 +144,9 @@ class Launch:
 
 @dataclass
 class Record:
-    """What one call did: launches with their grids, operations that start a kernel of torch's, views and allocations.
+    """What one call did: launches with their grids, operations that start a torch kernel, views and allocations.
 
-    `moved` is the bytes of the operations' arguments and results; `keys` Triton's own cache keys of the launches.
+    `moved`: bytes of the operations' arguments and results. `keys`: Triton's cache keys of the launches.
     """
 
     launches: list[tuple[Launch, tuple[int, ...]]] = field(default_factory=list)
@@ -124,12 +161,17 @@ class Record:
 
 
 def _freeze(value: Any) -> Any:
-    """A constant as data: Triton's functions by name, everything else as it is."""
+    """A constant as plain data: functions and dtypes by name, tiles by field."""
     from triton.runtime.jit import JITFunction
+
+    from gssf_triton.kernels.args import Tile
 
     if isinstance(value, JITFunction):
         return (FUNCTION, value.fn.__module__, value.fn.__name__)
-    if value.__class__.__name__ == "dtype":  # Triton's, which is no plain data
+    if isinstance(value, Tile):
+        constants = tuple((name, _freeze(constant.value)) for name, constant in vars(value).items())
+        return (TILE, type(value).__module__, type(value).__name__, constants)
+    if value.__class__.__name__ == "dtype":  # Triton's
         return (DTYPE, value.name)
     return value
 
@@ -139,6 +181,8 @@ def _thaw(value: Any) -> Any:
 
     if isinstance(value, tuple) and value and value[0] == FUNCTION:
         return getattr(import_module(value[1]), value[2])
+    if isinstance(value, tuple) and value and value[0] == TILE:
+        return getattr(import_module(value[1]), value[2])(**{name: _thaw(constant) for name, constant in value[3]})
     if isinstance(value, tuple) and value and value[0] == DTYPE:
         return next(x for x in vars(tl).values() if isinstance(x, tl.dtype) and x.name == value[1])
     return value
@@ -170,12 +214,12 @@ def _bytes(values: Any) -> int:
     return sum(x.numel() * x.element_size() for x in tree_flatten(values)[0] if isinstance(x, Tensor))
 
 
-#: Operations that only make memory, or ask about dtypes.
+#: Operations that only allocate memory, or query dtypes.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "promote_types", "resize_")
 
 
 def _starts_a_kernel(func: Any) -> bool:
-    """False for views, allocations and questions."""
+    """False for views, allocations and queries."""
     name = func._schema.name.split("::")[1]
     if name in ALLOCATIONS or not func._schema.returns:
         return False
@@ -184,7 +228,7 @@ def _starts_a_kernel(func: Any) -> bool:
 
 
 class Tape:
-    """Records what happens, until it is cut."""
+    """Records launches and operations, until `cut` returns them."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -201,7 +245,7 @@ class Tape:
         self._grid = tuple(grid)
 
     def compilation(self, *, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """Triton's hook before it compiles: note what, and compile nothing."""
+        """Triton's hook before it compiles: record the launch, and compile nothing."""
         self.record.launches.append((_launch(self.arch, fn, compile), self._grid))
         self.record.keys.add((fn.name, str(key)))
         return True
@@ -211,7 +255,7 @@ class Tape:
         record, name = self.record, func._schema.name.split("::")[1]
         if _starts_a_kernel(func):
             record.operations[name] += 1
-            record.moved += _bytes(arguments) + _bytes(out)
+            record.moved += _bytes((arguments, out))
         else:
             record.views[name] += 1
 
@@ -246,7 +290,7 @@ def recording(arch: str) -> Iterator[Tape]:
         stub_gpu(arch, seen=tape.operation),
         stub_driver(arch),
         mock.patch.object(JITFunction, "run", noted),
-        # Written for each hook; Triton 3.6 cannot write down a function that is a constant.
+        # Triton calls it for each hook, and 3.6 cannot serialise a constant that is a function.
         mock.patch.object(jit, "serialize_specialization_data", _options_alone),
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", tape.compilation),
     ):

@@ -1,9 +1,9 @@
-"""See the GPU without one: what public calls cost there, and what the compiler makes of their kernels.
+"""Predict without a GPU what public calls cost on it, and what the compiler makes of their kernels.
 
 `python -m gssf_triton.autotune.rehearse` makes the calls of `public_calls.headline` on the stub of a GPU and prints two
-tables: a public call (launches, eager operations, bytes, host time, compilations) and a kernel (registers, programs a
-multiprocessor, instructions, accesses, hazards, the predicted share of the tensor cores' peak). Everything here is
-counted or predicted: nothing has run on a GPU.
+tables. One has a row for each public call (launches, eager operations, bytes, host time, compilations), one a row for
+each kernel (registers, programs a multiprocessor, instructions, accesses, hazards, the predicted share of the tensor
+cores' peak). Everything here is counted or predicted: nothing has run on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gssf_triton import console
 from gssf_triton.autotune.binary import predicted_share
 from gssf_triton.autotune.compile_gate import Case, compile_all, faults
 from gssf_triton.autotune.compiled import Compiled
-from gssf_triton.autotune.public_calls import NUMERICS, PublicCall, headline, loss, pairwise, with_rows
+from gssf_triton.autotune.public_calls import CHANNELS, NUMERICS, PublicCall, headline, loss, pairwise, with_rows
 from gssf_triton.autotune.rehearsal import Launch, Record, recording
 from gssf_triton.autotune.stub import stub_driver, stub_host
 from gssf_triton.command.usage import UsageError, check_output
@@ -34,12 +34,12 @@ from gssf_triton.kernels.targets import ARCHITECTURES
 from gssf_triton.progress import bar
 from gssf_triton.storage import replacing
 
-#: Rows that host time is measured with: what torch computes of them on the CPU hardly counts.
+#: Rows for measuring the host's time: so few that torch's computing on the CPU hardly counts.
 HOST_ROWS = 2
 HOST_REPEATS = 100
-#: Batch sizes: one even and one ragged to begin with, then others of both kinds.
+#: Batch sizes: first an even and a ragged one, then others of both kinds.
 FIRST_SIZES, LATER_SIZES = (256, 255), (240, 250, 300, 272, 1)
-#: Calls that are counted at these sizes, too.
+#: Calls whose compilations are counted at these sizes.
 SIZED: dict[str, Callable[[int], PublicCall]] = {
     "pairwise_sim 8192×8192 B=32, normalize": lambda n: pairwise(n, n, 32),
     "info_nce 32,768 pairs": lambda n: loss("info_nce", n),
@@ -49,7 +49,7 @@ SIZED: dict[str, Callable[[int], PublicCall]] = {
 
 
 def _microseconds(call: Callable[[], Any]) -> float:
-    """The median of the thread's own time, so that a busy machine counts less."""
+    """The median of the thread's CPU time, which a busy machine disturbs less."""
     for _ in range(5):
         call()
     samples = []
@@ -61,7 +61,7 @@ def _microseconds(call: Callable[[], Any]) -> float:
 
 
 def host_times(calls: Sequence[PublicCall], numerics: str, arch: str) -> dict[str, dict[str, float]]:
-    """Host microseconds of each call, forward and backward, and of cosine's product beside them."""
+    """Host microseconds of each call, forward and backward, and of a plain product for comparison."""
     found: dict[str, dict[str, float]] = {}
     dtype = NUMERICS[numerics][0]
     threads = torch.get_num_threads()
@@ -85,7 +85,7 @@ def host_times(calls: Sequence[PublicCall], numerics: str, arch: str) -> dict[st
 
 
 def new_compilations(make: Callable[[int], PublicCall], numerics: str, arch: str) -> dict[str, Any]:
-    """Compilations at the first sizes, and the further ones at each later size."""
+    """The number of compilations at the first sizes, and of new ones at each later size."""
     known: set[tuple[str, str]] = set()
     later: dict[int, int] = {}
     with recording(arch) as tape:
@@ -117,7 +117,7 @@ def call_rows(calls: Sequence[PublicCall], numerics: str, arch: str) -> tuple[li
             try:
                 forward, backward = call.rehearse(tape, numerics)
             except RuntimeError as fault:
-                if "meta" not in str(fault):  # they hold no values to be asked for; all else is a fault of the call
+                if "meta" not in str(fault):  # meta tensors hold no values; any other error is the call's
                     raise
                 rows.append({"call": call.name, "asks for a value on the host": str(fault).splitlines()[0]})
                 continue
@@ -133,20 +133,14 @@ def call_rows(calls: Sequence[PublicCall], numerics: str, arch: str) -> tuple[li
     return rows, cases
 
 
-def _iterations(launch: Launch) -> int:
-    """How often a program of the launch walks its inner loop: a call's channels over the tile's."""
-    names = dict(launch.signature)
-    block = launch.constant("BLOCK_K") if "BLOCK_K" in names else None
-    return max(1, 1024 // block) if block else 1
-
-
 def kernel_row(case: Case, made: Compiled) -> dict[str, Any]:
-    """What the compiler made of a launch, as the table and the JSON have it."""
+    """What the compiler made of a launch: a row of the table and of the JSON."""
     launch, facts = case.launch, made.facts
-    tile = [launch.constant(n) for n in ("BLOCK_M", "BLOCK_N") if n in dict(launch.signature)]
-    entries = tile[0] * tile[1] if len(tile) == 2 else None
+    M, N = launch.constant("BLOCK_M"), launch.constant("BLOCK_N")
+    entries = M * N if M and N else None
     threads = launch.num_warps * ARCHITECTURES[launch.arch].warp
-    share = predicted_share(facts, launch.arch, iterations=_iterations(launch))
+    # Iterations of the inner loop: a call's channels divided by the tile's.
+    share = predicted_share(facts, launch.arch, iterations=max(1, CHANNELS // (launch.constant("BLOCK_K") or CHANNELS)))
     outside = facts.instructions - facts.loop_instructions
     return {
         "kernel": launch.name,

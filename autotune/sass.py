@@ -1,7 +1,7 @@
 """NVIDIA machine code as its disassemblers print it: instructions, the registers they write, control flow and loops.
 
-Everything here is a function of the text, so that it can be tried on lines written by hand. `hazards` reports what an
-asynchronous tensor instruction may still be using when another instruction overwrites it.
+Everything is a function of the text, so tests can use lines written by hand. `hazards` reports the registers that an
+asynchronous tensor instruction may still use when another instruction touches them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _NO_RESULT = _words(
     "MEMBAR ERRBAR DEPBAR LDGDEPBAR ARRIVES KILL BREAK BPT PMTRIG SUST SURED EXIT FENCE NOP YIELD BSSY BSYNC WARPGROUP "
     "UTCHMMA UTCQMMA UTCIMMA UTCOMMA UTCBAR UTCCP UTCSHIFT UTCATOMSWS ACQBULK SETCTAID USETMAXREG ENDCOLLECTIVE"
 )
-#: Opcodes after which another instruction than the next may follow, wherever their address operand points.
+#: Opcodes that name another address, or after which the next instruction need not follow.
 _JUMPS = _words("BRA BRX JMP JMX CALL RET BSSY WARPSYNC BREAK EXIT KILL")
 #: Tensor-core opcodes, asynchronous ones first.
 WARPGROUP_MMA = _words("HGMMA QGMMA IGMMA BGMMA")
 TENSOR = WARPGROUP_MMA | _words("HMMA IMMA DMMA QMMA OMMA BMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA")
 
-#: What the instructions of a loop are counted as; any other is an integer one (addresses, masks, moves).
+#: Classes by which a loop's instructions are counted. All others are "integer" (addresses, masks, moves).
 CLASSES = {
     "tensor": TENSOR,
     "shared": _words("LDS STS LDSM STSM ATOMS"),
@@ -72,7 +72,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """The address a jump names."""
+        """The address that a jump names; None if it names none."""
         if self.opcode not in _JUMPS:
             return None
         found = [_ADDRESS.search(x) for x in self.operands]
@@ -80,9 +80,9 @@ class Instruction:
 
 
 def parse(text: str) -> dict[str, list[Instruction]]:
-    """The functions of a disassembly, by name; text that names none is one function.
+    """The functions of a disassembly by name. A text without names is one function.
 
-    Jumps may name addresses, as `cuobjdump -sass` has them, or labels, as `nvdisasm -c`.
+    Jumps may name addresses (`cuobjdump -sass`) or labels (`nvdisasm -c`).
     """
     marks = [(x.group(1), x.end()) for x in _FUNCTION.finditer(text)] or [("", 0)]
     ends = [start for _, start in marks[1:]] + [len(text)]
@@ -101,7 +101,7 @@ def _instructions(text: str) -> list[Instruction]:
 
 
 def _width(x: Instruction) -> int:
-    """Registers that the result of an instruction fills."""
+    """How many registers an instruction's result fills."""
     op, parts = x.opcode, x.modifiers.split(".")[1:]
     if op in WARPGROUP_MMA:
         columns = int(parts[0].split("x")[1])
@@ -141,10 +141,10 @@ def _width(x: Instruction) -> int:
 
 
 def writes(x: Instruction) -> range:
-    """The general registers an instruction writes, if its predicate lets it.
+    """The general registers that an instruction writes if its predicate is true.
 
-    The result is the first operand, or follows a predicate that is one too ("SHFL.BFLY PT, R8, …"). What compares or
-    votes has predicates for results, and an opcode never seen before is taken to write its first register.
+    The result is the first operand that is no predicate ("SHFL.BFLY PT, R8, …"). Comparisons and votes write predicates
+    only. An unknown opcode is assumed to write its first register.
     """
     none = range(0)
     if x.opcode in _NO_RESULT or not x.operands or "SETP" in x.opcode or x.opcode in ("FCHK", "PLOP3", "ELECT"):
@@ -160,7 +160,7 @@ def writes(x: Instruction) -> range:
 
 @dataclass(frozen=True)
 class Block:
-    """Instructions that run one after another, and the blocks that may follow, by number."""
+    """Instructions that run one after another, and the numbers of the blocks that may follow."""
 
     instructions: tuple[Instruction, ...]
     successors: tuple[int, ...]
@@ -169,10 +169,10 @@ class Block:
 def _followers(
     x: Instruction, after: int | None, returns: list[int], joins: dict[str, list[int]], starts: set[int]
 ) -> Sequence[int | None]:
-    """Addresses that may come after the last instruction of a block; too many rather than too few."""
+    """Addresses that may follow `x`, the last instruction of a block. There may be too many, never too few."""
     following = [] if after is None else [after]
     if x.opcode in ("BRX", "JMX") or (x.opcode in ("BRA", "JMP") and x.target is None):
-        return sorted(starts)  # an address out of a table
+        return sorted(starts)  # an address from a table: any block
     if x.opcode in ("BRA", "JMP"):
         always = not x.predicate and len(x.operands) == 1
         return [x.target] + ([] if always else following)
@@ -181,7 +181,7 @@ def _followers(
     if x.opcode in ("EXIT", "KILL"):
         return following if x.predicate else []
     if x.opcode == "BSYNC":
-        # The end of the region whose BSSY names the next address; of any region where none does.
+        # Goes on at the next address if a BSSY of this barrier names it, else at any address that one names.
         return following if after in joins.get(x.operands[0], []) else joins.get(x.operands[0], []) + following
     if x.opcode in ("CALL", "WARPSYNC") and x.target is not None:
         return [x.target, *following]
@@ -191,7 +191,7 @@ def _followers(
 def blocks(instructions: Sequence[Instruction]) -> list[Block]:
     """The control-flow graph of a function; its first block is the entry.
 
-    A call goes to the function called and comes back after any call: more paths than there are, and none missed.
+    A return may go behind any call: that gives more paths than there are, and misses none.
     """
     addresses = [x.address for x in instructions]
     next_address = dict(pairwise(addresses))
@@ -224,7 +224,7 @@ def blocks(instructions: Sequence[Instruction]) -> list[Block]:
 
 
 def _dominators(graph: Sequence[Block], predecessors: Sequence[Sequence[int]]) -> list[int]:
-    """For each block the ones that every path to it passes, as bits; unreachable blocks keep all of them."""
+    """For each block, as bits, the blocks on every path to it. Unreachable blocks keep all bits."""
     every = (1 << len(graph)) - 1
     found = [every] * len(graph)
     found[0] = 1
@@ -242,7 +242,7 @@ def _dominators(graph: Sequence[Block], predecessors: Sequence[Sequence[int]]) -
 
 
 def loops(graph: Sequence[Block]) -> list[frozenset[int]]:
-    """The natural loops of a graph as sets of blocks, smallest first; back edges to one block make one loop."""
+    """The natural loops of a graph as sets of blocks, smallest first. Back edges to the same block make one loop."""
     if not graph:
         return []
     predecessors: list[list[int]] = [[] for _ in graph]
@@ -271,9 +271,9 @@ def loops(graph: Sequence[Block]) -> list[frozenset[int]]:
 
 
 def hot_loop(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """The instructions of the loop where time goes: the innermost with the most tensor instructions, else the longest.
+    """The instructions of the main loop: the innermost with the most tensor instructions, else the longest.
 
-    Loops without tensor instructions inside one that has them, such as a spin on a barrier, count as part of it.
+    An inner loop without tensor instructions, such as a spin on a barrier, is part of the loop around it.
     """
     graph = blocks(instructions)
     found = loops(graph)
@@ -285,15 +285,15 @@ def hot_loop(instructions: Sequence[Instruction]) -> list[Instruction]:
 
 
 def mix(instructions: Iterable[Instruction]) -> Counter[str]:
-    """How many instructions of each class there are; `CLASSES` names them, and the rest is "integer".
+    """The number of instructions of each class in `CLASSES`; the rest is "integer".
 
-    An instruction that never runs (predicate "!PT") is a filler in front of a fence.
+    An instruction that never runs (predicate "!PT") is a filler before a fence, and counts as "wait".
     """
     return Counter("wait" if x.predicate == "!PT" else _CLASS_OF.get(x.opcode, "integer") for x in instructions)
 
 
 def lane_bytes(x: Instruction) -> int:
-    """Bytes a lane moves in a memory instruction."""
+    """Bytes that a lane moves in a memory instruction."""
     if x.predicate == "!PT":
         return 0
     parts = x.modifiers.split(".")
@@ -304,23 +304,23 @@ def lane_bytes(x: Instruction) -> int:
 
 
 def operand_registers(x: Instruction) -> range:
-    """The registers an asynchronous tensor instruction reads A from: none where A lies in shared memory.
+    """The registers from which an asynchronous tensor instruction reads A; empty if A is in shared memory.
 
-    64 rows of 32 bytes over 128 threads are four registers, whatever the dtype.
+    64 rows of 32 bytes over 128 threads are four registers, for every dtype.
     """
     first = re.fullmatch(r"R(\d+)", x.operands[1]) if x.opcode in WARPGROUP_MMA else None
     return range(int(first[1]), int(first[1]) + 4) if first else range(0)
 
 
-#: (what is pending, register) → (groups committed since, address of the tensor instruction).
+#: (operand or result, register) → (groups committed since, address of the tensor instruction).
 _Pending = dict[tuple[str, int], tuple[int, int]]
 _OPERAND, _RESULT = "operand", "result"
-#: More groups than any wait counts.
+#: More groups than any wait leaves.
 _OLDEST = 64
 
 
 def _advance(pending: _Pending, x: Instruction) -> None:
-    """What is pending after an instruction; what is younger than it is waits longer, so a doubt makes it young."""
+    """Update `pending` by one instruction. If unsure, an entry counts as young: young ones stay pending longer."""
     if x.opcode in WARPGROUP_MMA:
         for kind, registers in ((_OPERAND, operand_registers(x)), (_RESULT, writes(x))):
             pending.update({(kind, r): (-1, x.address) for r in registers})
@@ -334,13 +334,13 @@ def _advance(pending: _Pending, x: Instruction) -> None:
 
 
 def _faults(pending: _Pending, x: Instruction, results: dict[int, range]) -> dict[tuple[str, int], int]:
-    """The pending registers that an instruction overwrites or reads too early, each with the address that uses it."""
+    """Pending registers that an instruction overwrites or reads too early → the tensor instruction using them."""
     written, found = writes(x), {}
     for r in written:
         for kind in (_OPERAND, _RESULT):
             if (kind, r) in pending:
                 address = pending[kind, r][1]
-                # Tensor instructions run in order: one may go on summing into the registers of another.
+                # Tensor instructions run in order: one may add to the accumulator of another.
                 if not (kind == _RESULT and x.opcode in WARPGROUP_MMA and results[address] == written):
                     found[kind, r] = address
     read: Iterable[int] = operand_registers(x)
@@ -354,12 +354,12 @@ def _faults(pending: _Pending, x: Instruction, results: dict[int, range]) -> dic
 
 
 def hazards(instructions: Sequence[Instruction]) -> tuple[str, ...]:
-    """Registers of an asynchronous wgmma that another instruction touches before a wait covers it, in words.
+    """Descriptions of the registers of an asynchronous wgmma that another instruction touches before a wait.
 
-    An HGMMA reads A's registers, and fills its accumulator, at some time until a `WARPGROUP.DEPBAR.LE gsb0, N` that
-    leaves at most the N youngest groups; "gsb0" on an HGMMA closes a group. What is pending is carried along every path
-    of the control flow, back edges too, until nothing changes. Where paths meet, the younger of two wins, and a
-    predicated write counts as a write: what is reported may be harmless, what is not reported cannot happen.
+    An HGMMA may read A's registers and fill its accumulator until a `WARPGROUP.DEPBAR.LE gsb0, N`, which waits for all
+    groups but the N youngest. "gsb0" on an HGMMA closes a group. The pending registers are followed along every path of
+    the control flow, back edges too, until nothing changes. Where paths meet, the younger entry is kept. A predicated
+    write counts as a write. So a report may be harmless, but no hazard is missed.
     """
     results = {x.address: writes(x) for x in instructions if x.opcode in WARPGROUP_MMA}
     if not results:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gssf_triton.autotune.keys import NUMERICS, PAIR_KERNELS, RANKED_ROWS, STREAM_KERNELS, Key, make_key
+from gssf_triton.autotune.space import NUMERICS, PAIR_KERNELS, STREAM_KERNELS, Key, make_key
 from gssf_triton.kernels.configs import REGIONS, WORDS, cross_attention_fits
+from gssf_triton.kernels.retrieval_configs import RANKED_ROWS
 from gssf_triton.storage import read_text
 
 
@@ -49,8 +50,8 @@ CPU_KERNELS = ("chunk",)
 def calls_of(shape: Shape, kernels: Iterable[str]) -> Iterator[tuple[str, int, int, int]]:
     """(kernel, M, N, B) of what a call of this shape, and its backward pass, launch.
 
-    To the kernels of region–word scores a shape as small as a pair is an image's regions × a caption's words, and any
-    other stands for pairs of the usual size.
+    For the kernels of region–word scores M × N are an image's regions × a caption's words; where they are too many for
+    a pair, pairs of the usual size are taken.
     """
     M, N, B = shape.M, shape.N, shape.B
     fewer, more = sorted((M, N))

@@ -2,8 +2,8 @@
 
 Many processes may tune at once: a write takes a lock, reads what the others have written, adds its own and replaces the
 file in one step, so nothing is lost, and a process killed at any moment leaves a whole file behind. No fault of the
-file or the disk ever stops a run: it costs one warning a process, and what this process has found is kept in memory.
-So it is for a user who has no cache directory at all.
+file or the disk, nor a missing cache directory, ever stops a run: it costs one warning a process, and this process's
+results stay in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from gssf_triton.autotune.keys import Key
+from gssf_triton.autotune.space import Key
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render
 from gssf_triton.kernels import devices
 from gssf_triton.kernels.devices import Device
@@ -32,12 +32,10 @@ LOCK_POLL_SECONDS, LOCK_PATIENCE_SECONDS = 0.02, 30.0
 
 def identity(device: Device) -> dict[str, str]:
     """What a measurement holds for: another driver, Triton or version of this package may time differently."""
-    import gssf_triton
-
     return {
         "driver": devices.driver(device),
         "triton": devices.package_version("triton"),
-        "gssf_triton": gssf_triton.__version__,
+        "gssf_triton": sys.modules["gssf_triton"].__version__,  # an import at the top would be a circle
     }
 
 
@@ -46,9 +44,9 @@ def path_for(device: Device) -> Path | None:
     folder = cache_folder()
     if folder is None:
         return None
-    parts = identity(device)
-    name = f"{device.slug}-driver-{parts['driver']}-triton-{parts['triton']}-gssf-{parts['gssf_triton']}"
-    return folder / "autotune" / f"{devices.slug(name)}.json"
+    driver, triton, package = identity(device).values()
+    name = devices.slug(f"{device.slug}-driver-{driver}-triton-{triton}-gssf-{package}")
+    return folder / "autotune" / f"{name}.json"
 
 
 def _beside(file: Path, ending: str) -> Path:
@@ -81,13 +79,13 @@ class Store:
         >>> from pathlib import Path
         >>> from gssf_triton.kernels.configs import ChunkConfig
         >>> from gssf_triton.kernels.devices import Device
-        >>> from gssf_triton.autotune.keys import Key
         >>> from gssf_triton.autotune.store import Store
+        >>> from gssf_triton.autotune.space import Key
         >>> from gssf_triton.autotune.tables import Entry
         >>> key = Key("chunk", "fp32", 256, 0, 4096, 4096)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     store = Store(Device("cpu-1", "some CPU", "cpu"), Path(folder) / "results.json")
-        ...     _ = store.add({key: Entry(ChunkConfig(512, 4096), "measured", 0.01, 0.02)})
+        ...     _ = store.add({key: Entry(ChunkConfig(512, 4096), 0.01, 0.02)})
         ...     store.read()[key].config
         ChunkConfig(rows=512, columns=4096)
     """
@@ -100,7 +98,11 @@ class Store:
 
     @property
     def _file(self) -> Path:
-        """The file; where there is no place for it, it is one that is not found."""
+        """The file.
+
+        Raises:
+            FileNotFoundError: there is no place for it.
+        """
         if self.path is None:
             raise FileNotFoundError("this user has no cache directory")
         return self.path
@@ -123,23 +125,25 @@ class Store:
         """The file's table, empty where there is no file.
 
         Raises:
-            TableError: the file is not this device's table.
+            ValueError: the file is not this device's table.
             OSError: it cannot be read.
         """
-        blank = self._blank()
         try:
-            table = parse(read_text(self._file))
+            table = parse(read_text(self._file), skip_outdated=True)
         except FileNotFoundError:
-            return blank
-        except TableError:
-            raise
-        except ValueError as fault:
-            raise TableError(str(fault)) from None
-        if replace(table, entries={}) != replace(blank, identity=dict(blank.identity)):
+            return self._blank()
+        if replace(table, entries={}) != self._blank():
             raise TableError(f"it is for {table.slug} ({dict(table.identity)})")
         return table
 
-    def _set_aside(self, fault: TableError) -> None:
+    def _load_or_set_aside(self) -> Table:
+        try:
+            return self._load()
+        except ValueError as fault:
+            self._set_aside(fault)
+            return self._blank()
+
+    def _set_aside(self, fault: ValueError) -> None:
         # To the nanosecond: no broken file may take the place of another.
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
         aside = self._file.with_name(f"{self._file.name}.broken-{stamp}")
@@ -155,9 +159,7 @@ class Store:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the file's lock. The lock file stays: removing it would let two processes hold one each."""
-        if (
-            sys.platform == "win32"
-        ):  # the replacement of the file is one step all the same; the last of two writers wins
+        if sys.platform == "win32":  # the file is still replaced in one step; of two writers the last one wins
             yield
             return
         with open(_beside(self._file, ".lock"), "a", encoding="utf-8") as handle:
@@ -173,7 +175,7 @@ class Store:
             try:
                 yield
             finally:
-                # Said, not left to the closing: a child forked meanwhile has the file open too and would keep the lock.
+                # Not left to the closing: a child forked meanwhile has the file open too and would keep the lock.
                 fcntl.flock(handle, fcntl.LOCK_UN)
 
     def read(self) -> dict[Key, Entry]:
@@ -181,7 +183,7 @@ class Store:
         try:
             try:
                 saved = self._load().entries
-            except TableError:
+            except ValueError:
                 # Look again under the lock: another process may be setting it aside right now.
                 with self._locked():
                     saved = self._load_or_set_aside().entries
@@ -189,13 +191,6 @@ class Store:
             self._go_on_without(fault)
             saved = {}
         return {**saved, **self._unsaved}
-
-    def _load_or_set_aside(self) -> Table:
-        try:
-            return self._load()
-        except TableError as fault:
-            self._set_aside(fault)
-            return self._blank()
 
     def add(self, found: Mapping[Key, Entry], *, overwrite: bool = False) -> dict[Key, Entry]:
         """Add results to the file and return all it holds then.

@@ -1,9 +1,9 @@
-"""A GPU that is not there: a test double of torch's and Triton's view of one, made once, here.
+"""A simulated GPU: a test double of what torch and Triton see of one.
 
-Inside `stub_gpu` tensors that really lie on the meta device, or on the CPU, say that they lie on `cuda:0`; `torch.cuda`
-describes a data-centre GPU of the wanted architecture; and Triton's launches are handed to whoever records them. So the
-public functions run their whole Python path as they would on that GPU, at any size. For tests and for the compile gate;
-one at a time, in one thread.
+Inside `stub_gpu`, tensors of the meta device or the CPU report the device `cuda:0`, and `torch.cuda` describes a
+data-centre GPU of the wanted architecture. Inside `stub_driver`, Triton compiles for that GPU and launches nothing. So
+the public functions run their whole Python path as on that GPU, at any size. For tests and the compile gate; use one at
+a time, in one thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo  # a dispatch mode imports it at its first operation, when torch.cuda's functions are replaced
+import torch._dynamo  # else a dispatch mode imports it while torch.cuda's functions are replaced
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,31 +27,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gssf_triton import backend
 from gssf_triton.autotune import lookup
 from gssf_triton.kernels import devices
-from gssf_triton.kernels.targets import ARCHITECTURES, SHIPPED_DEVICES, kin
+from gssf_triton.kernels.targets import ARCHITECTURES, KNOWN_CARDS, kin
 from gssf_triton.storage import CACHE_VARIABLE
 
-#: What every disguised tensor says of its device.
+#: The device that every disguised tensor reports.
 CUDA = torch.device("cuda", 0)
 #: Bytes of the stub's memory: an H200's.
 MEMORY_BYTES = 141 * 10**9
-#: Triton keeps what it has compiled by device number: each stub gets one that no other, and no real device, has.
+#: Triton keeps compiled kernels by device number: each stub gets a number that no other device has.
 NUMBERS = itertools.count(1000)
 
-#: The name of a card of each architecture. Tables know cards by their names.
-CARDS = {arch: names[-1] for _, arch, names in SHIPPED_DEVICES}
+#: The name of a card of each architecture. Tables find cards by name.
+CARDS = {arch: names[-1] for _, arch, names in KNOWN_CARDS}
 
 
 class Disguise(TorchDispatchMode):
-    """Makes tensors on "cuda" on the backing device, and runs the package's own operators instead of their shapes.
+    """Creates tensors for "cuda" on the backing device, and runs the package's operators, not their fake versions.
 
-    `seen` is told of every operation that reaches a device: (operation, arguments, result).
+    `seen` is called for every operation that reaches a device: (operation, arguments, result).
     """
 
     def __init__(self, backing: str, seen: Callable[[Any, Any, Any], None] | None) -> None:
         super().__init__()
         self.backing = torch.device(backing)
         self.seen = seen
-        #: False while torch itself computes: its own Python code must see where the tensors really lie.
+        #: False while torch itself computes: its Python code must see the tensors' real device.
         self.worn = True
 
     @contextmanager
@@ -78,14 +78,14 @@ class Disguise(TorchDispatchMode):
 
 
 def _implementation(func: Any) -> Callable[..., Any] | None:
-    """What a custom operator of the package really does; torch would ask a meta tensor's for its shape alone."""
+    """The implementation of an operator of the package; for meta tensors torch would run its fake version."""
     definition = OPDEFS.get(func._schema.name)
     return None if definition is None else definition._init_fn
 
 
 @contextmanager
 def _wearing(disguise: Disguise) -> Iterator[None]:
-    """Tensors of the backing device say that they are on `cuda:0`."""
+    """Tensors of the backing device report `cuda:0`."""
     real = torch._C.TensorBase.device.__get__
 
     def device(self: Tensor) -> torch.device:
@@ -93,7 +93,7 @@ def _wearing(disguise: Disguise) -> Iterator[None]:
         return CUDA if disguise.worn and where.type == disguise.backing.type else where
 
     def numbered(where: Any) -> Any:
-        """A bare "cuda" would have torch ask the driver for its number."""
+        """A device number for a bare "cuda", for which torch would ask the driver."""
         return CUDA if isinstance(where, (str, torch.device)) and str(where) == "cuda" else where
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -108,12 +108,12 @@ def _wearing(disguise: Disguise) -> Iterator[None]:
         with disguise:
             yield
     finally:
-        # The base class's own attributes show again.
+        # The base class's attributes are visible again.
         del torch.Tensor.device, torch.Tensor.is_cuda, torch.Tensor.to, torch.Tensor.cuda
 
 
 class Event:
-    """A CUDA event on a device that has always finished: it holds the host's time."""
+    """A CUDA event of a device that is always idle: it records the host's time."""
 
     def __init__(self, **_: Any) -> None:
         self.at = 0.0
@@ -135,7 +135,7 @@ class Event:
 
 
 class Stream:
-    """A stream in whose place everything happens at once."""
+    """A stream that is always idle."""
 
     cuda_stream = 0
 
@@ -153,7 +153,7 @@ class Stream:
 
 
 class Guard:
-    """`torch.cuda.device` and its like, which make a device or a stream the current one."""
+    """`torch.cuda.device` and `torch.cuda.stream`, which make a device or a stream the current one."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -174,7 +174,7 @@ class Graph:
 
 
 def _answers(arch: str) -> dict[str, Any]:
-    """What `torch.cuda` says, by attribute."""
+    """The replaced attributes of `torch.cuda`, by name."""
     known = ARCHITECTURES[kin(arch) or "sm_90"]
     digits = arch.removeprefix("sm_")
     capability = (int(digits[:-1]), int(digits[-1])) if digits.isdigit() else (9, 4)
@@ -206,7 +206,7 @@ def _answers(arch: str) -> dict[str, Any]:
 
 @contextmanager
 def _no_tables_of_this_machine() -> Iterator[None]:
-    """The package's own tables alone: what is chosen must not depend on what was tuned here."""
+    """Ignore what was tuned on this machine: choices must not depend on it."""
     with (
         tempfile.TemporaryDirectory(prefix="gssf-stub-") as folder,
         mock.patch.dict(os.environ, {CACHE_VARIABLE: folder}),
@@ -228,9 +228,9 @@ def stub_gpu(
 
     Args:
         arch: "sm_80", "sm_90", "sm_100", "gfx942", …
-        backing: Where the tensors really lie: "meta" (no data, so any size; what asks for a value on the host fails),
-            or "cpu" (with `TRITON_INTERPRET=1` the kernels compute).
-        seen: Is told of every torch operation: (operation, (args, kwargs), result).
+        backing: The tensors' real device: "meta" (no data, so any size; reading a value on the host fails) or "cpu"
+            (with `TRITON_INTERPRET=1` the kernels compute).
+        seen: Called for every torch operation: (operation, (args, kwargs), result).
     """
     with ExitStack() as stack:
         for name, answer in _answers(arch).items():
@@ -243,9 +243,9 @@ def stub_gpu(
 
 @contextmanager
 def stub_host(arch: str = "sm_90") -> Iterator[None]:
-    """CPU tensors take the Triton path of `arch` as they are: no operation is watched, so the host's time is real.
+    """CPU tensors take the Triton path of `arch`. No operation is intercepted, so the host's time is real.
 
-    What is left out is the change of the current device at each launch.
+    Only the change of the current device at each launch is left out.
     """
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "interpreter_is_on", lambda: True))
@@ -256,7 +256,7 @@ def stub_host(arch: str = "sm_90") -> Iterator[None]:
 
 
 class _Driver:
-    """Triton's view of the device, in so far as a launch asks for it. A launch ends in nothing."""
+    """The parts of Triton's driver that a launch uses. Launching does nothing."""
 
     def __init__(self, arch: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -297,7 +297,7 @@ class _Driver:
 
 @contextmanager
 def stub_driver(arch: str) -> Iterator[None]:
-    """Triton compiles for `arch`, and launches into nothing."""
+    """Triton compiles for `arch` and launches nothing."""
     from triton.runtime.driver import driver
 
     before = driver._active

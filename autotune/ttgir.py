@@ -1,7 +1,7 @@
 """Triton's GPU dialect (TTGIR) as text: how each tile is loaded and stored, and which products share an accumulator.
 
-The text is read line by line: values are defined once, so a pointer is followed back to the kernel's argument, and a
-product back to the loads that feed it, by name alone.
+The text is read line by line. Each value is defined once, so names alone lead from a pointer back to the kernel's
+argument, and from a product back to the loads that feed it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from gssf_triton.autotune.layouts import layout
 #: The widest load or store of one lane, in bytes.
 LANE_BYTES = 16
 
-_VALUE = re.compile(r"%[\w-]+(?:#\d+)?")
+_VALUE = re.compile(r"%[\w.-]+(?:#\d+)?")
 _OPERATION = re.compile(r"^(?:(%[^=]+?) = )?\"?((?:tt|ttg|ttng|scf|arith|math|amdg|amdgpu)\.\w+)\"?(.*)$")
-_PAIR = re.compile(r"(%[\w-]+) = (%[\w#-]+)")
-_ARGUMENT = re.compile(r"(%\w+): ([^%]*)")
+_PAIR = re.compile(r"(%[\w.-]+) = (%[\w.#-]+)")
+_ARGUMENT = re.compile(r"(%[\w.]+): ([^%]*)")
 
 _KINDS = {
     "tt.load": "load",
@@ -35,7 +35,7 @@ _KINDS = {
     "ttng.async_tma_copy_local_to_global": "tma",
 }
 _PRODUCTS = ("tt.dot", "tt.dot_scaled", "ttng.warp_group_dot", "ttng.tc_gen5_mma", "ttng.tc_gen5_mma_scaled")
-#: Results of these are not what was loaded: addresses, masks, sums, and what is loaded from an address.
+#: Their results are not the loaded values: addresses, masks, sums, and values loaded from a loaded address.
 _ENDS = (*_PRODUCTS, *_KINDS, "tt.addptr", "tt.reduce", "arith.cmpi", "arith.cmpf")
 _VIEWS = ("ttg.memdesc_index", "ttg.memdesc_subslice", "ttg.memdesc_subview", "ttg.memdesc_trans")
 _UNCHANGED = ("arith.extsi", "arith.extui", "arith.trunci", "ttg.convert_layout", "tt.broadcast", "tt.bitcast")
@@ -45,13 +45,13 @@ _UNCHANGED = ("arith.extsi", "arith.extui", "arith.trunci", "ttg.convert_layout"
 class Access:
     """One load or store of a tile in the final TTGIR.
 
-    `kind` is "load", "store", "async" (a copy into shared memory that the thread does not wait for) or "tma" (a load or
-    store by descriptor). `argument` names the kernel's pointer or descriptor; None where it cannot be told.
-    `contiguous` is the dimension along which addresses step by one element; None where the text shows none, as with a
-    stride that is not the constant 1. `fastest` is the one that the layout takes for it. `vector_bytes` is what one
-    lane moves in one instruction, at most 16, and `run_bytes` the stretch that a warp moves side by side, both along
-    `contiguous`, or along `fastest` where that is None; both are 0 for a layout not known here. `per_thread` is the
-    tile's elements over the program's threads, at least 1.
+    `kind`: "load", "store", "async" (a copy into shared memory that the thread does not wait for) or "tma" (a load or
+    store by descriptor). `argument`: the name of the kernel's pointer or descriptor; None if unknown. `contiguous`: the
+    dimension along which addresses step by one element; None if the text shows none, as with a stride that is not the
+    constant 1. `fastest`: the dimension that the layout treats as contiguous. `vector_bytes`: what one lane moves in
+    one instruction, at most 16. `run_bytes`: what a warp moves side by side. Both are along `contiguous`, or along
+    `fastest` if that is None, and 0 for an unknown layout. `per_thread`: the tile's elements divided by the program's
+    threads, at least 1.
     """
 
     kind: str
@@ -78,7 +78,7 @@ class _Operation:
     in_loop: bool
 
     def named(self, text: str) -> str:
-        """The value that a name in this line means."""
+        """The value that a name in this line refers to."""
         return dict(zip(_VALUE.findall(self.head), self.operands, strict=False)).get(text, text)
 
 
@@ -97,17 +97,17 @@ def _tensors(text: str) -> list[tuple[tuple[int, ...], str, str]]:
 
 
 class Module:
-    """The operations of a TTGIR text, and from where each value comes."""
+    """The operations of a TTGIR text, and the origin of each value."""
 
     def __init__(self, text: str):
         self.layouts: dict[str, str] = {}
         self.arguments: dict[str, str] = {}
         self.operations: list[_Operation] = []
         self.defined: dict[str, _Operation] = {}
-        self.origins: dict[str, list[str]] = {}  # of a loop's values: what enters, and what a round yields
-        #: Open regions: (number, operation that has it, names its yields go to, values a `while` goes on with).
+        self.origins: dict[str, list[str]] = {}  # of a loop's values: the first ones, and what an iteration yields
+        #: Open regions: (number, operation that has it, names its yields assign, values a `while` continues with).
         self._open: list[tuple[int, str, list[list[str]], list[str]]] = [(0, "", [], [])]
-        #: Names in scope, outermost region first: the text numbers the values of two regions alike.
+        #: Names in scope, outermost region first: two regions of the text may use the same names.
         self._scopes: list[dict[str, str]] = [{}]
         self._regions = 0
         self._steps: dict[str, tuple[int | None, ...]] = {}
@@ -125,7 +125,7 @@ class Module:
             return
         if "tt.func" in line:
             for value, rest in _ARGUMENT.findall(line):
-                located = re.search(r'loc\("(\w+)"', rest)
+                located = re.search(r'loc\("([\w.]+)"', rest)
                 self.arguments[self._define(value)] = located[1] if located else value[1:]
         line = re.sub(r" loc\(.*$", "", line)
         if line.startswith("}"):
@@ -145,7 +145,7 @@ class Module:
             self._enter("", [], [])
 
     def _define(self, name: str) -> str:
-        """A name of its own for a value that is defined here."""
+        """A unique name for a value that is defined here."""
         unique = f"{name}.{self._regions}" if self._regions else name
         self._scopes[-1][name] = unique
         return unique
@@ -186,7 +186,7 @@ class Module:
                     self.origins.setdefault(value, []).append(origin)
         elif name in ("scf.yield", "scf.condition"):
             _, owner, targets, going = self._open[-1]
-            if name == "scf.condition":  # the loop's results, and what its second half begins with
+            if name == "scf.condition":  # the loop's results, and the arguments of its second half
                 operands = operands[1:]
                 targets = [list(going)]
                 going[:] = operands
@@ -197,7 +197,7 @@ class Module:
             self._enter(name, [results], [])
 
     def sources(self, value: str) -> list[str]:
-        """The values that a pointer or a buffer is made of."""
+        """The values that a pointer or a buffer is made from."""
         if value in self.origins:
             return self.origins[value]
         operation = self.defined.get(value)
@@ -209,7 +209,7 @@ class Module:
         return operation.operands[1:3] if operation.name == "arith.select" else operation.operands[:1]
 
     def argument(self, value: str) -> str | None:
-        """The kernel's argument that an address comes from, where there is exactly one."""
+        """The kernel's argument that an address comes from; None unless there is exactly one."""
         found, seen, todo = set(), set(), [value]
         while todo:
             at = todo.pop()
@@ -222,7 +222,7 @@ class Module:
         return found.pop() if len(found) == 1 else None
 
     def buffer(self, value: str) -> str:
-        """The allocation that a view looks into."""
+        """The allocation behind a view."""
         while (operation := self.defined.get(value)) is not None and operation.name in _VIEWS:
             value = operation.operands[0]
         return value
@@ -248,9 +248,9 @@ class Module:
         return seen
 
     def steps(self, value: str) -> tuple[int | None, ...]:
-        """How a tensor of numbers or pointers grows along each dimension: 0, 1, or None for anything else."""
+        """The step of a tensor of numbers or pointers along each dimension: 0, 1, or None for anything else."""
         if value not in self._steps:
-            self._steps[value] = ()  # what a value that depends on itself finds
+            self._steps[value] = ()  # ends the recursion of a value that depends on itself
             self._steps[value] = self._grows(value)
         return self._steps[value]
 
@@ -280,17 +280,17 @@ class Module:
         pairs = list(zip(*inner, strict=True))
         if x.name in ("arith.addi", "tt.addptr"):
             return tuple(p + q if p is not None and q is not None and p + q < 2 else None for p, q in pairs)
-        if x.name in ("arith.select", "arith.minsi", "arith.maxsi"):  # a clamp: as it grows where it does not clamp
+        if x.name in ("arith.select", "arith.minsi", "arith.maxsi"):  # a clamp: its step where it does not clamp
             return tuple(None if None in pair else max(pair, key=bool) for pair in pairs)
-        if x.name in ("arith.remsi", "arith.remui"):  # as it grows up to where it wraps
+        if x.name in ("arith.remsi", "arith.remui"):  # its step up to the wrap-around
             return tuple(p if q == 0 else None for p, q in pairs)
-        if x.name in ("arith.muli", "arith.divsi", "arith.divui"):  # quotients stand still for a while
+        if x.name in ("arith.muli", "arith.divsi", "arith.divui"):  # a quotient repeats
             return tuple(0 if q == 0 and (p == 0 or x.name != "arith.muli") else None for p, q in pairs)
         return unknown
 
 
 def _pointed(module: Module, x: _Operation) -> Iterator[Access]:
-    """The access of a load, store or copy whose addresses, or whose value, have a layout."""
+    """The access of a load, store or copy of a tile; the layout is that of its addresses, else of its value."""
     tensors = _tensors(x.types)
     if not tensors or not tensors[0][0]:
         return
@@ -321,7 +321,7 @@ def _pointed(module: Module, x: _Operation) -> Iterator[Access]:
 
 
 def _described(module: Module, x: _Operation) -> Iterator[Access]:
-    """The access of a load or store by descriptor: always whole rows, moved by no thread."""
+    """The access of a load or store by descriptor: whole rows, not moved by threads."""
     tile = re.search(r"tensordesc<(?:tensor<)?((?:\d+x)+)([a-z]+)(\d+)", x.types)
     if tile is None:
         return
@@ -337,7 +337,7 @@ def _described(module: Module, x: _Operation) -> Iterator[Access]:
 
 
 def accesses(module: Module) -> tuple[Access, ...]:
-    """Every access of a tile, in the order of the text; loads and stores of single numbers are no tiles."""
+    """Every access of a tile, in the order of the text. Loads and stores of single numbers are left out."""
     found: list[Access] = []
     for x in module.operations:
         if x.name in _KINDS:
@@ -346,10 +346,10 @@ def accesses(module: Module) -> tuple[Access, ...]:
 
 
 def chained(module: Module) -> bool:
-    """Whether two products of Blackwell's tensor cores add into one accumulator one right after the other.
+    """Whether two products of Blackwell's tensor cores add to one accumulator directly one after the other.
 
-    That is two `tc_gen5_mma` of one block whose accumulator is not read or set between them, and of which the second
-    does not start from zero.
+    That is: two `tc_gen5_mma` of one region, the accumulator neither read nor set between them, the second not starting
+    from zero.
     """
     live: set[tuple[int, str]] = set()
     for x in module.operations:

@@ -1,16 +1,16 @@
 """The tuner: measure a key's candidates, keep the best, write it down, go on with the next.
 
-What is measured depends on the clock; what is chosen, given the measurements, does not depend on chance: candidates
-within noise of the best are settled by their order, the model's choice first. A run that is cut short has lost the key
-it was at, and goes on there.
+Given the same measurements, the choice is the same: among candidates within noise of the best the first in order is
+taken, the model's choice before all. A run that is cut short has lost the key it was at, and goes on there.
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,25 @@ import torch
 from torch import Tensor
 
 from gssf_triton.autotune import lookup, workloads
-from gssf_triton.autotune.keys import Key, dtype_of
 from gssf_triton.autotune.measure import Clock, Timing, clock_for, measure
-from gssf_triton.autotune.ranking import candidates
-from gssf_triton.autotune.space import TORCH_KERNELS, Config
+from gssf_triton.autotune.model import candidates
+from gssf_triton.autotune.space import DTYPES, Key
 from gssf_triton.autotune.tables import Entry
 from gssf_triton.autotune.workloads import Workload
 from gssf_triton.kernels import devices
+from gssf_triton.kernels.choice import Config, device_of
 
 #: Two medians nearer than this, or than their own spreads, are the same.
 NOISE = 0.02
-#: The first look at every candidate, the second at the best few.
+#: Samples of every candidate at first, then of the best few, and how few.
 FIRST_ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 25, 4
-#: A candidate's samples at the first look take no longer than this, but are two at least; and one whose first sample is
-#: this many times the best median is looked at no further.
+#: A candidate's first samples take no longer than this, but are two at least; one whose first sample is this many times
+#: the best median is sampled no further.
 FIRST_LOOK_SECONDS, HOPELESS = 2.0, 1.5
 FINAL_LOOK_SECONDS = 10.0
-#: Candidates beyond the model's favourites are not looked at.
+#: Candidates of a key that are measured, the model's favourites.
 MOST_CANDIDATES = 24
-#: On first use somebody is waiting.
+#: On first use a program is waiting.
 FIRST_USE_CANDIDATES, FIRST_USE_SECONDS = 8, 20.0
 #: How far a candidate's result may be from the model's choice's, by relative Frobenius norm: beyond, it computes
 #: something else. The difference of two orders of summation stays well below.
@@ -50,24 +50,23 @@ class OutOfTime(Exception):
     """The time limit is reached."""
 
 
-def settle(order: Sequence[Config], timings: dict[Config, Timing]) -> Config:
+def pick(order: Sequence[Config], timings: dict[Config, Timing]) -> Config:
     """The first in `order` of those within noise of the fastest.
 
     Example:
         >>> from gssf_triton.kernels.configs import ChunkConfig
         >>> from gssf_triton.autotune.measure import Timing
-        >>> from gssf_triton.autotune.tuner import settle
+        >>> from gssf_triton.autotune.tuner import pick
         >>> first, second = ChunkConfig(512, 1024), ChunkConfig(1024, 1024)
-        >>> settle([first, second], {first: Timing(1.01, 0.0), second: Timing(1.0, 0.0)})
+        >>> pick([first, second], {first: Timing(1.01, 0.0), second: Timing(1.0, 0.0)})
         ChunkConfig(rows=512, columns=1024)
     """
-    fastest = min((timings[c] for c in order if c in timings), key=lambda t: (t.seconds, t.spread))
+    fastest = min(timings.values(), key=lambda t: (t.seconds, t.spread))
 
     def is_near(one: Timing) -> bool:
-        noise = max(NOISE, (one.spread + fastest.spread) / 2)
-        return one.seconds <= fastest.seconds * (1 + noise)
+        return one.seconds <= fastest.seconds * (1 + max(NOISE, (one.spread + fastest.spread) / 2))
 
-    return next(c for c in order if c in timings and is_near(timings[c]))
+    return next(c for c in order if is_near(timings[c]))
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -89,12 +88,12 @@ def _affordable(budget: float, seconds: float, most: int) -> int:
     return max(2, min(most, int(budget / seconds) if seconds > 0 else most))
 
 
-def _first_look(call: Callable[[], Any], clock: Clock, rounds: int, best: float | None) -> Timing:
-    """A candidate's timing, from one sample where that says enough."""
+def _first_look(call: Callable[[], Any], clock: Clock, best: float) -> Timing:
+    """A candidate's timing; one sample is enough where it is hopeless."""
     sample = clock.sample(call)
-    if best is not None and sample > HOPELESS * best:
+    if sample > HOPELESS * best:
         return Timing(sample, 0.0)
-    return measure([call], clock, _affordable(FIRST_LOOK_SECONDS, sample, rounds), warm_up=0)[0]
+    return measure([call], clock, _affordable(FIRST_LOOK_SECONDS, sample, FIRST_ROUNDS), warm_up=0)[0]
 
 
 def tune_key(
@@ -102,10 +101,9 @@ def tune_key(
     order: Sequence[Config],
     workload: Workload,
     clock: Clock,
-    deadline: float | None = None,
+    deadline: float = math.inf,
     *,
     hurried: bool = False,
-    rounds: tuple[int, int] = (FIRST_ROUNDS, FINAL_ROUNDS),
 ) -> tuple[Config, Timing]:
     """The configuration to keep for a key, and its time.
 
@@ -116,18 +114,16 @@ def tune_key(
         clock: Time.
         deadline: When to stop, by the clock.
         hurried: At the deadline, choose among what was measured by then rather than give up.
-        rounds: Samples of each candidate at the first look, and of the finalists at the second.
 
     Raises:
         OutOfTime: the deadline passed before there was an answer.
         RuntimeError: no candidate runs.
     """
-    calls: dict[Config, Callable[[], Any]] = {}
     timings: dict[Config, Timing] = {}
     reference: list[Tensor] | None = None
     last: Exception | None = None
     for config in order:
-        if deadline is not None and clock.now() >= deadline:
+        if clock.now() >= deadline:
             if hurried and len(timings) > 1:
                 break
             raise OutOfTime(str(key))
@@ -136,67 +132,55 @@ def tune_key(
             result = call()
             if reference is None:
                 reference = [part.clone() for part in _tensors(result)]  # a call may write to the same buffer again
-            elif not _agrees(result, reference, dtype_of(key.dtype)):
+            elif not _agrees(result, reference, DTYPES[key.dtype]):
                 warnings.warn(f"{config} computes something else for {key}: passed over", stacklevel=2)
                 continue
             del result
-            timings[config] = _first_look(
-                call, clock, rounds[0], min((t.seconds for t in timings.values()), default=None)
-            )
+            timings[config] = _first_look(call, clock, min((t.seconds for t in timings.values()), default=math.inf))
         except Exception as error:  # a compiler or driver that refuses a tile: the others are still there
             last = error
-            continue
-        calls[config] = call
     if not timings:
         raise RuntimeError(f"no configuration of {key} runs: {last}")
+    if clock.now() >= deadline and not hurried:
+        raise OutOfTime(str(key))
     best = sorted(timings, key=lambda c: (timings[c].seconds, order.index(c)))[:FINALISTS]
     # The model's choice is always among them: to leave it takes more than noise.
-    finalists = [c for c in order if c in best or c == order[0]]
-    finalists = [c for c in finalists if c in calls]
-    if deadline is not None and clock.now() >= deadline and not hurried:
-        raise OutOfTime(str(key))
-    slowest = max(timings[c].seconds for c in finalists)
-    budget = FINAL_LOOK_SECONDS
-    if hurried and deadline is not None:
-        budget = min(budget, max(deadline - clock.now(), 0.0))
-    often = _affordable(budget / len(finalists), slowest, rounds[1])
-    final = dict(zip(finalists, measure([calls[c] for c in finalists], clock, often), strict=True))
-    chosen = settle(finalists, final)
+    finalists = [c for c in timings if c in best or c == order[0]]
+    budget = min(FINAL_LOOK_SECONDS, max(deadline - clock.now(), 0.0) if hurried else math.inf)
+    often = _affordable(budget / len(finalists), max(timings[c].seconds for c in finalists), FINAL_ROUNDS)
+    final = dict(zip(finalists, measure([workload(c) for c in finalists], clock, often), strict=True))
+    chosen = pick(finalists, final)
     return chosen, final[chosen]
 
 
 @cache
-def commit() -> str:
-    """The commit of the checkout that this package is run from, "" for an installed one."""
+def git(*arguments: str) -> str:
+    """What git prints in the checkout that this package is run from, "" for an installed one."""
     # `autotune` lies at the top of the checkout, or in site-packages.
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
 
 
+def commit() -> str:
+    """The checkout's commit, or ""."""
+    return git("rev-parse", "HEAD")
+
+
 def make_entry(config: Config, timing: Timing) -> Entry:
     """The table's line of a measurement, to four digits: more would only be noise in a diff."""
-    return Entry(
-        config,
-        "measured",
-        float(f"{timing.seconds:.4g}"),
-        float(f"{timing.spread:.2g}"),
-        str(torch.__version__),
-        devices.package_version("triton"),
-        commit(),
-    )
+    seconds, spread = float(f"{timing.seconds:.4g}"), float(f"{timing.spread:.2g}")
+    return Entry(config, seconds, spread, str(torch.__version__), devices.package_version("triton"), commit())
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of the tuner did: keys tuned, found done before, failed (with the reason), and left for the next."""
+    """What a run of the tuner did: keys tuned, tuned before, failed (with the reason), and left for the next run."""
 
     tuned: tuple[Key, ...]
     skipped: tuple[Key, ...]
@@ -214,7 +198,7 @@ def tune(
     where: torch.device,
     *,
     clock: Clock | None = None,
-    time_limit: float | None = None,
+    time_limit: float = math.inf,
     force: bool = False,
     hurried: bool = False,
     most_candidates: int = MOST_CANDIDATES,
@@ -230,7 +214,7 @@ def tune(
         time_limit: Seconds after which no candidate is begun; the first key is finished all the same, so that every run
             gets further.
         force: Tune keys anew that were tuned before.
-        hurried: Somebody waits: keep to the limit at the first key, too, and choose among what was measured by then.
+        hurried: Keep to the limit at the first key, too, and choose among what was measured by then.
         most_candidates: How many of the model's favourites to measure.
         build: Makes the workload of a key.
         progress: Called with each key and its outcome in words.
@@ -239,25 +223,23 @@ def tune(
         The report; called again with the same keys, `tune` goes on with those left.
     """
     clock = clock or clock_for(where)
-    deadline = None if time_limit is None else clock.now() + time_limit
+    deadline = clock.now() + time_limit
     tuned: list[Key] = []
     skipped: list[Key] = []
     failed: list[tuple[Key, str]] = []
     work = in_order(keys)
     for index, key in enumerate(work):
-        device = devices.identify_for_torch(where) if key.kernel in TORCH_KERNELS else devices.identify(where)
+        device = device_of(key.call(where))
         if not force and key in lookup.store_for(device).read():
             skipped.append(key)
             progress(key, "tuned before")
             continue
-        limit = deadline if tuned or failed or hurried else None
-        if limit is not None and clock.now() >= limit:
-            return Report(tuple(tuned), tuple(skipped), tuple(failed), tuple(work[index:]))
+        limit = deadline if tuned or failed or hurried else math.inf
         try:
+            if clock.now() >= limit:
+                raise OutOfTime(str(key))
             with torch.no_grad(), lookup.tuning():
-                order = candidates(
-                    key, device.arch, most_candidates, deterministic=torch.are_deterministic_algorithms_enabled()
-                )
+                order = candidates(key, device.arch, most_candidates)
                 config, timing = tune_key(key, order, build(key, where), clock, limit, hurried=hurried)
         except OutOfTime:
             return Report(tuple(tuned), tuple(skipped), tuple(failed), tuple(work[index:]))
@@ -279,8 +261,7 @@ def tune_on_first_use(key: Key, where: torch.device) -> None:
     """
     keys = [key]
     if key.kernel == "plan":
-        keys += [Key(name, key.dtype, key.D, 0 if name == "product" else key.B, key.M, key.N)
-                 for name in ("pairwise", "product")]  # fmt: skip
+        keys.append(replace(key, kernel="pairwise"))
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         report = tune(keys, where, time_limit=FIRST_USE_SECONDS, hurried=True, most_candidates=FIRST_USE_CANDIDATES)
     for late in report.left:

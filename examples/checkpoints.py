@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and are only ever read as data."""
+"""Checkpoints: written whole or not at all, and read as data only."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, fields: Sequence[str]) -> dict[str, Any]:
-    """A checkpoint that has `fields`, on the CPU: tensors and plain values, nothing that could run.
+    """A checkpoint with at least `fields`, on the CPU: tensors and plain values only.
 
     Raises:
-        ValueError: any other file; it names the file and what to do.
+        ValueError: it is no such file; the message says what to do.
     """
     expected = f"a checkpoint with {', '.join(fields)}"
     with regular(path).open("rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        # Whatever the first damaged field leads to.
+        # A damaged file can raise almost any exception.
         except Exception as error:
             found = f"a file that cannot be read ({reason(error)}): {REMEDY}"
             raise unusable(path, expected, found) from error
@@ -43,10 +43,10 @@ def load_checkpoint(path: Path, fields: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Around taking a checkpoint's state: one that does not fit is named.
+    """Turns errors of loading a checkpoint's state into a ValueError that names the file.
 
     Raises:
-        ValueError: whatever did not fit.
+        ValueError: the state does not fit.
     """
     try:
         yield

@@ -2,7 +2,7 @@
 
 make demo && cp runs/demo/{results.json,retrieval_sheet.png,learning_curve.png} examples/figures/
 python examples/demo_report.py            # writes the table between <!-- demo:begin --> and <!-- demo:end -->
-python examples/demo_report.py --check    # exit status 1 where README.md is not what the results say
+python examples/demo_report.py --check    # exit status 1 if README.md does not match the results
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIGURES = Path(__file__).resolve().parent / "figures"
 
 
 def between(text: str, name: str, body: str) -> str:
-    """`text` with what stands between the markers `name:begin` and `name:end` made anew.
+    """`text` with the part between the markers `name:begin` and `name:end` replaced.
 
     Raises:
         ValueError: the markers are missing or out of order.
@@ -35,7 +35,7 @@ def between(text: str, name: str, body: str) -> str:
 
 
 def demo_section(path: Path) -> str:
-    """The measured table and what it was measured with."""
+    """The measured table and its settings."""
     fields = ("settings", "versions", "test_names", "train_images", "train_names", "runs")
     results = read_json(path, "a demo's results", fields)
     try:
@@ -47,7 +47,7 @@ def demo_section(path: Path) -> str:
             f"torch {versions['torch']}):"
         )
         table = describe_runs(results["runs"])
-    # Deeper than `fields` looks.
+    # Deeper than `fields` checks.
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
         raise unusable(path, "a demo's results", f"others ({reason(fault)})") from fault
     picture = "![rsum as training goes on](examples/figures/learning_curve.png)"

@@ -15,14 +15,14 @@ import torch
 from glyph_training import METRICS, TITLES
 from torch import Tensor
 
-#: Okabe and Ito's colours, which colour-blind readers tell apart; each curve has its own marker.
+#: Okabe and Ito's colours, which colour-blind readers can tell apart; each curve also has its own marker.
 COLOURS = dict(zip(METRICS, ("#555555", "#E69F00", "#0072B2", "#009E73"), strict=True))
 MARKERS = dict(zip(METRICS, "osD^", strict=True))
 RIGHT, WRONG = "#00725A", "#8A8A8A"
 
 
 def learning_curves(results: list[dict[str, Any]], path: Path) -> None:
-    """rsum on the unseen names against training steps: a curve a metric, a band from the lowest to the highest seed."""
+    """rsum on unseen names by training step: one curve a metric, with a band from the lowest to the highest seed."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for metric in METRICS:
         runs = [run["history"] for run in results if run["metric"] == metric]
@@ -47,7 +47,7 @@ def learning_curves(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def _glyph(axes: Any, image: Tensor) -> None:
-    axes.imshow(image, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -59,7 +59,7 @@ def _frame(axes: Any, colour: str, width: float) -> None:
 
 
 def _pick(ranks: Tensor, count: int, seed: int) -> list[int]:
-    """Queries as they fall, drawn by seed; the last two are misses, if there are any: a sheet of hits would flatter."""
+    """Random queries, drawn by seed. The last two are misses, if there are any: a sheet of hits alone would flatter."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(ranks), generator=generator)
     hits = [int(i) for i in order if ranks[i] == 0]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-#: Hash buckets of words and of their letter trigrams; unseen words are still known by their trigrams.
+#: Hash buckets of words and of their letter trigrams: an unseen word still has known trigrams.
 BUCKETS = 8192
 MAX_WORDS = 12
 
@@ -24,7 +24,7 @@ def _pieces(word: str) -> list[int]:
 
 
 def tokenize(names: Sequence[str], max_words: int = MAX_WORDS) -> Tensor:
-    """Names as (n, max_words, pieces) int64 bucket numbers, zero where there is nothing."""
+    """Names as (n, max_words, pieces) int64 bucket numbers, padded with 0."""
     words = [[_pieces(word) for word in name.replace("-", " ").split()[:max_words]] for name in names]
     longest = max(len(pieces) for name in words for pieces in name)
     tokens = np.zeros((len(words), max_words, longest), dtype=np.int64)
@@ -60,7 +60,7 @@ class ImageTower(nn.Module):
 
 
 class WordEmbedding(nn.Module):
-    """(n, words, pieces) tokens to words (n, words, width), the mean of their pieces, and a mask of those present."""
+    """(n, words, pieces) tokens to words (n, words, width), the mean of their pieces, and a mask of the real ones."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class TextTower(nn.Module):
         self.head = nn.Linear(2 * width, dim)
 
     def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, words, 2 · width) a word, and the (n, words) mask of the words there are."""
+        """The (n, words, 2 · width) states and the (n, words) mask of the real words."""
         words, mask = self.embedding(tokens)
         states, _ = self.words(words)
         return states, mask

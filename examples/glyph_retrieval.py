@@ -6,13 +6,13 @@
 
 Trains the same two towers under cosine, Diag, B-Diag and both terms, tests each on 1,000 names never seen in training
 (one glyph a name, 1,000 × 1,000), prints the table it measured, and writes to --out: results.json, learning_curve.png
-and .svg, retrieval_sheet.png, and a checkpoint a run. Called again, it resumes what was cut short and repeats nothing.
+and .svg, retrieval_sheet.png, and a checkpoint a run. Called again, it resumes an interrupted run and skips finished
+ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -31,7 +31,7 @@ import gssf_triton
 from gssf_triton import console
 from gssf_triton.command.usage import UsageError, check_output
 from gssf_triton.data.glyphs import Glyphs, load_glyphs
-from gssf_triton.storage import replacing
+from gssf_triton.storage import json_rows, replacing
 
 COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum")
 
@@ -74,14 +74,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def checkpoints(args: argparse.Namespace) -> list[Path]:
-    """Those that the run writes, and with --fresh all that earlier ones did."""
+    """The checkpoints of this run; with --fresh also those of earlier runs."""
     metrics = METRICS if args.metric == "all" else (args.metric,)
     mine = [args.out / f"{metric}-{args.seed + i}.pt" for metric in metrics for i in range(args.seeds)]
     return [*mine, *(path for metric in METRICS for path in args.out.glob(f"{metric}-*.pt") if args.fresh)]
 
 
 def describe_runs(results: list[dict[str, Any]]) -> str:
-    """The measured table: means over the seeds, with their standard deviation where there is more than one."""
+    """The measured table: means over the seeds, and standard deviations if there are several seeds."""
     lines = ["| metric | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     seeds = sorted({run["seed"] for run in results})
     for metric in METRICS:
@@ -103,7 +103,7 @@ def describe_runs(results: list[dict[str, Any]]) -> str:
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+        file.write((json_rows(content) + "\n").encode())
 
 
 def train_all(

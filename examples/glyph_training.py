@@ -22,7 +22,7 @@ LOSSES = ("info_nce", "sigmoid", "triplet", "distillation")
 METRICS = ("cosine", "diag", "bdiag", "both")
 TITLES = {"cosine": "cosine", "diag": "Diag", "bdiag": "B-Diag", "both": "both"}
 KS = (1, 5, 10)
-#: What a checkpoint holds.
+#: The fields of a checkpoint.
 STATE = ("identity", "model", "optimizer", "generator", "step", "history")
 
 
@@ -37,7 +37,7 @@ class Settings:
     loss: str = "info_nce"
     learning_rate: float = 2e-3
     margin: float = 0.2
-    #: Part of the steps in which the hinge takes all negatives: from the hardest alone, training may collapse at once.
+    #: Share of the steps in which the hinge uses all negatives: with the hardest alone, training may collapse at once.
     all_negatives: float = 0.2
     #: The checkpoint that distillation learns from.
     teacher: str = ""
@@ -53,7 +53,7 @@ class Retriever(nn.Module):
         self.images = ImageTower(settings.dim)
         self.texts = TextTower(settings.dim)
         gssf = GSSF(settings.dim, settings.block_size, diag=metric != "bdiag", blocks=metric in ("bdiag", "both"))
-        # Cosine is GSSF where it starts, held there: the same code is measured in every column.
+        # Cosine is GSSF frozen at its start: every column runs the same code.
         gssf.requires_grad_(metric != "cosine")
         self.loss: nn.Module = {
             "info_nce": lambda: InfoNCELoss(gssf),
@@ -83,7 +83,7 @@ def load_teacher(checkpoint: str) -> Retriever:
     with restoring(Path(checkpoint)):
         identity = {name: value for name, value in state["identity"].items() if name != "seed"}
         metric = identity.pop("metric")
-        # Whatever trained it: towers and metric are what it teaches with.
+        # Any loss may have trained it: only towers and metric are used.
         model = Retriever(metric, Settings(**identity | {"loss": "info_nce"}))
         kept = {name: x for name, x in state["model"].items() if name.startswith(("images.", "texts.", "loss.metric."))}
         model.load_state_dict(kept, strict=False)
@@ -117,7 +117,7 @@ class Sampler:
         names = torch.randperm(len(self.counts), generator=self.generator)[: self.batch_size]
         which = (torch.rand(len(names), generator=self.generator) * self.counts[names]).long()
         images = self.images[self.order[self.starts[names] + which]]
-        # A shift of up to two pixels: a glyph's place in its image says nothing.
+        # A shift of up to two pixels: a glyph's position carries no information.
         dy, dx = (int(torch.randint(-2, 3, (), generator=self.generator)) for _ in range(2))
         return torch.roll(images, (dy, dx), (1, 2)).float() / 255, self.tokens[names]
 
@@ -132,7 +132,7 @@ def test_pairs(test: Glyphs, seed: int = 0) -> tuple[Tensor, Tensor]:
 def recalls(S: Tensor) -> dict[str, float]:
     """R@1, 5, 10 in percent, both ways, and their sum, where row i matches column i only.
 
-    A tie counts against the match: a constant S must not look perfect.
+    A tie counts against the match: otherwise a constant S would look perfect.
     """
     positive = S.diagonal()
     others = ~torch.eye(len(S), dtype=torch.bool, device=S.device)
@@ -155,7 +155,7 @@ def similarities(model: Retriever, images: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Run:
-    """One column's training with one seed: resumes from `checkpoint` where that holds the same settings."""
+    """One column's training with one seed; resumes from `checkpoint` if that has the same settings."""
 
     def __init__(
         self, settings: Settings, metric: str, seed: int, train: Glyphs, pairs: tuple[Tensor, Tensor],
@@ -203,7 +203,7 @@ class Run:
         )
 
     def loss(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Of one batch, at this step."""
+        """The loss of one batch, at this step."""
         a, b = self.model.features(images, tokens)
         if isinstance(self.model.loss, TripletLoss):
             self.model.loss.hardest = self.step >= self.settings.all_negatives * self.settings.steps
@@ -230,7 +230,7 @@ class Run:
             self.step += 1
             measured = {"step": float(self.step), "loss": loss.item()}
             if isinstance(self.model.loss, TripletLoss):
-                # 2 · margin · batch with every row and column violated, and no better later: that is collapse.
+                # A loss that stays at 2 · margin · batch, with every row and column violated, has collapsed.
                 measured["violations"] = float(self.model.loss.violations.sum())
             if self.step % every == 0 or self.step == settings.steps:
                 self.history.append(measured | recalls(similarities(self.model, *self.pairs)))

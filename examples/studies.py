@@ -1,11 +1,11 @@
 """All studies, one after another, and the tables and plots made from what they stored.
 
-    python examples/studies.py                     # run them all into runs/studies, going on where it was cut short
+    python examples/studies.py                     # run them all into runs/studies, or resume an interrupted run
     python examples/studies.py --only frozen reid --seeds 3
-    python examples/studies.py --part tuning       # every column's learning rate, on seeds of its own
+    python examples/studies.py --part tuning       # every column at several learning rates, on separate seeds
     python examples/studies.py --part remedies     # each study's last column with other starts, rates and pulls
-    python examples/studies.py --part causes       # why there is no difference, in the studies that ask
-    python examples/studies.py --publish           # take runs/studies over into examples/results, redraw the tables
+    python examples/studies.py --part causes       # tests of why a study finds no difference
+    python examples/studies.py --publish           # copy runs/studies to examples/results, redraw the tables
     python examples/studies.py --tables            # redraw the tables from examples/results
 
 Other arguments go to every study: see `python examples/study_frozen.py --help`.
@@ -41,7 +41,7 @@ RESULTS = HERE / "results"
 README, COOKBOOK = HERE.parent / "README.md", HERE / "README.md"
 
 
-#: What a result file holds, of what every table is made of.
+#: The fields of a result file that the tables need.
 RESULT = ("title", "headline", "headline_title", "shown", "runs")
 
 
@@ -49,7 +49,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path, "a study's results", RESULT) if path.exists() else None
 
 
-#: Fewer seeds of any column are no result to publish.
+#: Results with fewer seeds in any column are not published.
 FEWEST_SEEDS = 5
 
 
@@ -71,19 +71,19 @@ def complete(results: dict[str, Any], columns: Sequence[str], fewest: int = FEWE
 
 
 def tuned(name: str, results: dict[str, Any]) -> dict[str, dict[float, float]]:
-    """Of a study's tuning: column to learning rate to its headline number, the mean over the development seeds."""
+    """A study's tuning: column → learning rate → headline number, the mean over the development seeds."""
     means = {c.column: c.mean for c in compare(results)}
     study = study_of(name)
     return {c: {rate: means[text] for text, rate in study.candidates(c).items()} for c in study.columns}
 
 
 def folder_of(part: str, root: Path) -> Path:
-    """Where a part of the studies has its results."""
+    """The folder of a part's results."""
     return root if part == "columns" else root / part
 
 
 def missing(results: list[dict[str, Any]]) -> str:
-    """A sentence about the studies without a result, or nothing."""
+    """A sentence about the studies without a result, or an empty text."""
     found = {study["study"] for study in results}
     names = [f"`study_{name}.py`" for name in STUDIES if name not in found]
     return f"\n\nNot run to {FEWEST_SEEDS} seeds yet, so not shown: {', '.join(names)}." if names else ""
@@ -119,7 +119,7 @@ def tables() -> None:
 
 
 def publish(out: Path) -> None:
-    """Take over what has seeds enough in all its columns, and redraw the tables."""
+    """Copy the results with enough seeds in all columns, and redraw the tables."""
     for name in STUDIES:
         for part, columns in study_of(name).parts.items():
             found = folder_of(part, out) / f"{name}.json"

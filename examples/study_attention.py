@@ -1,4 +1,4 @@
-"""Attention: the text tower a small transformer whose attention scores are dot products, or GSSF similarities.
+"""Attention: a small transformer as text tower, with dot products or GSSF similarities as attention scores.
 
     python examples/study_attention.py
 

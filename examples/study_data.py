@@ -1,4 +1,4 @@
-"""What the studies train and test on: the glyph–name set, and the readers' data sets in the same shape."""
+"""The studies' data: the glyph–name set, and the readers' data sets in the same form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from gssf_triton.data import Glyphs, load_cub200, load_glyphs, load_market1501, load_precomputed, load_sop
 from gssf_triton.storage import reason, regular, replacing, unusable
 
-#: Words of a caption that are looked at; a glyph's name has at most MAX_WORDS.
+#: Words of a caption that are used; a glyph's name has at most MAX_WORDS.
 CAPTION_WORDS = 24
 #: Side of the square that photographs are scaled to.
 PHOTO_SIZE = 64
@@ -29,7 +29,7 @@ Ids = NDArray[np.int64]
 
 
 class Groups:
-    """Items by group; draws one item of each of some distinct groups, so that a batch holds no false negative."""
+    """Items by group. Draws items of distinct groups, so that a batch has no false negative."""
 
     def __init__(self, ids: Ids) -> None:
         self.groups, counts = np.unique(ids, return_counts=True)
@@ -41,7 +41,7 @@ class Groups:
         return len(self.groups)
 
     def draw(self, groups: Tensor, generator: torch.Generator, views: int = 1) -> tuple[Tensor, ...]:
-        """`views` different items of each group (its only one again where it has no more)."""
+        """`views` different items of each group; the same one again if a group has only one."""
         counts = self.counts[groups]
         first = (torch.rand(len(groups), generator=generator) * counts).long()
         places = [first]
@@ -62,7 +62,7 @@ def take(images: NDArray[Any], rows: Tensor) -> Tensor:
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A shift of up to two pixels: a glyph's place in its image says nothing."""
+    """A shift of up to two pixels: a glyph's position carries no information."""
     dy, dx = (int(torch.randint(-2, 3, (), generator=generator)) for _ in range(2))
     return torch.roll(images, (dy, dx), (-2, -1))
 
@@ -76,7 +76,7 @@ class Pairs:
         image_ids: (n,).
         texts: The m captions.
         text_ids: (m,).
-        max_words: Words of a caption that are looked at.
+        max_words: Words of a caption that are used.
     """
 
     images: NDArray[Any]
@@ -108,9 +108,9 @@ class Source:
     Attributes:
         data: "glyphs", or the name of a data set that gssf_triton.data reads.
         root: Its folder.
-        cache: Folder for what is made once: decoded photographs, pretrained towers.
+        cache: Folder for decoded photographs and pretrained towers.
         held_out: Test names of the glyph set.
-        limit: Use only so many of the glyph set's names, spread over all of them (0: all).
+        limit: How many of the glyph set's names to use, spread evenly (0: all).
         tower_steps: Steps of the towers that some studies train before any column's turn (0: the study's own).
     """
 
@@ -159,16 +159,16 @@ def image_text_pairs(source: Source, seed: int) -> tuple[Pairs, Pairs]:
     return train_part, test_part
 
 
-#: The frozen-feature study's other world: these scripts, in these typefaces. The towers learn from the rest.
+#: The scripts and typefaces that the frozen-feature study keeps for the metric. The towers learn from the others.
 NEW_SCRIPTS = ("GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN", "BOX", "CIRCLED", "LEFTWARDS", "RIGHTWARDS", "MODIFIER")
 NEW_TYPEFACES = ("DejaVuSerif", "STIX")
 
 
 def transfer_pairs(source: Source, seed: int) -> tuple[Pairs, Pairs, Pairs]:
-    """(the towers', the metric's, test). Of Flickr30K and COCO: train, dev, test.
+    """(the towers' part, the metric's part, test). Flickr30K and COCO: train, dev, test.
 
-    Of the glyphs: most scripts in sans-serif faces for the towers; other scripts in serif faces for the metric and,
-    other names of them for each seed, the test.
+    Glyphs: most scripts in sans-serif faces for the towers; the other scripts in serif faces for the metric and the
+    test, which have different names for each seed.
     """
     if source.data != "glyphs":
         assert source.root is not None
@@ -217,12 +217,12 @@ def _kept_photographs(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """The cache, memory-mapped.
 
     Raises:
-        ValueError: it is not whole, or of other images.
+        ValueError: it is damaged, or of other images.
     """
     expected = f"the decoded photographs, bytes of shape {shape}"
     try:
         images: NDArray[np.uint8] = np.load(regular(path), mmap_mode="r", allow_pickle=False)
-    # Whatever the first damaged field of the header leads to.
+    # A damaged header can raise almost any exception.
     except Exception as error:
         raise unusable(path, expected, f"a file that cannot be read ({reason(error)})") from error
     if not isinstance(images, np.ndarray) or images.shape != shape or images.dtype != np.uint8:
@@ -236,7 +236,7 @@ def _with_two_images(part: Labelled) -> Labelled:
 
 
 def _glyph_labels(source: Source, seed: int, chosen: Callable[[str], bool]) -> tuple[Labelled, Labelled]:
-    """(train, test) with no character in both; characters of one image are left out."""
+    """(train, test) with no character in both; characters with only one image are left out."""
     glyphs = source.glyphs()
     glyphs = glyphs.only(np.array([i for i, name in enumerate(glyphs.names) if chosen(name)]))
     train, test = (
@@ -247,7 +247,7 @@ def _glyph_labels(source: Source, seed: int, chosen: Callable[[str], bool]) -> t
 
 
 def reid_parts(source: Source, seed: int) -> tuple[Labelled, Labelled, Labelled]:
-    """(train, query, gallery). Of the glyphs: identity = character, camera = typeface, one query a character."""
+    """(train, query, gallery). Glyphs: identity = character, camera = typeface, one query a character."""
     if source.data == "glyphs":
         train, test = _glyph_labels(source, seed, lambda name: True)
         generator = np.random.default_rng(seed)
@@ -264,12 +264,12 @@ def reid_parts(source: Source, seed: int) -> tuple[Labelled, Labelled, Labelled]
     return train, query, gallery
 
 
-#: Alphabets whose letters come in families that differ in an accent, a hook or a stroke: fine-grained indeed.
+#: Alphabets with families of letters that differ only in an accent, a hook or a stroke.
 ALPHABETS = ("LATIN", "GREEK", "CYRILLIC")
 
 
 def fine_grained_parts(source: Source, seed: int) -> tuple[Labelled, Labelled]:
-    """(train, test), disjoint classes. Of the glyphs: half of the letters of three alphabets each."""
+    """(train, test), disjoint classes. Glyphs: half of the letters of three alphabets each."""
     if source.data == "glyphs":
         return _glyph_labels(source, seed, lambda name: name.startswith(ALPHABETS))
     assert source.root is not None

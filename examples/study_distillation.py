@@ -44,7 +44,7 @@ def teacher_features(source: Source, seed: int) -> tuple[Pairs, Pairs, Tensor, T
 
 
 class DistillationTask(PairTask):
-    """PairTask whose loss is the teacher's similarities."""
+    """PairTask whose loss compares with the teacher's similarities."""
 
     def __init__(self, settings: Settings, column: Column, seed: int, source: Source) -> None:
         train, test, self.teacher_images, self.teacher_texts, self.scale = teacher_features(source, seed)

@@ -4,7 +4,7 @@
 
 Two towers learn with cosine from most scripts in sans-serif typefaces. Then they are frozen, and W_diag and W_blocks
 alone are learned for other scripts in serif typefaces, and tested on names of those never seen. B = D is the metric
-with no structure at all. With --data f30k or coco: towers from train, metric from dev, test on test.
+without structure. With --data f30k or coco: towers from train, metric from dev, test on test.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 import gssf_triton
 
-#: What the towers are trained with, before any column's turn.
+#: The settings of the towers' training, which comes before the columns'.
 TOWERS = Settings(steps=500, learning_rate=4e-3, loss="info_nce", evaluations=1)
 
 

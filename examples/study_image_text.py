@@ -4,7 +4,7 @@
     python examples/study_image_text.py --data f30k --root ~/data
 
 Tested on names (images) never seen in training. The glyphs' short budget trains with InfoNCE, under which the towers
-learn three times as much in it as under the hinge; Flickr30K and COCO take the recipe of VSE++ (Faghri et al., BMVC
+learn three times as much as under the hinge; Flickr30K and COCO take the recipe of VSE++ (Faghri et al., BMVC
 2018): hinge of margin 0.2, batches of 128, the hardest negative after an epoch with all of them, 30 epochs.
 """
 
@@ -33,7 +33,7 @@ STUDY = Study(
     recipe=VSE_RECIPE,
     columns=("cosine", "diag", "bdiag-32", "both-8", "both-32"),
     make=make,
-    # If the towers' last layers learn what the metric would, it pays where they are not trained.
+    # If the towers' last layers learn the same as the metric, the metric helps once they are frozen.
     causes=tuple(f"{column}:fixed_heads=True" for column in ("cosine", "diag", "both-8", "both-32")),
 )
 

@@ -1,4 +1,4 @@
-"""Look inside what the frozen-feature study learns: is "the cross-channel relevancy" distinguished and highlighted?
+"""What the frozen-feature study learns: is "the cross-channel relevancy" distinguished and highlighted?
 
     python examples/study_look.py
 
@@ -6,8 +6,8 @@ Learns diagonal and blocks on frozen features (study_frozen.py), a few seeds, an
 
 * which channels tell matches from other pairs (`gssf_triton.viz.relevance`) under cosine, and whether W_diag is larger
   where they do: Spearman's rank correlation, and over how many channels the relevance is spread;
-* how much of what tells matches apart comes from the diagonal, and how much from pairs of different channels;
-* the same for blocks drawn at random from the learned weights' own values: what no learning of places would show.
+* how much of the separation of matches comes from the diagonal, and how much from pairs of different channels;
+* the same for blocks with the learned weights in random places, as a control.
 
 Writes look.json and look.png: W ⊙ U as a heat map, the relevance by channel and block, one pair's score taken apart,
 and the similarities of matches and other pairs under cosine and under the metric.
@@ -16,7 +16,6 @@ and the similarities of matches and other pairs under cosine and under the metri
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 from gssf_triton import console, viz
 from gssf_triton.command.usage import UsageError, check_output
-from gssf_triton.storage import replacing
+from gssf_triton.storage import json_rows, replacing
 
 Metric = dict[str, Any]
 
@@ -52,7 +51,7 @@ def matched(task: FrozenTask) -> tuple[Tensor, Tensor]:
 
 
 def shuffled(W_blocks: Tensor, seed: int) -> Tensor:
-    """The blocks' own values in other places."""
+    """The blocks' values in random places."""
     order = torch.randperm(W_blocks.numel(), generator=torch.Generator().manual_seed(seed))
     return W_blocks.flatten()[order].view_as(W_blocks)
 
@@ -65,7 +64,7 @@ def measure(task: FrozenTask, seed: int) -> dict[str, float]:
     learned = viz.relevance(a, b, W_diag, W_blocks, normalize=True)
     inside = torch.diagonal(W_blocks, dim1=-2, dim2=-1).flatten()
     chance = viz.relevance(a, b, W_diag, shuffled(W_blocks, seed), normalize=True)
-    # The block term's own diagonal belongs with W_diag: only what is left pairs different channels.
+    # The blocks' diagonal belongs to W_diag's share: only the rest pairs different channels.
     own = viz.relevance(a, b, W_diag + inside, normalize=True)
     return {
         "spearman": float(stats.spearmanr((W_diag + inside).numpy(), cosine.channels.numpy()).statistic),
@@ -77,7 +76,7 @@ def measure(task: FrozenTask, seed: int) -> dict[str, float]:
     }
 
 
-#: What is tested over the seeds, each against 0: a number, or one less another.
+#: What is tested against 0 over the seeds: a number, or the difference of two.
 QUESTIONS = {
     "W_diag is larger where channels tell matches apart (rank correlation)": ("spearman", None),
     "channels that carry it, cosine less learned": ("channels_cosine", "channels_learned"),
@@ -86,7 +85,7 @@ QUESTIONS = {
 
 
 def answers(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """Mean, standard deviation and p of each question, corrected for there being three."""
+    """Mean, standard deviation and p of each question, corrected for three tests."""
     found: list[dict[str, Any]] = []
     for question, (number, other) in QUESTIONS.items():
         values = [run[number] - (run[other] if other else 0.0) for run in runs]
@@ -155,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw(task, args.out / "look.png")
     summary = answers(found)
     with replacing(args.out / "look.json") as file:
-        file.write(json.dumps({"column": str(column), "answers": summary, "runs": found}, indent=1).encode())
+        file.write((json_rows({"column": str(column), "answers": summary, "runs": found}) + "\n").encode())
     for name in found[0]:
         print(f"{name}: {np.mean([run[name] for run in found]):.3g}")
     for answer in summary:

@@ -1,4 +1,4 @@
-"""Image–text retrieval by late interaction: every word meets the regions under the metric, the best most of all.
+"""Image–text retrieval by late interaction: every word is compared with all regions, and the best count most.
 
     python examples/study_regions.py
     python examples/study_regions.py --data f30k --root ~/data
@@ -43,15 +43,15 @@ class RegionTask(PairTask):
         super().__init__(settings, column, seed, train, test)
         channels = 4 * settings.width if isinstance(self.images, ImageTower) else train.images.shape[-1]
         self.region_head = nn.Linear(channels, settings.dim)
-        # Cells come out of a ReLU and have most of their direction in common: without it scores are told apart sooner.
+        # Cells come out of a ReLU and share most of their direction. Without that part, scores separate sooner.
         self.region_norm = nn.BatchNorm1d(settings.dim)
-        # Where in the glyph a stroke lies is much of what it says, and a cell does not know its place.
+        # A stroke's position matters, and a cell does not know its own.
         self.places = nn.Parameter(torch.zeros(16 if isinstance(self.images, ImageTower) else 1, channels))
         self.word_head = nn.Linear(16 * settings.width, settings.dim)
         for head in (self.region_head, self.word_head):
             head.requires_grad_(not settings.fixed_heads)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        # What PairTask's single vectors would have needed.
+        # Only PairTask's single vectors need it.
         del self.images.head, self.texts.head
 
     def regions(self, images: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ STUDY = Study(
     headline_title="rsum (of 600)",
     shown=("i2t_r1", "t2i_r1", "rsum"),
     data=("glyphs", "f30k", "coco"),
-    # The maximum alone learns one cell a word and step: training takes off late, and at another time in every seed.
+    # The maximum trains one cell a word and step: training starts slowly, at a different time in each seed.
     settings=Settings(steps=300, loss="info_nce", dim=64, learning_rate=2e-2, pooling="lse-mean", evaluations=2),
     recipe=replace(VSE_RECIPE, pooling="lse-mean"),
     columns=("cosine", "diag", "bdiag-16", "both-4", "both-16"),

@@ -1,4 +1,4 @@
-"""What the studies' result files say: means, paired tests, tables and plots."""
+"""Means, paired tests, tables and plots of the studies' result files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 from study_trainer import Column
 
-#: A difference is called one where its p, corrected for all of a study's comparisons, is below this.
+#: A difference counts if its p, corrected for all comparisons of a study, is below this.
 LEVEL = 0.05
 
 
@@ -27,7 +27,7 @@ class Comparison:
     Attributes:
         column: The column.
         values: Its headline number a seed, in the order of the seeds that both columns have.
-        mean: Of its values.
+        mean: Mean of its values.
         std: Sample standard deviation, NaN of one seed.
         difference: Mean of the paired differences, None of the first column itself.
         interval: Half the width of its 95 % confidence interval.
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def holm(ps: list[float]) -> list[float]:
-    """Holm's step-down correction of several p values (Holm, 1979); NaN stays NaN and counts for none."""
+    """Holm's step-down correction of several p values (Holm, 1979); NaN stays NaN and is not counted."""
     order = sorted((i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i])
     corrected, reached = [math.nan] * len(ps), 0.0
     for place, i in enumerate(order):
@@ -85,7 +85,7 @@ def compare(results: dict[str, Any], number: str | None = None) -> list[Comparis
             if len(shared) > 1:
                 error = differences.std(ddof=1) / math.sqrt(len(shared))
                 interval = float(stats.t.ppf(0.975, len(shared) - 1) * error)
-                # All differences equal: no spread to test against.
+                # All differences are equal: no variance to test against.
                 p = float(stats.ttest_1samp(differences, 0.0).pvalue) if error > 0 else math.nan
             mean = float(differences.mean()) if len(shared) else math.nan
             found = Comparison(column, found.values, found.mean, found.std, mean, interval, p)
@@ -208,7 +208,7 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 
 def replace_between(path: Path, name: str, text: str) -> bool:
-    """Put `text` between <!-- name:begin --> and <!-- name:end --> of a file; False where it has no such markers."""
+    """Put `text` between <!-- name:begin --> and <!-- name:end --> of a file; False if it lacks the markers."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before = path.read_text(encoding="utf-8")
     if begin not in before or end not in before:

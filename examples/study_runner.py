@@ -1,9 +1,8 @@
-"""One study's command line: its columns times its seeds, each finished run stored at once, nothing done twice."""
+"""One study's command line: its columns times its seeds. Each finished run is stored at once and not repeated."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shutil
 import sys
@@ -23,7 +22,7 @@ import gssf_triton
 from gssf_triton import console
 from gssf_triton.command.usage import UsageError, check_output
 from gssf_triton.data import DataError
-from gssf_triton.storage import read_json, replacing, unusable
+from gssf_triton.storage import json_rows, read_json, replacing, unusable
 
 #: VSE++ and SCAN on Flickr30K: 30 epochs of 145,000 captions in batches of 128, margin 0.2, one epoch of all negatives.
 VSE_RECIPE = Settings(
@@ -31,21 +30,21 @@ VSE_RECIPE = Settings(
 )
 
 
-#: A slower and a faster metric; one pulled back to the cosine (Adam's steps are of the learning rate's size, so a pull
-#: of 10 keeps a weight within about 1/10 of its start); a start off the cosine; lengths taken away after the fold.
+#: A slower and a faster metric; a decay towards the cosine (Adam's steps have the learning rate's size, so a pull of 10
+#: keeps a weight within about 1/10 of its start); a noisy start; normalisation after the fold.
 REMEDIES = ("metric_rate=0.1", "metric_rate=3", "metric_pull=10", "metric_start=0.05", "normalize_after=True")
 
 
 def shared_towers(source: Source, settings: Settings) -> Settings:
-    """The settings of towers that are trained before any column's turn: `settings`, or the real data sets' recipe."""
+    """The settings of towers trained before the columns: `settings`, or the recipe of the real data sets."""
     if source.data != "glyphs":
         recipe = VSE_RECIPE
         settings = replace(recipe, dim=settings.dim, width=settings.width, loss=settings.loss, evaluations=1)
     return replace(settings, steps=source.tower_steps or settings.steps)
 
 
-#: What a study's learning rate was chosen from, as multiples of it: the best mean over all columns, which all take, on
-#: seeds that are in no other table. Two seeds tell no column's own best from its neighbour.
+#: The learning rates tried, as multiples of the study's, and the seeds, which no other table uses. All columns take the
+#: rate with the best mean over all columns: two seeds cannot separate one column's best from its neighbour.
 RATES = (0.5, 1.0, 2.0)
 DEVELOPMENT_SEEDS = range(100, 102)
 
@@ -55,21 +54,21 @@ class Study:
     """What one file of the studies defines.
 
     Attributes:
-        name: Of its result file.
-        title: Of its table and plot.
+        name: Name of its result file.
+        title: Title of its table and plot.
         headline: The number that columns are compared by.
         headline_title: What that is, with its unit.
         shown: The numbers in its table.
         data: Data sets it takes.
         settings: The default budget, the same for every column.
-        recipe: The default for the data sets that are not the glyphs, where it differs.
+        recipe: The default for the real data sets, if it differs.
         columns: The default columns; the first is what others are compared with.
         make: (settings, column, seed, source) to a task.
         seeds: How many seeds by default.
-        held_out: Of the glyphs, how many names are for the test.
-        remedies: Changes of its last column to try where that one does not help.
+        held_out: How many of the glyphs' names are for the test.
+        remedies: Changes of its last column to try if that column does not help.
         causes: Columns that test why, each against the first of them.
-        objective: What its loss is called, where that is not its settings'.
+        objective: The name of its loss, if it is not the settings'.
     """
 
     name: str
@@ -90,7 +89,7 @@ class Study:
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
-        """Its parts by name, each some columns that are run and tested together."""
+        """Its parts by name: columns that are run and tested together."""
         last = self.columns[-1]
         parts = {
             "columns": self.columns,
@@ -100,7 +99,7 @@ class Study:
         return parts | ({"causes": self.causes} if self.causes else {})
 
     def candidates(self, column: str) -> dict[str, float]:
-        """A column at every learning rate that the study's was chosen from: columns, and the rate of each."""
+        """A column at every learning rate tried: the columns, and the rate of each."""
         rates = [float(f"{self.settings.learning_rate * rate:g}") for rate in RATES]
         return {f"{column}:learning_rate={rate:g}": rate for rate in rates}
 
@@ -109,13 +108,13 @@ class Study:
         return self.settings if data == "glyphs" or self.recipe is None else self.recipe
 
 
-#: What a run's result holds, of what is looked at again.
+#: The fields of a run's result that are read again.
 RUN = {"column", "seed", "final", "history"}
 
 
 @dataclass
 class Results:
-    """A study's result file: what was asked for, and the runs done so far."""
+    """A study's result file: its settings, and the runs finished so far."""
 
     path: Path
     header: dict[str, Any]
@@ -123,10 +122,10 @@ class Results:
 
     @classmethod
     def open(cls, path: Path, header: dict[str, Any]) -> Results:
-        """Go on from `path`, where it holds runs of the same settings and data.
+        """Continue `path`, if it has runs of the same settings and data.
 
         Raises:
-            ValueError: it holds others.
+            ValueError: it has runs of others.
         """
         if not path.exists():
             return cls(path, header)
@@ -139,7 +138,7 @@ class Results:
             raise unusable(
                 path, "a study's results with its settings", f"a {type(found['settings']).__name__} for them"
             )
-        # A setting that the file does not know is one that came later, and was what it is by default.
+        # A setting that the file lacks was added later: the file's runs used its default.
         found["settings"] = asdict(Settings()) | found["settings"]
         for key in decided:
             if found[key] != header[key]:
@@ -155,7 +154,7 @@ class Results:
     def add(self, run: dict[str, Any]) -> None:
         self.runs.append(run)
         with replacing(self.path) as file:
-            file.write((json.dumps(self.content(), indent=1) + "\n").encode())
+            file.write((json_rows(self.content()) + "\n").encode())
 
     def content(self) -> dict[str, Any]:
         return self.header | {"runs": self.runs}
@@ -206,7 +205,7 @@ def run_one(
     study: Study, settings: Settings, column: Column, seed: int, source: Source, device: torch.device,
     bar: tqdm[Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train one column with one seed; its numbers."""
+    """Train one column with one seed and return its numbers."""
     settings = column.settings(settings)
     started = time.monotonic()
     task = study.make(settings, column, seed, source).to(device)

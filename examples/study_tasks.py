@@ -1,4 +1,4 @@
-"""The two shapes that most studies have: two towers that meet in pairs, and one tower that sees a class twice."""
+"""The two kinds of task of most studies: two towers trained on pairs, and one tower that sees each class twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gssf_triton
 
-#: Rows that a tower takes at a time in evaluation.
+#: Rows a tower encodes at a time in evaluation.
 CHUNK = 500
 
 
@@ -32,7 +32,7 @@ class FeatureTower(nn.Module):
 
 
 def image_tower(pairs: Pairs, settings: Settings) -> ImageTower | FeatureTower:
-    """A tower for what the images are: bytes, or features of regions."""
+    """A tower for images given as bytes or as region features."""
     if pairs.images.dtype == "uint8":
         return ImageTower(settings.dim, settings.width)
     return FeatureTower(settings.dim, pairs.images.shape[-1])
@@ -61,7 +61,7 @@ class PairTask(Task):
         self.criterion = Criterion(settings, self.metric)
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """A batch of images and of tokens, each pair of another id; the rows they come from are kept in `drawn`."""
+        """A batch of images and of tokens with distinct ids; `drawn` keeps their rows."""
         groups = torch.randperm(len(self.image_groups), generator=self.generator)[: self.settings.batch_size]
         (image_rows,) = self.image_groups.draw(groups, self.generator)
         (text_rows,) = self.text_groups.draw(groups, self.generator)

@@ -1,4 +1,4 @@
-"""The small trainer all studies share: columns, settings, the loss, one training loop that resumes to the same bits."""
+"""The trainer that all studies share: columns, settings, the loss, a training loop that resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Settings:
         steps: Training steps.
         batch_size: Pairs a step.
         dim: Channels D of the similarity.
-        width: Of the towers: channels of the CNN's first layer; words have eight times as many.
+        width: Channels of the CNN's first layer; words have eight times as many.
         learning_rate: The towers' (AdamW, a short warm-up, half a cosine down to 0).
         loss: "triplet" (hinge) or "info_nce".
-        margin: The hinge's.
+        margin: The hinge's margin.
         all_negatives: Share of the steps with all negatives, before the hinge takes the hardest.
         metric_rate: The metric's learning rate as a multiple of the towers'.
         metric_pull: Decoupled decay of the metric towards its start, the cosine, a step and unit of learning rate.
         metric_start: Standard deviation of noise on the metric's start (0: exactly the cosine).
         normalize_after: Fold first, then put both sides on the unit sphere; otherwise before, as `nn.GSSF` does.
         symmetric: Keep each block of the metric symmetric, so that s(x, y) = s(y, x).
-        fixed_heads: Leave the towers' last linear layers as they start: what they would learn, only the metric can.
-        pooling: Of regions and words, where there are any, as `gssf_triton.late_interaction` takes it.
-        evaluations: How often the test set is looked at; the last one counts.
+        fixed_heads: Freeze the towers' last linear layers, so that only the metric can learn what they would.
+        pooling: The pooling of regions and words, as in `gssf_triton.late_interaction`.
+        evaluations: How often the test set is evaluated; the last one counts.
     """
 
     steps: int = 250
@@ -70,7 +70,7 @@ class Column:
 
     Attributes:
         kind: "cosine", "diag", "bdiag" or "both".
-        block_size: B, of the kinds that have blocks.
+        block_size: B, for the kinds with blocks.
         changes: Settings that this column changes.
     """
 
@@ -110,11 +110,11 @@ class Column:
         return replace(common, **changes)
 
     def metric(self, settings: Settings) -> GSSF:
-        """The column's metric over `settings.dim` channels. Cosine is GSSF held where it starts: the same code runs."""
+        """The column's metric over `settings.dim` channels. Cosine is GSSF frozen at its start: the same code runs."""
         diag, blocks = TERMS[self.kind]
         made = NormalizedAfter if settings.normalize_after else GSSF
         metric = made(settings.dim, self.block_size or 1, diag=diag, blocks=blocks)
-        # A generator of its own: the towers start the same in every column.
+        # A separate generator, so that the towers start the same in every column.
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for weight in metric.parameters() if self.kind != "cosine" else ():
@@ -132,7 +132,7 @@ class Symmetric(nn.Module):
 
 
 class NormalizedAfter(GSSF):
-    """GSSF between T(a) / ‖T(a)‖ and b / ‖b‖: the metric turns and reweighs, lengths never count.
+    """GSSF between T(a) / ‖T(a)‖ and b / ‖b‖: lengths never count.
 
     `fold` puts T(a) on the unit sphere; what is left is a plain cosine.
     """
@@ -142,14 +142,14 @@ class NormalizedAfter(GSSF):
 
 
 def folded(metric: GSSF, a: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """a and the metric as the library's functions take them: folded already where the metric normalises after."""
+    """a and the metric as the library's functions take them; already folded if the metric normalises afterwards."""
     if isinstance(metric, NormalizedAfter):
         return metric.fold(a), {"W_diag": torch.ones(a.shape[-1], device=a.device), "W_blocks": None, "normalize": True}
     return a, {"W_diag": metric.W_diag, "W_blocks": metric.W_blocks, "normalize": metric.normalize}
 
 
 def hinge(S: Tensor, margin: float, hardest: bool) -> Tensor:
-    """VSE++'s hinge on a matrix of scores that is at hand; `gssf_triton.triplet_loss` is for those that are not."""
+    """VSE++'s hinge on a given matrix of scores; `gssf_triton.triplet_loss` needs no matrix."""
     positive = S.diagonal()
     own = torch.eye(len(S), dtype=torch.bool, device=S.device)
     losses = [(margin + S - positive[:, None]).clamp_min(0), (margin + S.mT - positive[:, None]).clamp_min(0)]
@@ -158,7 +158,7 @@ def hinge(S: Tensor, margin: float, hardest: bool) -> Tensor:
 
 
 class Task(nn.Module):
-    """A model with its data: what a study defines. `generator` is all the chance there is in its batches."""
+    """A model with its data, which a study defines. All randomness of its batches comes from `generator`."""
 
     def __init__(self, settings: Settings, seed: int) -> None:
         super().__init__()
@@ -184,14 +184,14 @@ class Task(nn.Module):
 
 
 class Criterion(nn.Module):
-    """The loss of matched rows under a metric, by the settings' name of it."""
+    """The loss of matched rows under a metric, chosen by the settings."""
 
     def __init__(self, settings: Settings, metric: GSSF) -> None:
         super().__init__()
         if settings.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {settings.loss!r}")
         self.after = isinstance(metric, NormalizedAfter)
-        # The towers' metric is listed once among the parameters; a folded one leaves plain cosine to the loss.
+        # The metric is listed once among the parameters. After a fold the loss is plain cosine's.
         inner = GSSF(metric.dim, blocks=False).requires_grad_(False) if self.after else metric
         self.metric = metric
         self.loss: TripletLoss | InfoNCELoss
@@ -206,7 +206,7 @@ class Criterion(nn.Module):
         return out
 
 
-#: What a checkpoint holds.
+#: The fields of a checkpoint.
 STATE = ("identity", "model", "optimizer", "generator", "chance", "step", "history")
 
 
@@ -216,7 +216,7 @@ def is_of_metric(name: str) -> bool:
 
 
 def optimizer(task: Task) -> torch.optim.Optimizer:
-    """AdamW in two groups: the towers, and the metric's weights at their own rate, which nothing pulls to zero."""
+    """AdamW in two groups: the towers, and the metric's weights at their own rate and without weight decay."""
     settings = task.settings
     named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
     metric = [p for name, p in named if is_of_metric(name)]
@@ -231,7 +231,7 @@ def optimizer(task: Task) -> torch.optim.Optimizer:
 def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) -> Iterator[list[dict[str, float]]]:
     """Train to the last step, yielding the history of evaluations so far after each step.
 
-    Resumes from `checkpoint` where it holds the same identity, to the same bits; it is written at every evaluation.
+    Resumes from `checkpoint`, to the same bits, if it has the same identity; it is written at every evaluation.
 
     Raises:
         ValueError: a checkpoint of another identity.
@@ -243,7 +243,7 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
     step = 0
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint, STATE)
-        # A setting that the file does not know is one that came later, and was what it is by default.
+        # A setting that the file lacks was added later: its run used the default.
         held = asdict(Settings()) | state["identity"]
         if changed := [k for k, v in identity.items() if held.get(k) != v]:
             raise ValueError(
@@ -297,7 +297,7 @@ def train(task: Task, identity: dict[str, Any], checkpoint: Path | None = None) 
 
 
 def finish(task: Task, identity: dict[str, Any], checkpoint: Path) -> list[dict[str, float]]:
-    """Train a tower that columns share, or take it from its checkpoint; leaves it in evaluation mode, frozen."""
+    """Train a tower that columns share, or load its checkpoint; it is then frozen and in evaluation mode."""
     history: list[dict[str, float]] = []
     for reached in train(task, identity, checkpoint):
         history = reached

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch.fx
 
+from gssf_triton import autotune as autotune
 from gssf_triton import metrics, nn
 from gssf_triton.attention.functional import attention
 from gssf_triton.losses import distillation_loss, info_nce, sigmoid_loss, triplet_loss

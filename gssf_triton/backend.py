@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gssf_triton.options import check_choice
+from gssf_triton import kernels
+from gssf_triton.checks import check_choice
+from gssf_triton.kernels.release import HAS_TRITON, OLDEST_TRITON, TRITON_VERSION
 
 BACKENDS = ("auto", "triton", "torch")
-
-#: The kernels are written and tested for it and all later releases. torch 2.8 and 2.9 bring older ones.
-OLDEST_TRITON = "3.6"
-
-
-def _installed_triton() -> str | None:
-    """The release as its source states it, whatever its distribution is called; None without one.
-
-    `import gssf_triton` must not pay for importing Triton.
-    """
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        return None
-    stated = re.search(r"^__version__ = ['\"]([^'\"]+)", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
-    return stated.group(1) if stated else None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Major and minor number of "3.6.0+git1234"."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-
-
-TRITON_VERSION = _installed_triton()
-#: Its major and minor number; nothing without one.
-TRITON_RELEASE = _release(TRITON_VERSION or "")
-#: Whether there is a Triton that the kernels run with.
-HAS_TRITON = TRITON_VERSION is not None and _release(OLDEST_TRITON) <= TRITON_RELEASE
 
 #: Ampere is the oldest NVIDIA architecture with bfloat16 and TF32 tensor cores, which the configurations assume.
 OLDEST_CAPABILITY = (8, 0)
@@ -50,14 +22,12 @@ LARGEST_TRITON_BLOCK = 256
 
 
 def interpreter_is_on() -> bool:
-    """True where the kernels were, or would be, decorated for Triton's interpreter."""
+    """True if the kernels are decorated for Triton's interpreter, or will be at import."""
     if not HAS_TRITON:
         return False
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "on", "yes", "y"):
         return False
-    from gssf_triton.kernels.tile import INTERPRETED
-
-    return INTERPRETED
+    return kernels.tile.INTERPRETED
 
 
 def gpu_is_supported(index: int) -> bool:
@@ -83,7 +53,7 @@ def resolve_backend(backend: str, x: Tensor, W_blocks: Tensor | None) -> str:
     on_gpu = x.device.type == "cuda"
     block_fits = W_blocks is None or W_blocks.shape[-1] <= LARGEST_TRITON_BLOCK
     if backend == "auto":
-        # float64 has no tensor-core kernel to win with: the library's own product is the best there is.
+        # In float64 no kernel of ours is faster than the library's product.
         if not on_gpu or x.dtype == torch.float64 or not block_fits:
             return "torch"
         if TRITON_VERSION and not HAS_TRITON and not torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Consoles of any encoding, and none: what a program prints never stops it."""
+"""Printing that never stops a program: to a console of any encoding, to a closed one, to none."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TextIO
 
 
 def ready() -> None:
-    """To be called first in a program: what the console's encoding lacks is escaped.
+    """To be called first in a program: characters that the console's encoding lacks are escaped.
 
-    A console that was closed takes everything: Python has None for it, which nothing can be printed to.
+    A closed stream, which Python replaces by None, is replaced by os.devnull.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -23,24 +23,24 @@ def ready() -> None:
 
 
 def knows_unicode() -> bool:
-    """Whether standard output can be written any text as it is."""
+    """Whether standard output can encode any text."""
     return (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "").startswith("utf")
 
 
 def give_up_output() -> None:
-    """Standard output takes no more: Python would complain of it once more at its end."""
+    """Discard further standard output: Python would report the broken stream again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leads_to(stream: TextIO | None, path: Path | None) -> bool:
-    """Whether what is printed to `stream` arrives in `path` (/dev/stdout): among results it would spoil them."""
+    """Whether what is printed to `stream` lands in `path` (/dev/stdout), among the results."""
     try:
         return path is not None and stream is not None and os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
-    except (AttributeError, OSError, ValueError):  # not there, or a stream without a descriptor
+    except (AttributeError, OSError, ValueError):  # no such file, or a stream without a descriptor
         return False
 
 
 def say(text: str, results: Path | None = None) -> None:
-    """A line about a program's work, which is none of its results: on stderr, left out where `results` go there."""
+    """Print a line about the work on stderr, unless the `results` go there."""
     if not leads_to(sys.stderr, results):
         print(text, file=sys.stderr)

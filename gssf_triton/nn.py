@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gssf_triton import options
+from gssf_triton import checks
 from gssf_triton.attention.module import GSSFAttention
 from gssf_triton.losses.modules import DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
 from gssf_triton.similarity import functional
+from gssf_triton.similarity.parameters import Learned, reset_metric
 from gssf_triton.tracing import Leaf
 
 __all__ = ["GSSF", "DistillationLoss", "GSSFAttention", "InfoNCELoss", "SigmoidLoss", "TripletLoss"]
@@ -19,7 +20,7 @@ class GSSF(Leaf):
 
     Args:
         dim: Channels D of both sides.
-        block_size: Size B of the channel blocks; must divide `dim`. Not looked at where `blocks=False`.
+        block_size: Size B of the channel blocks; must divide `dim`. Ignored if `blocks=False`.
         diag: Learn the diagonal term, `W_diag` (D,), starting at 1.
         blocks: Learn the block term, `W_blocks` (D/B, B, B), starting at 0, or at the identity where `diag=False`.
         normalize: Put both sides on the unit sphere first.
@@ -48,6 +49,9 @@ class GSSF(Leaf):
         True
     """
 
+    W_diag: nn.Parameter | None
+    W_blocks: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,
@@ -60,32 +64,18 @@ class GSSF(Leaf):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options.check_count("dim", dim, 1)
-        options.check_terms(diag, blocks)
-        options.check_flags(normalize=normalize)
-        options.check_place(device, dtype)
-        if blocks:
-            options.check_block_size("block_size", block_size, dim, f"dim = {dim}")
+        checks.check_count("dim", dim, 1)
+        learned = Learned(diag, blocks, block_size, device, dtype)
+        checks.check_flags(normalize=normalize)
+        learned.check(dim, f"dim = {dim}", may_choose=False)
         self.dim = dim
         self.block_size = block_size
         self.normalize = normalize
-        W_diag = torch.empty(dim, device=device, dtype=dtype) if diag else None
-        W_blocks = None
-        if blocks:
-            W_blocks = torch.empty(dim // block_size, block_size, block_size, device=device, dtype=dtype)
-        self.W_diag = None if W_diag is None else nn.Parameter(W_diag)
-        self.W_blocks = None if W_blocks is None else nn.Parameter(W_blocks)
-        self.reset_parameters()
+        learned.add_to(self, dim)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Back to the cosine: W_diag = 1 and W_blocks = 0, or W_blocks = I where there is no diagonal."""
-        if self.W_diag is not None:
-            self.W_diag.fill_(1.0)
-        if self.W_blocks is not None:
-            self.W_blocks.zero_()
-            if self.W_diag is None:
-                self.W_blocks.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        reset_metric(self)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """S (..., M, N) of a (..., M, D) with b (..., N, D); see `gssf_triton.pairwise_sim`."""

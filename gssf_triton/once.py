@@ -1,7 +1,7 @@
 """Functions whose gradients are written by hand: differentiable once, by autograd, torch.compile and torch.func alike.
 
-What such a function computes is opaque to all three: it runs on plain tensors, and under `torch.func.vmap` once for
-each of them. A gradient of a gradient is an error, never a gradient of 0.
+All three see it as one step, which runs on plain tensors; under `torch.func.vmap` it runs once for each of the batch. A
+gradient of a gradient is an error, never a gradient of 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Once(ABC):
     The first of its `RESULTS` is the one with a gradient, unless `GRADIENTS` is 0.
     """
 
-    #: What users know it by.
+    #: The public function's name.
     NAME: ClassVar[str]
     #: How many tensors a caller gets, all of them where None; what `forward` returns beyond is kept for the gradient.
     RESULTS: ClassVar[int | None] = 1
@@ -112,7 +112,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradients, as a function of its own, so that autograd knows where they come from."""
+    """The gradients, as a function of its own: differentiating them is then an error."""
 
     @staticmethod
     def forward(op: Once, grad: Tensor, *saved: Any) -> Any:

@@ -1,9 +1,8 @@
-"""Half precision: what torch.autocast means in this package, and how a product in float16 keeps to its range.
+"""Half precision: what torch.autocast does in this package, and how a product in float16 stays in range.
 
-Under autocast a similarity is what matmul is there: a product in autocast's dtype, and so is what a function returns.
-Nothing else is rounded to it: rows are normalised and folded in float32, as they came, with the weights as they are,
-and rounded once, to the product's operands. What is no such product (matched pairs, the losses' sums, retrieval, whose
-ranking rounding would change) is computed as it is without autocast. float64 is left alone, as matmul leaves it.
+Under autocast a matrix of similarities is computed as matmul is: the product and the result have autocast's dtype. Rows
+are normalised and folded in float32 and rounded once, to the product's operands. Everything else ignores autocast:
+matched pairs, the losses' sums, and retrieval, where rounding would change the ranking. So does float64.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-#: Asked once: torch 2.8 cannot trace the question.
+#: Checked at import because torch 2.8 cannot trace this check.
 AUTOCAST_DEVICES = frozenset(
     kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(kind)
 )
 
-#: Operands of a float16 product whose largest number lies between these need no help: float16 ends at 65504, and has
-#: all of its bits down to 6e-5, far below what such operands look like.
+#: Operands of a float16 product are not scaled if their largest number lies between these. float16 ends at 65504 and
+#: has all of its bits down to 6e-5.
 SMALLEST_OPERAND, LARGEST_OPERAND = 2.0**-8, 2.0**14
 
-#: Folded rows that meet rows whose norm divides the product only afterwards are made smaller by it, and the inverse
-#: norms larger: a product with a row of whatever size is finite, and 0 of it is 0.
+#: Where a product is divided by one side's norms only afterwards, the other side is divided by this first, and the
+#: inverse norms are multiplied by it. So the product with a row of any size is finite.
 HEADROOM = 2.0**24
 
 
@@ -33,19 +32,19 @@ def under_autocast(x: Tensor) -> bool:
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """Outside autocast, which would round what is multiplied in float32."""
+    """Autocast off: it would round float32 operands."""
     return torch.autocast(x.device.type, enabled=False) if under_autocast(x) else nullcontext()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What rows like x are multiplied in."""
+    """The dtype that rows like x are multiplied in."""
     if x.dtype == torch.float64 or not under_autocast(x):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
 
 
 def joined(*features: Tensor) -> tuple[Tensor, ...]:
-    """Features as they are; under autocast those of two dtypes in the wider one, since matmul takes them there."""
+    """Features unchanged. Under autocast features of two dtypes are cast to the wider one: matmul takes both there."""
     dtypes = {x.dtype for x in features} - {torch.float64}
     if len(dtypes) < 2 or not under_autocast(features[0]):
         return features
@@ -54,30 +53,29 @@ def joined(*features: Tensor) -> tuple[Tensor, ...]:
 
 
 def power_of(x: Tensor, dim: int | None = None) -> Tensor:
-    """The power of two at or below the largest |x| (along dim, which stays), float32; 2⁻¹²⁶ where all is 0.
+    """The power of two at or below the largest |x| (along dim, which is kept), float32; 2⁻¹²⁶ if all are 0.
 
-    NaN and Inf stay in their rows: they must not scale the others.
+    NaN and Inf do not count: they must not scale other rows.
     """
     sizes = x.detach().float().nan_to_num(0.0, 0.0, 0.0).abs()
     if dim is not None:
         sizes = sizes.amax(dim, keepdim=True) if x.shape[dim] else sizes.sum(dim, keepdim=True)
     else:
         sizes = sizes.amax() if x.numel() else sizes.sum()
-    # The sign and the mantissa cut off.
+    # Clear the mantissa.
     return (sizes.clamp_min(2.0**-126).view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def float16_unit(x: Tensor, dim: int | None = None) -> Tensor:
-    """A power of two: x / unit are operands of a float16 product, whose result times unit is x's. Mostly 1."""
+    """A power of two, mostly 1. x / unit is the operand of a float16 product; the result times unit is that of x."""
     power = power_of(x, dim)
     return power / power.clamp(SMALLEST_OPERAND, LARGEST_OPERAND)
 
 
 def moved_unit(t: Tensor, y: Tensor) -> Tensor:
-    """A power of two: t / unit and y · unit are operands of a float16 product, which is t's and y's. Mostly 1.
+    """A power of two, mostly 1. t / unit and y · unit are operands of a float16 product, which equals that of t and y.
 
-    Nothing has to be undone, and gradients pass in range as well. It is the least that does, so that rows far smaller
-    than the largest keep their bits.
+    Gradients stay in range too. It is the power closest to 1 that works, so that small rows keep their bits.
     """
     of_t, of_y = power_of(t), power_of(y)
     unit = torch.ones_like(of_t).clamp(SMALLEST_OPERAND / of_y, LARGEST_OPERAND / of_y)
@@ -85,6 +83,6 @@ def moved_unit(t: Tensor, y: Tensor) -> Tensor:
 
 
 def float16_operands(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Operands in float16 of the product that t and y have."""
+    """t and y in float16, scaled so that their product is unchanged and in range."""
     unit = moved_unit(t, y)
     return (t.float() / unit).to(torch.float16), (y.float() * unit).to(torch.float16)

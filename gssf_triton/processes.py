@@ -12,7 +12,7 @@ from torch import Tensor
 
 #: Lengths that a call may tell the other processes; more than any has.
 SIZES = 4
-#: Bytes of the digest that stands for a call's description.
+#: Bytes of the digest of a call's description.
 DIGEST = 16
 
 
@@ -27,12 +27,12 @@ def gather_alike(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def kind(x: Tensor | None) -> tuple[object, ...] | None:
-    """Dtype and shape of a tensor that all processes must have alike, or that there is none."""
+    """Dtype and shape, which all processes must have alike; None of no tensor."""
     return None if x is None else (x.dtype, *x.shape)
 
 
 def _spoken(value: object) -> object:
-    """1 and 1.0 are the same number; a tensor's value is not looked at, that would wait for the device."""
+    """1 and 1.0 are the same number. A tensor's value is not read: that would wait for the device."""
     if isinstance(value, Tensor):
         return "tensor"
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -71,10 +71,10 @@ def _difference(calls: list[list[str]]) -> str:
 
 
 class Held:
-    """A process group in the keeping of a module: it is no data, so copies of the module share it.
+    """A module's process group. Copies of the module share it.
 
-    Pickled, the group of all processes stays that: those of the program that loads it, or None where that is one
-    process without `init_process_group`. Another group is lost, with a warning, and is None.
+    Pickled, the group of all processes becomes that of the program that loads it, or None in a process without
+    `init_process_group`. Any other group becomes None, with a warning.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:

@@ -1,4 +1,4 @@
-"""Progress bars: tqdm's for whoever asks a function for one, lines where a program runs without tqdm."""
+"""Progress bars: tqdm's in functions that are asked for one, plain lines in programs that run without tqdm."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 #: Seconds between two lines of a program without tqdm.
 LINE_SECONDS = 10.0
 
-#: Takes the number of steps just done.
+#: Called with the number of steps just done.
 Tick = Callable[[int], object]
 
 
 def no_tick(steps: int) -> None:
-    """Nobody watches."""
+    """No progress shown."""
 
 
 def _tqdm() -> Any:
@@ -30,10 +30,10 @@ def _tqdm() -> Any:
 
 
 def progress_bar(wanted: bool, description: str) -> Callable[[Iterator[T]], Iterator[T]]:
-    """tqdm around an iterator of batches, or nothing.
+    """A function that wraps an iterator of batches in tqdm, or returns it unchanged.
 
     Raises:
-        ImportError: where a bar is wanted and tqdm is not installed.
+        ImportError: a bar is wanted and tqdm is not installed.
     """
     if not wanted:
         return lambda batches: batches
@@ -47,10 +47,10 @@ def progress_bar(wanted: bool, description: str) -> Callable[[Iterator[T]], Iter
 
 @contextmanager
 def counting(wanted: bool, description: str, total: int, unit: str) -> Iterator[Tick]:
-    """A bar that is told what was done, of `total` steps, or nothing.
+    """A bar of `total` steps, if wanted. Yields the function that advances it.
 
     Raises:
-        ImportError: where a bar is wanted and tqdm is not installed.
+        ImportError: a bar is wanted and tqdm is not installed.
     """
     if not wanted:
         yield no_tick
@@ -60,7 +60,7 @@ def counting(wanted: bool, description: str, total: int, unit: str) -> Iterator[
 
 
 class Lines:
-    """What programs use of tqdm, where it is not installed: a line now and then."""
+    """The part of tqdm that programs here use, if it is not installed: prints a line now and then."""
 
     def __init__(
         self, iterable: Iterable[Any] | None = None, *, desc: str = "", total: int | None = None, unit: str = "it",
@@ -99,11 +99,11 @@ class Lines:
         self.postfix = text
 
     def close(self) -> None:
-        """There is no bar to be wiped."""
+        """Nothing to close."""
 
 
 def bar(*arguments: Any, **options: Any) -> Any:
-    """tqdm for a program of this project, which does its work without tqdm too."""
+    """tqdm for a program of this project, or `Lines` if tqdm is not installed."""
     try:
         return _tqdm()(*arguments, **options)
     except ImportError:

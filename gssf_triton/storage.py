@@ -1,7 +1,7 @@
-"""The cache folder, files that are written whole or not at all, and files that are looked at before they are trusted.
+"""The cache folder; files that are replaced whole or not at all; files that are checked when they are read.
 
-Nothing is unpickled. A file that cannot be used is a `ValueError` that names it, what was expected and what came; one
-that is not there, or may not be opened, is the `OSError` it always is.
+Nothing is unpickled. A file that cannot be used raises a `ValueError` that names the file, what was expected and what
+was found. A file that is missing or cannot be opened raises the usual `OSError`.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from numpy.typing import NDArray
 if sys.platform != "win32":
     import fcntl
 
-#: Where results that later runs use lie, instead of the user's cache directory.
+#: Environment variable that names a folder to use instead of the user's cache directory.
 CACHE_VARIABLE = "GSSF_CACHE_DIR"
 
-#: What this process has warned of.
+#: Warnings that this process has given.
 _warned: set[Hashable] = set()
 
 
 def warn_once(about: Hashable, message: str, stacklevel: int = 2) -> None:
-    """Warn of a fault that costs no result, once a process."""
+    """Warn, once a process, of a fault that changes no result."""
     if about not in _warned:
         _warned.add(about)
         warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def _usual_cache_folder() -> str:
-    """Where platformdirs puts the cache, for a machine that lacks it; not absolute for a user without a home."""
+    """The folder that platformdirs would choose, if it is missing; relative for a user without a home directory."""
     if sys.platform == "win32":
         return os.path.join(os.environ.get("LOCALAPPDATA", ""), "gssf_triton", "gssf_triton", "Cache")
     chosen = os.environ.get("XDG_CACHE_HOME", "")
     usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    # The XDG specification has relative paths ignored.
+    # The XDG specification says to ignore relative paths.
     return os.path.join(chosen if os.path.isabs(chosen) else os.path.expanduser(usual), "gssf_triton")
 
 
 def cache_folder() -> Path | None:
-    """Where results that later runs use lie: $GSSF_CACHE_DIR, or the user's cache directory for gssf_triton.
+    """The folder of results that later runs reuse: $GSSF_CACHE_DIR, or the user's cache directory for gssf_triton.
 
     None for a user who has no such directory, such as a number without an entry in the password file and without $HOME.
     The directory may be missing, or not be writable.
@@ -65,28 +65,28 @@ def cache_folder() -> Path | None:
         from platformdirs import user_cache_dir
 
         found = user_cache_dir("gssf_triton")
-    # It is not installed, or finds no home. Its older releases return "~/.cache" unchanged then.
+    # Not installed, or no home directory: older releases then return "~/.cache" unchanged.
     except (ImportError, KeyError, OSError, RuntimeError):
         found = _usual_cache_folder()
     return Path(found) if os.path.isabs(found) else None
 
 
-#: Windows would turn the ends of lines.
+#: Without it Windows changes line endings.
 BINARY = getattr(os, "O_BINARY", 0)
-#: How the names of files end that are being written.
+#: Suffix of files that are still being written.
 SCRATCH_ENDING = ".gssf-part"
-#: The lock of another machine's writer may not be seen here: what it left is removed once it is so old.
+#: Locks of other machines may be invisible here: their leftover files are removed once they are this old.
 FOREIGN_SCRATCH_SECONDS = 3600.0
 
 
 def _kind(mode: int) -> str:
-    """What stands where a file is expected."""
+    """What is there instead of a file."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a disk"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """What is at `path`, or where it leads to, if anything is."""
+    """The status of `path`, links followed, or None if nothing is there."""
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -94,10 +94,10 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of what this process has open, if `path` is a name of it, by links too: /dev/stdout, /dev/fd/3."""
+    """The file descriptor that `path` names, also through links (/dev/stdout, /dev/fd/3), or None."""
     folders = {os.path.realpath(name) for name in ("/dev/fd", "/proc/self/fd")} if sys.platform != "win32" else set()
     place = os.path.abspath(path)
-    for _ in range(40):  # as many links as systems follow
+    for _ in range(40):  # systems follow no more links
         folder, name = os.path.split(place)
         folder = os.path.realpath(folder)
         if folder in folders and name.isascii() and name.isdecimal():
@@ -110,7 +110,7 @@ def _descriptor(path: Path) -> int | None:
 
 
 def _written_directly(path: Path, status: os.stat_result | None) -> bool:
-    """Whether `path` is no file that could be replaced: a device, a pipe, what a process has open (/dev/stdout)."""
+    """Whether `path` cannot be replaced by another file: a device, a pipe, an open file of a process (/dev/stdout)."""
     if _descriptor(path) is not None:
         return True
     opened = os.path.abspath(path).startswith("/proc/")
@@ -118,7 +118,7 @@ def _written_directly(path: Path, status: os.stat_result | None) -> bool:
 
 
 def replaceable(path: Path) -> bool:
-    """Whether `replacing` may be asked for `path` again and again: each time the file is another."""
+    """Whether `replacing` can replace `path` repeatedly; not a device, a pipe or an open file, which it appends to."""
     return not _written_directly(path, _status(path))
 
 
@@ -137,11 +137,11 @@ def _check_open(path: Path, number: int) -> None:
 
 
 def check_target(path: Path, *inputs: Path | None) -> None:
-    """Whether `replacing` may write `path`: to be asked before the work, not after it.
+    """Check that `replacing` can write `path`; to be called before the work.
 
     Raises:
-        ValueError: it is one of the `inputs`, under whatever name.
-        OSError: a folder, a socket, a disk, a file that may not be written, a name that cannot be, or no folder to
+        ValueError: it is one of the `inputs`, perhaps under another name.
+        OSError: a folder, a socket, a disk, a file that may not be written, an impossible name, or no folder to
             write it in.
     """
     found = _status(path)
@@ -159,7 +159,7 @@ def check_target(path: Path, *inputs: Path | None) -> None:
     if not _written_directly(path, found):
         folder = Path(os.path.realpath(path)).parent
         while not os.path.lexists(folder) and folder != folder.parent:
-            folder = folder.parent  # `replacing` makes those that are missing
+            folder = folder.parent  # `replacing` makes missing folders
         if not os.path.isdir(folder):
             raise NotADirectoryError(errno.ENOTDIR, "is no folder to write in", str(folder))
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -167,7 +167,7 @@ def check_target(path: Path, *inputs: Path | None) -> None:
 
 
 def _lock(file: int, *, wait: bool) -> bool:
-    """Lock a scratch file until it is closed; False where another holds it, or the disk knows no locks."""
+    """Lock a scratch file until it is closed; False if another process has it locked, or the disk has no locks."""
     if sys.platform == "win32":
         return False
     try:
@@ -178,7 +178,7 @@ def _lock(file: int, *, wait: bool) -> bool:
 
 
 def _remove_left_over(folder: Path, here: str) -> None:
-    """Remove the scratch files of writers that were killed: their locks went with them."""
+    """Remove the scratch files of killed writers: nothing locks them any more."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if not entry.name.endswith(SCRATCH_ENDING):
@@ -196,17 +196,17 @@ def _new_scratch(path: Path, mode: int) -> tuple[int, Path]:
     here = f".{zlib.crc32(platform.node().encode()):08x}-"
     _remove_left_over(path.parent, here)
     while True:
-        # Of a long name its beginning: a name has 255 bytes at most.
+        # Cut, because a file name has at most 255 bytes.
         scratch = path.with_name(f".{path.name[:40]}{here}{uuid.uuid4().hex[:12]}{SCRATCH_ENDING}")
         file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, mode)
         _lock(file, wait=True)
         if sys.platform == "win32" or os.fstat(file).st_nlink:
             return file, scratch
-        os.close(file)  # before it was locked it looked left over, and was removed
+        os.close(file)  # another writer removed it before it was locked
 
 
 def _keep_owner_and_mode(file: int, scratch: Path, of: os.stat_result) -> None:
-    """As far as this user, and the disk, may."""
+    """Copy owner and mode as far as this user and the disk allow."""
     if sys.platform != "win32":
         for ids in ((-1, of.st_gid), (of.st_uid, -1)):
             with suppress(OSError):
@@ -218,7 +218,7 @@ def _keep_owner_and_mode(file: int, scratch: Path, of: os.stat_result) -> None:
 def _write_directly(path: Path, content: bytes) -> None:
     number = _descriptor(path)
     if number is not None:
-        # Opened anew it would have an offset of its own: whatever is printed later would lie over the content.
+        # A new descriptor would have its own offset, and later prints would overwrite the content.
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
@@ -226,7 +226,7 @@ def _write_directly(path: Path, content: bytes) -> None:
             opened.write(content)
         return
     try:
-        # A pipe that nobody reads refuses to be opened so, rather than let this wait for ever.
+        # O_NONBLOCK: opening a pipe that nobody reads fails, instead of waiting for ever.
         file = os.open(path, os.O_WRONLY | os.O_APPEND | BINARY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         if error.errno == errno.ENXIO:
@@ -240,12 +240,11 @@ def _write_directly(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path`, open for writing, that takes its place at the end: a reader sees the old one or the new.
+    """A scratch file, open for writing, that replaces `path` at the end: readers see the old file or the whole new one.
 
-    So does whoever comes after a process that was killed here; what that left is removed by the next who writes there.
-    Several processes may replace one file at a time; the last one's stays. Where `path` is a link, its target is
-    replaced; the mode of what is replaced is kept. A device, a pipe or what this process has open (/dev/stdout) is
-    written to, once all is there.
+    That holds even if this process is killed; the next writer in the folder removes the scratch file. Several processes
+    may replace one file at a time: the last one wins. If `path` is a link, its target is replaced. The replaced file's
+    mode is kept. A device, a pipe or an open file of this process (/dev/stdout) is written directly, at the end.
 
     Raises:
         OSError: as `check_target`, or a pipe that nobody reads.
@@ -259,7 +258,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # What a private file is to hold is private from its first byte on.
+    # A private file's new content is private from its first byte.
     number, scratch = _new_scratch(path, 0o666 if status is None else 0o600)
     try:
         with os.fdopen(number, "wb") as file:
@@ -278,23 +277,23 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def regular(path: Path) -> Path:
-    """`path`, of a file: who opens a pipe waits for whoever writes to it.
+    """`path` itself, if it is a file: opening a pipe would wait for its writer.
 
     Raises:
         ValueError: a pipe, a device or a socket.
         OSError: it is not there.
     """
     mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises what it always does
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises an OSError
         raise unusable(path, "a file", _kind(mode))
     return path
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark, whatever its ends of lines.
+    """A text file in UTF-8, with or without a byte order mark, with any line endings.
 
     Raises:
-        ValueError: anything else.
+        ValueError: it is not UTF-8, or not a file.
         OSError: it cannot be read.
     """
     content = regular(path).read_bytes()
@@ -310,12 +309,12 @@ def native(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def unusable(path: Path, expected: str, got: str) -> ValueError:
-    """The error about a file that is there."""
+    """The error about a file that exists and cannot be used."""
     return ValueError(f"{path}: expected {expected}, got {got}")
 
 
 def reason(error: BaseException) -> str:
-    """An error's first line, or its name where it says nothing."""
+    """The first line of an error's message, or its type if there is none."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
@@ -323,14 +322,14 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an `.npz` archive by name, in this machine's byte order.
 
     Raises:
-        ValueError: anything but a whole archive of plain arrays.
+        ValueError: it is not a whole archive of plain arrays.
     """
     expected = "an .npz archive of arrays"
     with regular(path).open("rb") as stream:
         try:
             found = np.load(stream, allow_pickle=False)
             arrays = {} if isinstance(found, np.ndarray) else {name: native(found[name]) for name in found.files}
-        # A damaged archive raises whatever the first damaged field leads to, from a dozen modules.
+        # A damaged archive can raise almost any exception.
         except Exception as error:
             raise unusable(path, expected, f"a file that cannot be read ({reason(error)})") from error
     if isinstance(found, np.ndarray):
@@ -339,10 +338,10 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_json(path: Path, what: str, fields: Sequence[str]) -> dict[str, Any]:
-    """A JSON object that has `fields`, whatever else it has.
+    """A JSON object that has at least `fields`.
 
     Raises:
-        ValueError: anything else.
+        ValueError: it is not one.
     """
     expected = f"{what}, a JSON object with {', '.join(fields)}"
     content = regular(path).read_bytes()
@@ -355,3 +354,28 @@ def read_json(path: Path, what: str, fields: Sequence[str]) -> dict[str, Any]:
     if missing := [name for name in fields if name not in found]:
         raise unusable(path, expected, f"one without {', '.join(missing)}")
     return found
+
+
+def json_rows(content: Any, levels: int = 2) -> str:
+    """JSON with a line for each entry of the outer levels: a row of results is one line of the file, and of a diff.
+
+    Example:
+        >>> from gssf_triton.storage import json_rows
+        >>> print(json_rows({"schema": 1, "rows": [{"name": "one", "n": [1, 2]}, {"name": "two", "n": []}]}))
+        {
+         "schema": 1,
+         "rows": [
+          {"name": "one", "n": [1, 2]},
+          {"name": "two", "n": []}
+         ]
+        }
+    """
+    if not levels or not content or not isinstance(content, (dict, list)):
+        return json.dumps(content)
+    if isinstance(content, dict):
+        entries = [f"{json.dumps(str(name))}: {json_rows(value, levels - 1)}" for name, value in content.items()]
+    else:
+        entries = [json_rows(value, levels - 1) for value in content]
+    inner = ",\n".join(entries).replace("\n", "\n ")
+    begin, end = "{}" if isinstance(content, dict) else "[]"
+    return f"{begin}\n {inner}\n{end}"

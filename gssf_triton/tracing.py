@@ -1,6 +1,7 @@
-"""One step a module in the graphs that torch.fx traces (`symbolic_trace`, feature extractors), as torch.nn's are.
+"""Modules that are one node in graphs traced by torch.fx (`symbolic_trace`, feature extractors), as torch.nn's are.
 
-The public functions are such steps too, by `torch.fx.wrap`: the module that is traced itself is made of them.
+The public functions are one node each, by `torch.fx.wrap`. If a module is itself the root of a trace, its graph is made
+of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import nn
 
 
 class Leaf(nn.Module):
-    """A module that torch.fx does not look into: its hooks, its dropout and its mode stay its own."""
+    """A module that torch.fx does not trace into, so that its hooks, dropout and training mode still work."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for x in (*args, *kwargs.values()):
@@ -24,7 +25,7 @@ class Leaf(nn.Module):
 
 
 def _tracer_of(x: Any) -> Any:
-    """The tracer of what stands for an input, or for one of what an input holds: features are dicts, in lists."""
+    """The tracer of a proxy, or of one inside a list, tuple or dict."""
     if isinstance(x, torch.fx.Proxy):
         return x.tracer
     if isinstance(x, (list, tuple, dict)):

@@ -1,8 +1,8 @@
 """Look inside a learned metric: what it weighs, and which channels and blocks make the scores what they are.
 
 GSSF is bilinear, so a score is exactly the sum of its channels' shares. The paper says that the learned weights
-distinguish and highlight the relevant channels and cross-channel relations: `relevance` measures it. The numbers need
-torch alone, the plots matplotlib (the extra `gssf_triton[viz]`).
+highlight the relevant channels and cross-channel relations: `relevance` measures that. Plots need matplotlib (the extra
+`gssf_triton[viz]`).
 
 Source: Diao et al., GSSF, IEEE TIP 2024 (arXiv 2410.15266).
 """
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, options
-from gssf_triton.integrations import require
+from gssf_triton import checks
+from gssf_triton.metric import IDENTITY, accumulate_dtype
+from gssf_triton.optional import require
 from gssf_triton.precision import full_precision
-from gssf_triton.retrieval.checks import check_labels
 from gssf_triton.similarity import functional, torch_backend
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ CHUNK_ROWS = 1024
 
 @dataclass(frozen=True)
 class ScoreParts:
-    """Scores taken apart; every part sums to the score.
+    """Scores split into parts that sum to them.
 
     Attributes:
         diagonal: (..., D), channel m's share of the diagonal term, a_m W_diag_m b_m; 0 where there is no such term.
@@ -74,7 +74,7 @@ def score_parts(
     *,
     normalize: bool = False,
 ) -> ScoreParts:
-    """Take the score of each pair (a[i], b[i]) apart by channel and block.
+    """Split the score of each pair (a[i], b[i]) by channel and block.
 
     Args:
         a: (..., N, D).
@@ -97,19 +97,28 @@ def score_parts(
         >>> parts.channels, parts.score
         (tensor([[ 7., 14.]]), tensor([21.]))
     """
-    options.check_flags(normalize=normalize)
+    checks.check_flags(normalize=normalize)
     checks.check_pair(a, b)
-    checks.check_paired_rows(a, b)
+    checks.check_rows(a, b)
     checks.check_weights("a", a, W_diag, W_blocks)
-    checks.broadcast_batch(a, b)
+    checks.broadcast_batch(a=a, b=b)
     checks.check_same_dtype(a, b)
-    wide = torch_backend.accumulate_dtype(a.dtype)
-    a, b = (torch_backend.fold(x.to(wide), None, None, normalize) for x in (a, b))
+    wide = accumulate_dtype(a.dtype)
+    a, b = (torch_backend.fold(x.to(wide), IDENTITY, normalize) for x in (a, b))
     nothing = torch.zeros_like(a * b)
     diagonal = nothing if W_diag is None else a * W_diag.to(wide) * b
     with full_precision(a):
         crossing = nothing if W_blocks is None else a * functional.transform(b, None, W_blocks.to(wide), side="b")
     return ScoreParts(diagonal, crossing, 1 if W_blocks is None else W_blocks.shape[-1])
+
+
+def _check_batches(
+    a: Tensor, b: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, *, paired: bool
+) -> None:
+    checks.check_flags(normalize=normalize)
+    checks.check_batches(a, b, paired=paired)
+    checks.check_weights("a", a, W_diag, W_blocks)
+    checks.check_same_dtype(a, b)
 
 
 @torch.no_grad()
@@ -121,10 +130,10 @@ def relevance(
     *,
     normalize: bool = False,
 ) -> ScoreParts:
-    """What each channel and block does to tell matches from the rest: its mean share in a match less that elsewhere.
+    """How much each channel and block tells matches from the rest: its mean share in matches less that in other pairs.
 
-    a[i] matches b[i]. A share is bilinear, so its mean over all N² pairs is the share of the mean vectors: no pair but
-    the matches is looked at.
+    a[i] matches b[i]. A share is bilinear, so its mean over all N² pairs is the share of the mean vectors: only the
+    matches are computed one by one.
 
     Args:
         a: (N, D), N of at least 2.
@@ -147,14 +156,11 @@ def relevance(
         >>> relevance(x, x, torch.ones(3)).channels
         tensor([2., 0., 0.])
     """
-    options.check_flags(normalize=normalize)
-    checks.check_batches(("a", "b"), a, b, paired=True)
-    checks.check_weights("a", a, W_diag, W_blocks)
-    checks.check_same_dtype(a, b)
+    _check_batches(a, b, W_diag, W_blocks, normalize, paired=True)
     if a.shape[0] < 2:
         raise ValueError(f"a must have shape (N, D) with N of at least 2, got {tuple(a.shape)}")
-    wide = torch_backend.accumulate_dtype(a.dtype)
-    a, b = (torch_backend.fold(x.to(wide), None, None, normalize) for x in (a, b))
+    wide = accumulate_dtype(a.dtype)
+    a, b = (torch_backend.fold(x.to(wide), IDENTITY, normalize) for x in (a, b))
     matched = score_parts(a, b, W_diag, W_blocks)
     everywhere = score_parts(a.mean(0, keepdim=True), b.mean(0, keepdim=True), W_diag, W_blocks)
     N = a.shape[0]
@@ -193,7 +199,7 @@ def similarity_histogram(
     bins: int = 100,
     normalize: bool = False,
 ) -> SimilarityHistogram:
-    """Count the similarities of all pairs, matches and others apart, a chunk of rows at a time.
+    """Count the similarities of matches and of all other pairs, a chunk of rows at a time.
 
     Args:
         a: (M, D).
@@ -216,22 +222,19 @@ def similarity_histogram(
         >>> found.positives, found.negatives
         (tensor([0, 3]), tensor([6, 0]))
     """
-    options.check_flags(normalize=normalize)
-    checks.check_batches(("a", "b"), a, b, paired=False)
-    checks.check_weights("a", a, W_diag, W_blocks)
-    checks.check_same_dtype(a, b)
+    _check_batches(a, b, W_diag, W_blocks, normalize, paired=False)
     if 0 in (a.shape[0], b.shape[0]):
         raise ValueError(
             f"a and b must have shapes (M, D) and (N, D) with rows, got {tuple(a.shape)}, {tuple(b.shape)}"
         )
-    options.check_count("bins", bins, 1)
+    checks.check_count("bins", bins, 1)
     if (a_ids is None) != (b_ids is None):
         raise ValueError("a_ids and b_ids must be given together: one of them is None")
     if a_ids is None or b_ids is None:
         a_ids, b_ids = (torch.arange(x.shape[0], device=a.device) for x in (a, b))
-    a_ids = check_labels("a_ids", a_ids, a.shape[0], "a", a).cpu()
-    b_ids = check_labels("b_ids", b_ids, b.shape[0], "b", b).cpu()
-    wide = torch_backend.accumulate_dtype(a.dtype)
+    a_ids = checks.check_labels("a_ids", a_ids, a.shape[0], "a", a).cpu()
+    b_ids = checks.check_labels("b_ids", b_ids, b.shape[0], "b", b).cpu()
+    wide = accumulate_dtype(a.dtype)
 
     def chunk(start: int) -> Tensor:
         rows = a[start : start + CHUNK_ROWS]
@@ -255,13 +258,12 @@ def similarity_histogram(
 
 
 def _check_made_by(name: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a gssf_triton.viz.{kind.__name__}, got {type(value).__name__}")
+    checks.check_kind(name, value, kind, f"a gssf_triton.viz.{kind.__name__}")
 
 
 def _check_axes(ax: object) -> None:
-    if ax is not None and not isinstance(ax, require("matplotlib.axes", "viz").Axes):
-        raise TypeError(f"ax must be a matplotlib.axes.Axes or None, got {type(ax).__name__}")
+    if ax is not None:
+        checks.check_kind("ax", ax, require("matplotlib.axes", "viz").Axes, "a matplotlib.axes.Axes or None")
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -273,7 +275,7 @@ def _axes(ax: Axes | None) -> Axes:
 
 @torch.no_grad()
 def plot_metric(W_diag: Tensor | None = None, W_blocks: Tensor | None = None, *, ax: Axes | None = None) -> Axes:
-    """W ⊙ U as a heat map in its topology: zero is white, what the topology leaves out grey.
+    """W ⊙ U as a heat map: zero is white, entries outside the topology are grey.
 
     Args:
         W_diag: Diagonal weight, (D,), or None.
@@ -306,7 +308,7 @@ def plot_metric(W_diag: Tensor | None = None, W_blocks: Tensor | None = None, *,
 
 
 def plot_parts(parts: ScoreParts, *, ax: Axes | None = None) -> Axes:
-    """One score, or one relevance, by channel: the diagonal's share and the blocks', and each block's sum.
+    """One score or one relevance by channel: the shares of the diagonal and of the blocks, and each block's sum.
 
     Args:
         parts: Of one pair, (D,): `relevance`'s, or one row of `score_parts`.

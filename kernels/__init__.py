@@ -1,6 +1,34 @@
 """Triton kernels and their launchers.
 
-`tile` holds what every kernel shares: the similarity tile (load, fold, product). Each other file is one kernel, which
-differs from the next in its epilogue, with the launcher that calls it. Importing this package does not import Triton;
-importing any module in it does.
+`tile` holds what every kernel shares: the similarity tile (load, fold, product). A kernel's file holds the kernel and
+its launcher. Importing this package does not import Triton. `kernels.fold` imports its module at first use.
 """
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gssf_triton.kernels import cross_attention as cross_attention
+    from gssf_triton.kernels import fold as fold
+    from gssf_triton.kernels import gradient as gradient
+    from gssf_triton.kernels import late_interaction as late_interaction
+    from gssf_triton.kernels import paired as paired
+    from gssf_triton.kernels import pairwise as pairwise
+    from gssf_triton.kernels import rank as rank
+    from gssf_triton.kernels import ranked_tile as ranked_tile
+    from gssf_triton.kernels import stream as stream
+    from gssf_triton.kernels import tile as tile
+    from gssf_triton.kernels import topk as topk
+
+
+def __getattr__(name: str) -> ModuleType:
+    module = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -1,9 +1,9 @@
-"""Configurations: frozen data, and the model's choice of it, a pure function of (shape, dtype, architecture).
+"""Configurations as frozen data, and the model's choice: pure functions of shape, dtype and architecture.
 
-No GPU is touched. An architecture is "sm_80", "sm_90", "sm_100", "gfx942", … or "interpreter". The numbers rest on the
-compile gate (`make aot`): every configuration these functions can return fits the target's shared memory, spills no
-register and uses its tensor cores. They have not been timed on a GPU: where a table of measured configurations has
-something to say (`lookup`), it is asked first.
+No GPU is used. An architecture is "sm_80", "sm_90", "sm_100", "gfx942", … or "interpreter". The compile gate (`make
+aot`) checks the numbers: every configuration these functions can return fits the target's shared memory, spills no
+register and uses its tensor cores. They have not been timed on a GPU: `choice` prefers a measured configuration, if
+there is one.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class GradientConfig:
     """R's tile [BLOCK_M, BLOCK_C] summed BLOCK_N at a time, BLOCK_P lanes of the epilogue at a time.
 
     `max_splits` bounds the slices of the weight gradients' partial sums, and so their memory: splits · D · B floats.
-    `rows_apart`: R's rows of a whole block do not fit the registers beside the fold's operands, so R is stored and the
-    fold kernel, which splits blocks, makes the rows from it.
+    `rows_apart`: R's rows of a whole block do not fit the registers beside the fold's operands. So R is stored, and the
+    fold kernel, which can split blocks, computes the rows from it.
     """
 
     BLOCK_M: int
@@ -57,7 +57,7 @@ class GradientConfig:
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """What a streaming loop holds of S at a time: a chunk of `rows` × `columns`."""
+    """The part of S that a streaming loop holds at a time: `rows` × `columns`."""
 
     rows: int
     columns: int
@@ -75,9 +75,9 @@ def padded_block(B: int) -> int:
 def dot_precision(dtype: torch.dtype, arch: str, *, tf32: bool, whole_rows: bool = False) -> str:
     """Triton's `input_precision` for a product of `dtype` operands.
 
-    float32 uses TF32 where that is allowed. Where it is not, the product runs on NVIDIA's FMA units, which keep the
-    whole reduction of an operand in registers: a reduction over a tile's `whole_rows` does not fit there and takes
-    three TF32 products instead, which carry 21 bits of each operand. AMD multiplies float32 in its matrix cores.
+    float32 uses TF32 if that is allowed. If not, the product runs on NVIDIA's FMA units, which keep an operand's whole
+    reduction in registers. A reduction over a tile's `whole_rows` does not fit there. It uses three TF32 products
+    instead, which carry 21 bits of each operand. AMD multiplies float32 in its matrix cores.
     """
     if dtype != torch.float32 or arch == "interpreter":
         return "ieee"
@@ -87,12 +87,12 @@ def dot_precision(dtype: torch.dtype, arch: str, *, tf32: bool, whole_rows: bool
 
 
 def is_small_memory(arch: str) -> bool:
-    """AMD's 64 KiB of LDS a block hold neither wide tiles nor deep pipelines."""
+    """True for AMD: 64 KiB of LDS a block hold neither wide tiles nor deep pipelines."""
     return arch.startswith("gfx")
 
 
 def _splits_padding(B: int) -> bool:
-    """True for blocks that are padded and longer than 64 lanes: masks, and addresses of channels, take registers."""
+    """True for padded blocks of more than 64 lanes: their masks and addresses of channels take registers."""
     return padded_block(B) > 64 and padded_block(B) != B
 
 
@@ -106,8 +106,8 @@ def pairwise_config(
     if dtype == torch.float64:
         return PairwiseConfig(32, 32, 16, num_warps=4, num_stages=1)
     if not half:
-        # float32 on the FMA units (precision "highest") keeps operands in registers: 64×64 is what does not spill, and
-        # half as much of it a thread on Ampere (but for blocks of 32), and where the fold is a loop of its own.
+        # float32 on the FMA units (precision "highest") keeps operands in registers: 64×64 does not spill. On Ampere
+        # (except for blocks of 32), and if the fold is a loop of its own, a thread holds half as much.
         halves = (arch.startswith("sm_8") and B not in (0, 32)) or (arch.startswith("sm_") and padded_block(B) > 32)
         warps = 8 if halves and not terms else 4
         return PairwiseConfig(64, 32 if terms else 64, 32, num_warps=warps, num_stages=2)
@@ -115,7 +115,7 @@ def pairwise_config(
     if is_small_memory(arch):
         return PairwiseConfig(64, 64 if small or terms else 128, 32, num_warps=4, num_stages=2)
     padded = padded_block(B)
-    # Two accumulators and 64 lanes of both folds are more registers than Ampere's mma.sync leaves.
+    # Two accumulators and 64 lanes of both folds need more registers than Ampere's mma.sync leaves.
     block_k = 32 if 0 < padded <= 32 or (terms and arch.startswith("sm_8")) or _splits_padding(B) else 64
     if arch.startswith("sm_9") and not (small or terms) and padded == B:
         block_k = 64  # needs no `drains`
@@ -127,9 +127,9 @@ def pairwise_config(
 def drains(config: PairwiseConfig, B: int, dtype: torch.dtype, arch: str, *, terms: bool) -> bool:
     """Whether the one-pass kernel finishes a step's product with b before the next step's fold.
 
-    On sm_90 it may stay in flight, but where the fold's registers are then written in between, ptxas (13.4, Triton 3.9)
-    gives up, and has every single instruction wait for the one before (its warning C7515). It does not where the fold
-    is a loop of its own, nor in the tiles that are large enough to be worth it.
+    On sm_90 the product may stay in flight. But if the fold's registers are written meanwhile, ptxas (13.4, Triton 3.9)
+    makes every tensor instruction wait for the one before (its warning C7515). It does not if the fold is a loop of its
+    own, nor in large tiles.
     """
     if not arch.startswith("sm_9") or padded_block(B) > config.BLOCK_K:
         return False
@@ -138,18 +138,18 @@ def drains(config: PairwiseConfig, B: int, dtype: torch.dtype, arch: str, *, ter
 
 
 def stores_both(arch: str, *, terms: bool) -> bool:
-    """Whether the one-pass kernel holds the stores of even and of ragged S, so that no size compiles anew.
+    """Whether the one-pass kernel contains the stores of both even and ragged S, so that no size compiles anew.
 
-    They stand behind its loop, which stays what it is, in as many registers on sm_80 and sm_90. With two terms, and on
-    sm_100, both together spill, or take what a second program would need: even and ragged S have a kernel each.
+    The stores come after its loop, and cost no registers there on sm_80 and sm_90. With two terms, and on sm_100, both
+    together spill or use the registers of a second program, so even and ragged S have a kernel each.
     """
     return not terms and arch.startswith(("sm_8", "sm_9", "interpreter"))
 
 
 def stream_config(dtype: torch.dtype, arch: str, *, teacher: bool = False) -> PairwiseConfig:
-    """The streaming kernel's tile: the product's, and beside its accumulator room for what an epilogue makes of it.
+    """The streaming kernel's tile, which leaves registers for the epilogue beside the product's accumulator.
 
-    `teacher`: two accumulators.
+    `teacher`: there are two accumulators.
     """
     if arch == "interpreter":
         return PairwiseConfig(32, 32, 32, num_warps=4, num_stages=1, GROUP_M=2)
@@ -162,7 +162,7 @@ def stream_config(dtype: torch.dtype, arch: str, *, teacher: bool = False) -> Pa
         return PairwiseConfig(64, 64, 32, num_warps=4, num_stages=2)
     if teacher:
         return PairwiseConfig(64, 64, 64, num_warps=4, num_stages=3)
-    # 32 numbers of S a thread, on sm_100 16: with more, the logits, their exponentials and the slope beside them spill.
+    # 32 numbers of S a thread, 16 on sm_100: with more, the logits, their exponentials and the slope spill.
     return PairwiseConfig(128, 32 if arch.startswith("sm_10") else 64, 64, num_warps=8, num_stages=3)
 
 
@@ -178,9 +178,9 @@ def fold_config(M: int, D: int, B: int, dtype: torch.dtype, arch: str) -> FoldCo
 
 
 def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> GradientConfig:
-    """The gradient kernel's tile for blocks of B (0: no block term), of which a program holds whole ones.
+    """The gradient kernel's tile for blocks of B (0: no block term); a program holds whole blocks.
 
-    R's rows of a whole block and the epilogue's operands share the registers, so the larger the block, the fewer rows.
+    R's rows of a whole block and the epilogue's operands share the registers, so larger blocks allow fewer rows.
     `tf32`: the float32 products may round to TF32 (always so for half-precision features).
     """
     padded = padded_block(B)
@@ -199,7 +199,7 @@ def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> Gra
             return GradientConfig(64, 32, block_c, 32, num_warps=8, num_stages=2)
         if block_c <= 128:
             return GradientConfig(32, 32, block_c, 16, num_warps=8, num_stages=1)
-    # Three TF32 products to an exact one: [16, 256] numbers of R, high and low parts, are all of a thread's registers.
+    # An exact product is three TF32 products: high and low parts of [16, 256] numbers of R fill the registers.
     apart = block_c > 128 and dtype == torch.float32 and not tf32 and arch.startswith("sm_")
     return GradientConfig(
         16, 32, block_c, 16, num_warps=8 if _exact_gradient_is_wide(B, arch) else 4, num_stages=1, rows_apart=apart
@@ -207,7 +207,7 @@ def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> Gra
 
 
 def _exact_gradient_is_wide(B: int, arch: str) -> bool:
-    """Where four warps of the exact gradient's tile spill: they hold too much, or get too few registers."""
+    """True if four warps of the exact gradient's tile spill: they hold too much, or get too few registers."""
     block_c = max(padded_block(B), 64)
     if arch.startswith("sm_8"):
         return block_c > 128 or B == 0
@@ -217,19 +217,19 @@ def _exact_gradient_is_wide(B: int, arch: str) -> bool:
 
 
 def chunk_config(device_type: str) -> ChunkConfig:
-    """What the streaming losses hold of S at a time.
+    """The part of S that the streaming losses hold at a time.
 
-    On a CPU a chunk and what becomes of it mostly stay within the caches (2 MiB each in float32): InfoNCE at 4,096
-    pairs of 256 channels ran fastest so, of 256 to 1,024 rows by 1,024 to 4,096 columns. On a GPU the slope's chunk in
-    half precision is 128 MiB, and large enough for the library's products to run at full rate.
+    On a CPU a chunk and the arrays made from it (2 MiB each in float32) mostly stay in the caches. InfoNCE at 4,096
+    pairs of 256 channels ran fastest with it, among 256 to 1,024 rows by 1,024 to 4,096 columns. On a GPU the slope's
+    chunk in half precision takes 128 MiB, which is large enough for the library's products to run at full rate.
     """
     return ChunkConfig(512, 1024) if device_type == "cpu" else ChunkConfig(4096, 16384)
 
 
-#: Bytes that everything of a chunk's size may take together, by where it lies: what streaming is there to bound.
+#: Bytes that all arrays of a chunk's size may take together, by device type.
 CHUNK_BUDGET = {"cpu": 48 * 2**20, "cuda": 192 * 2**20}
-#: Arrays of a chunk's size, of the operands' dtype, that are alive at once: torch's similarities and what becomes of
-#: them, or the slope that the kernel stores.
+#: Arrays of a chunk's size, in the operands' dtype, that are alive at once: torch's similarities and the arrays made
+#: from them; or the slope that the kernel stores.
 TORCH_CHUNK_ARRAYS, TRITON_CHUNK_ARRAYS = 4, 1
 
 
@@ -261,7 +261,7 @@ def late_interaction_config(R: int, L: int, D: int, dtype: torch.dtype, arch: st
     half = dtype in (torch.float16, torch.bfloat16)
     if is_small_memory(arch):
         return LateInteractionConfig(64, 64 // words, words, 32, num_warps=4, num_stages=2)
-    # 16 numbers of S a thread: pooling holds a maximum, a sum and an index beside each, and 32 spill.
+    # 16 numbers of S a thread: pooling holds a maximum, a sum and an index for each; 32 would spill.
     if not half:
         if arch.startswith("sm_10"):  # eight warps get 128 registers, which are too few
             return LateInteractionConfig(64, 32 // words, words, 32, num_warps=4, num_stages=1)
@@ -281,7 +281,7 @@ class CrossAttentionConfig:
     num_stages: int
 
 
-#: Of an image and of a caption, where nobody says: bottom-up attention's boxes, and words enough for most captions.
+#: Defaults: 36 regions an image (bottom-up attention's boxes), 32 words a caption, enough for most.
 REGIONS, WORDS = 36, 32
 
 #: The most regions and words of a pair that the cross-attention kernel holds in registers: with 128 of either, the next
@@ -290,7 +290,7 @@ CROSS_ATTENTION_REGIONS, CROSS_ATTENTION_WORDS = 64, 64
 
 
 def cross_attention_fits(R: int, L: int) -> bool:
-    """True where the cross-attention kernel takes images of R regions and captions of L words."""
+    """True if the cross-attention kernel takes images of R regions and captions of L words."""
     rows, words = max(padded_block(R), MIN_DOT), max(padded_block(L), 1)
     return rows <= CROSS_ATTENTION_REGIONS and words <= CROSS_ATTENTION_WORDS
 

@@ -7,6 +7,7 @@ import platform
 import re
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -86,8 +87,8 @@ def identify_for_torch(device: torch.device) -> Device:
 
 
 @cache
-def _kernel_driver() -> str:
-    """The GPU driver's version as the kernel tells it, or "unknown"; no GPU is touched."""
+def _kernel_driver() -> str | None:
+    """The GPU driver's version by /proc or /sys; no GPU is touched."""
     for path, pattern in (
         ("/proc/driver/nvidia/version", r"Kernel Module\s+(?:for \S+\s+)?(\d[\d.]*)"),
         ("/sys/module/amdgpu/version", r"(\S+)"),
@@ -98,21 +99,18 @@ def _kernel_driver() -> str:
             continue
         if found:
             return found.group(1)
-    return "unknown"
+    return None
 
 
 def driver(device: Device) -> str:
     """What runs below torch on `device`: the GPU driver's version, or the processor's model for a CPU."""
     if device.arch in ("cpu", "interpreter"):
         return cpu_model()
-    version = _kernel_driver()
-    return version if version != "unknown" else str(torch.version.hip or torch.version.cuda or "unknown")
+    return _kernel_driver() or str(torch.version.hip or torch.version.cuda or "unknown")
 
 
 def package_version(name: str) -> str:
     """The version of an installed package, "none" where there is none."""
-    from importlib import metadata
-
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

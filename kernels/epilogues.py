@@ -2,28 +2,82 @@
 
 The same mathematics in torch, with what each input and output means, is `gssf_triton.streaming.epilogues`.
 
-An epilogue is called with the tile's similarities `s` [BLOCK_M, BLOCK_N] in the accumulator's dtype and
-
-* `teacher` [BLOCK_M, BLOCK_N], the teacher's similarities (s again where there is no teacher);
-* `valid`, `match`, `same` [BLOCK_M, BLOCK_N]: inside S; the matching pair; equal ids, the matching pair included;
-* `column_index` [BLOCK_N], `row_index` [BLOCK_M]: within the chunk;
-* `rows`, `columns`: pointers [BLOCK_M], [BLOCK_N] to what it reads, one vector every `stride_r`, `stride_c`;
-* `scalars`: a pointer to the scale, and what follows it;
-* `row_out`, `column_out`: pointers to what it keeps, one output every `stride_ro`, `stride_co`; `mask_m`, `mask_n`;
-* `totals`: a pointer to its sums over the tile, one every `stride_to`;
-* `SLOPE`: whether a slope is wanted.
-
-It returns the slope ∂loss/∂(scale·s), or s where it makes none. Outputs of tiles never overlap: no atomics, so the
-same call gives the same bits.
+An epilogue takes the tile's `Pairs`, `Vectors` along its rows and columns, a pointer to the scalars, the scale of S
+first, and the launch's `StreamTile`. It returns four things, `()` where there is nothing: what it keeps of its rows,
+[BLOCK_M] each; of its columns, [BLOCK_N] each; sums over the tile; and, where TILE.SLOPE, the slope ∂loss/∂(scale·s)
+[BLOCK_M, BLOCK_N]. Outside S (`valid` false) nothing may count. The kernel stores all of it. Outputs of tiles never
+overlap: no atomics, so the same call gives the same bits.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-#: Stands for "nothing seen yet" in running maxima.
+from gssf_triton.kernels.args import Tile
+
+#: A maximum of nothing.
 EMPTY_MAX = tl.constexpr(float("-inf"))
+
+
+class Pairs(NamedTuple):
+    """A tile of similarities and what is known of its pairs, [BLOCK_M, BLOCK_N] each.
+
+    `teacher` is None without a second product. `valid` pairs lie inside S. `same` marks pairs of equal ids, the
+    matching ones included. `first_row` and `first_column` are the tile's place in the chunk.
+    """
+
+    s: Any
+    teacher: Any
+    valid: Any
+    match: Any
+    same: Any
+    first_row: Any
+    first_column: Any
+
+
+class Vectors(NamedTuple):
+    """Vectors along one side of the tile: pointers [BLOCK] to the first, the stride to the next, what entries exist."""
+
+    at: Any
+    stride: Any
+    mask: Any
+
+
+@dataclass(frozen=True, eq=False)
+class StreamTile(Tile):
+    """The tile, and what the epilogue is to make of it.
+
+    Attributes:
+        COLUMNS: Columns are treated as rows are.
+        SUMS: Plain sums are kept too.
+        SLOPE: The slope is wanted.
+    """
+
+    COLUMNS: bool = False
+    SUMS: bool = False
+    SLOPE: bool = False
+
+
+@triton.jit
+def row(vectors, i: tl.constexpr):
+    """Vector i along the rows, [BLOCK_M, 1]."""
+    return tl.load(vectors.at + i * vectors.stride, mask=vectors.mask, other=0.0)[:, None]
+
+
+@triton.jit
+def column(vectors, i: tl.constexpr):
+    """Vector i along the columns, [1, BLOCK_N]."""
+    return tl.load(vectors.at + i * vectors.stride, mask=vectors.mask, other=0.0)[None, :]
+
+
+@triton.jit
+def negatives(pairs):
+    """Neither matching pairs nor pairs of equal ids."""
+    return pairs.valid & (pairs.match == 0) & (pairs.same == 0)
 
 
 @triton.jit
@@ -41,60 +95,38 @@ def sum_tile(x):
 
 
 @triton.jit
-def softmax_stats(
-    s, teacher, valid, match, same, row_index, column_index, rows, stride_r, columns, stride_c, scalars,
-    row_out, stride_ro, column_out, stride_co, mask_m, mask_n, totals, stride_to, SLOPE: tl.constexpr,
-    COLUMNS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """Each row's and column's (max, Σ exp) of the logits, with SUMS Σ z and the count, and last the rows' matches."""
-    candidate = valid & (match | (same == 0))
-    logits = s * tl.load(scalars)
-    z = tl.where(candidate, logits, EMPTY_MAX)
-    top, total = max_and_sum(z, 1)
-    tl.store(row_out, top, mask=mask_m)
-    tl.store(row_out + stride_ro, total, mask=mask_m)
-    at_match = tl.sum(tl.where(match & valid, s, 0.0), 1)
+def softmax_state(logits, candidate, AXIS: tl.constexpr, SUMS: tl.constexpr):
+    """(max, Σ exp) of the candidates' logits along an axis, with SUMS also Σ and the count."""
+    state = max_and_sum(tl.where(candidate, logits, EMPTY_MAX), AXIS)
     if SUMS:
-        tl.store(row_out + 2 * stride_ro, tl.sum(tl.where(candidate, logits, 0.0), 1), mask=mask_m)
-        tl.store(row_out + 3 * stride_ro, tl.sum(candidate.to(s.dtype), 1), mask=mask_m)
-        tl.store(row_out + 4 * stride_ro, at_match, mask=mask_m)
-    else:
-        tl.store(row_out + 2 * stride_ro, at_match, mask=mask_m)
-    if COLUMNS:
-        top, total = max_and_sum(z, 0)
-        tl.store(column_out, top, mask=mask_n)
-        tl.store(column_out + stride_co, total, mask=mask_n)
-        if SUMS:
-            tl.store(column_out + 2 * stride_co, tl.sum(tl.where(candidate, logits, 0.0), 0), mask=mask_n)
-            tl.store(column_out + 3 * stride_co, tl.sum(candidate.to(s.dtype), 0), mask=mask_n)
-    return s
+        state += tl.sum(tl.where(candidate, logits, 0.0), AXIS), tl.sum(candidate.to(logits.dtype), AXIS)
+    return state
 
 
 @triton.jit
-def softmax_slope(
-    s, teacher, valid, match, same, row_index, column_index, rows, stride_r, columns, stride_c, scalars,
-    row_out, stride_ro, column_out, stride_co, mask_m, mask_n, totals, stride_to, SLOPE: tl.constexpr,
-    COLUMNS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
+def softmax_stats(pairs, rows, columns, scalars, TILE: tl.constexpr):
+    """Each row's and column's (max, Σ exp) of the logits, with SUMS Σ z and the count, and last the rows' matches."""
+    candidate = pairs.valid & (pairs.match | (pairs.same == 0))
+    logits = pairs.s * tl.load(scalars)
+    at_match = (tl.sum(tl.where(pairs.match & pairs.valid, pairs.s, 0.0), 1),)
+    of_columns = ()
+    if TILE.COLUMNS:
+        of_columns = softmax_state(logits, candidate, 0, TILE.SUMS)
+    return softmax_state(logits, candidate, 1, TILE.SUMS) + at_match, of_columns, (), ()
+
+
+@triton.jit
+def softmax_slope(pairs, rows, columns, scalars, TILE: tl.constexpr):
     """w·(exp(z − lse) − u) of the row, and with COLUMNS of the column; 0 for matches, which are added outside."""
+    s, negative = pairs.s, negatives(pairs)
     z = s * tl.load(scalars)
-    negative = valid & (match == 0) & (same == 0)
-    lse = tl.load(rows, mask=mask_m, other=0.0)[:, None]
-    weight = tl.load(rows + stride_r, mask=mask_m, other=0.0)[:, None]
-    uniform = tl.load(rows + 2 * stride_r, mask=mask_m, other=0.0)[:, None]
-    at_match = tl.load(rows + 3 * stride_r, mask=mask_m, other=0.0)[:, None]
-    slope = tl.where(negative, weight * (tl.exp(z - lse) - uniform), 0.0)
-    total = tl.sum(tl.where(negative, slope * (s - at_match), 0.0), 1)
-    if COLUMNS:
-        lse = tl.load(columns, mask=mask_n, other=0.0)[None, :]
-        weight = tl.load(columns + stride_c, mask=mask_n, other=0.0)[None, :]
-        uniform = tl.load(columns + 2 * stride_c, mask=mask_n, other=0.0)[None, :]
-        at_match = tl.load(columns + 3 * stride_c, mask=mask_n, other=0.0)[None, :]
-        part = tl.where(negative, weight * (tl.exp(z - lse) - uniform), 0.0)
-        total += tl.sum(tl.where(negative, part * (s - at_match), 0.0), 1)
+    slope = tl.where(negative, row(rows, 1) * (tl.exp(z - row(rows, 0)) - row(rows, 2)), 0.0)
+    total = tl.sum(tl.where(negative, slope * (s - row(rows, 3)), 0.0), 1)
+    if TILE.COLUMNS:
+        part = tl.where(negative, column(columns, 1) * (tl.exp(z - column(columns, 0)) - column(columns, 2)), 0.0)
+        total += tl.sum(tl.where(negative, part * (s - column(columns, 3)), 0.0), 1)
         slope += part
-    tl.store(totals, tl.sum(total, 0))
-    return slope
+    return (), (), (tl.sum(total, 0),), slope
 
 
 @triton.jit
@@ -113,27 +145,21 @@ def log1p(x):
 
 
 @triton.jit
-def sigmoid(
-    s, teacher, valid, match, same, row_index, column_index, rows, stride_r, columns, stride_c, scalars,
-    row_out, stride_ro, column_out, stride_co, mask_m, mask_n, totals, stride_to, SLOPE: tl.constexpr,
-    COLUMNS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
+def sigmoid(pairs, rows, columns, scalars, TILE: tl.constexpr):
     """Row sums of softplus(x), x = −y·(scale·s + bias), and the slope −y·w·σ(x)."""
-    sign = tl.where(match | same, -1.0, 1.0)
-    x = sign * (s * tl.load(scalars) + tl.load(scalars + 1))
+    sign = tl.where(pairs.match | pairs.same, -1.0, 1.0)
+    x = sign * (pairs.s * tl.load(scalars) + tl.load(scalars + 1))
     # exp of what is never positive: neither side overflows.
     small = tl.exp(-tl.abs(x))
     loss = tl.where(x > 0, x, 0.0) + log1p(small)
     loss = tl.where(x == x, loss, x)
-    tl.store(row_out, tl.sum(tl.where(valid, loss, 0.0), 1), mask=mask_m)
-    slope = s
-    if SLOPE:
-        weight = tl.load(rows, mask=mask_m, other=0.0)[:, None]
-        slope = sign * weight * tl.where(x > 0, 1.0, small) / (1.0 + small)
-        slope = tl.where(valid, tl.where(x == x, slope, x), 0.0)
-        tl.store(totals, sum_tile(tl.where(valid, slope * s, 0.0)))
-        tl.store(totals + stride_to, sum_tile(slope))
-    return slope
+    of_rows = (tl.sum(tl.where(pairs.valid, loss, 0.0), 1),)
+    if TILE.SLOPE:
+        slope = sign * row(rows, 0) * tl.where(x > 0, 1.0, small) / (1.0 + small)
+        slope = tl.where(pairs.valid, tl.where(x == x, slope, x), 0.0)
+        return of_rows, (), (sum_tile(tl.where(pairs.valid, slope * pairs.s, 0.0)), sum_tile(slope)), slope
+    else:
+        return of_rows, (), (), ()
 
 
 @triton.jit
@@ -147,97 +173,51 @@ def hardest_of(s, negative, AXIS: tl.constexpr):
 
 
 @triton.jit
-def hinge_hardest(
-    s, teacher, valid, match, same, row_index, column_index, rows, stride_r, columns, stride_c, scalars,
-    row_out, stride_ro, column_out, stride_co, mask_m, mask_n, totals, stride_to, SLOPE: tl.constexpr,
-    COLUMNS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
+def hinge_hardest(pairs, rows, columns, scalars, TILE: tl.constexpr):
     """Each row's and column's hardest negative: its similarity, and its index within the chunk (exact below 2²⁴)."""
-    negative = valid & (match == 0) & (same == 0)
-    z = s * tl.load(scalars)
-    top, index = hardest_of(z, negative, 1)
-    tl.store(row_out, top, mask=mask_m)
-    tl.store(row_out + stride_ro, (tl.min(column_index, 0) + index).to(s.dtype), mask=mask_m)
-    top, index = hardest_of(z, negative, 0)
-    tl.store(column_out, top, mask=mask_n)
-    tl.store(column_out + stride_co, (tl.min(row_index, 0) + index).to(s.dtype), mask=mask_n)
-    return s
+    negative = negatives(pairs)
+    z = pairs.s * tl.load(scalars)
+    row_top, at_column = hardest_of(z, negative, 1)
+    column_top, at_row = hardest_of(z, negative, 0)
+    of_rows = row_top, (pairs.first_column + at_column).to(z.dtype)
+    return of_rows, (column_top, (pairs.first_row + at_row).to(z.dtype)), (), ()
 
 
 @triton.jit
-def hinge_all(
-    s, teacher, valid, match, same, row_index, column_index, rows, stride_r, columns, stride_c, scalars,
-    row_out, stride_ro, column_out, stride_co, mask_m, mask_n, totals, stride_to, SLOPE: tl.constexpr,
-    COLUMNS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
+def hinge_all(pairs, rows, columns, scalars, TILE: tl.constexpr):
     """Σ max(0, room + s) over each row's and column's negatives, room = margin − match, and how many are above 0."""
-    negative = valid & (match == 0) & (same == 0)
-    z = s * tl.load(scalars)
-    by_row = z + tl.load(rows, mask=mask_m, other=0.0)[:, None]
-    by_column = z + tl.load(columns, mask=mask_n, other=0.0)[None, :]
+    negative = negatives(pairs)
+    z = pairs.s * tl.load(scalars)
+    by_row = z + row(rows, 0)
+    by_column = z + column(columns, 0)
     # Not "> 0": a NaN must stay in the loss.
     row_violation = negative & ((by_row <= 0) == 0)
     column_violation = negative & ((by_column <= 0) == 0)
-    tl.store(row_out, tl.sum(tl.where(row_violation, by_row, 0.0), 1), mask=mask_m)
-    tl.store(row_out + stride_ro, tl.sum(row_violation.to(s.dtype), 1), mask=mask_m)
-    tl.store(column_out, tl.sum(tl.where(column_violation, by_column, 0.0), 0), mask=mask_n)
-    tl.store(column_out + stride_co, tl.sum(column_violation.to(s.dtype), 0), mask=mask_n)
-    slope = s
-    if SLOPE:
-        row_weight = tl.load(rows + stride_r, mask=mask_m, other=0.0)[:, None]
-        column_weight = tl.load(columns + stride_c, mask=mask_n, other=0.0)[None, :]
-        slope = tl.where(row_violation, row_weight, 0.0) + tl.where(column_violation, column_weight, 0.0)
-    return slope
+    of_rows = tl.sum(tl.where(row_violation, by_row, 0.0), 1), tl.sum(row_violation.to(z.dtype), 1)
+    of_columns = tl.sum(tl.where(column_violation, by_column, 0.0), 0), tl.sum(column_violation.to(z.dtype), 0)
+    slope = ()
+    if TILE.SLOPE:
+        slope = tl.where(row_violation, row(rows, 1), 0.0) + tl.where(column_violation, column(columns, 1), 0.0)
+    return of_rows, of_columns, (), slope
 
 
 @triton.jit
-def distillation(
-    s, teacher, valid, match, same, row_index, column_index, rows, stride_r, columns, stride_c, scalars,
-    row_out, stride_ro, column_out, stride_co, mask_m, mask_n, totals, stride_to, SLOPE: tl.constexpr,
-    COLUMNS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
+def distillation(pairs, rows, columns, scalars, TILE: tl.constexpr):
     """Each row's (max, Σ exp) of both models' logits, and Σ exp(t − max t)·(t − s)."""
-    student_logits = s * tl.load(scalars)
-    teacher_logits = teacher * tl.load(scalars + 1)
-    top, total = max_and_sum(tl.where(valid, student_logits, EMPTY_MAX), 1)
-    tl.store(row_out, top, mask=mask_m)
-    tl.store(row_out + stride_ro, total, mask=mask_m)
-    top, total = max_and_sum(tl.where(valid, teacher_logits, EMPTY_MAX), 1)
-    tl.store(row_out + 2 * stride_ro, top, mask=mask_m)
-    tl.store(row_out + 3 * stride_ro, total, mask=mask_m)
-    cross = tl.exp(teacher_logits - top[:, None]) * (teacher_logits - student_logits)
-    tl.store(row_out + 4 * stride_ro, tl.sum(tl.where(valid, cross, 0.0), 1), mask=mask_m)
-    return s
+    student_logits = pairs.s * tl.load(scalars)
+    teacher_logits = pairs.teacher * tl.load(scalars + 1)
+    # The teacher first: one tile less is alive in the end, which sm_80 has registers for.
+    teacher = max_and_sum(tl.where(pairs.valid, teacher_logits, EMPTY_MAX), 1)
+    cross = tl.exp(teacher_logits - teacher[0][:, None]) * (teacher_logits - student_logits)
+    cross_sum = (tl.sum(tl.where(pairs.valid, cross, 0.0), 1),)
+    student = max_and_sum(tl.where(pairs.valid, student_logits, EMPTY_MAX), 1)
+    return student + teacher + cross_sum, (), (), ()
 
 
 @triton.jit
-def distillation_slope(
-    s, teacher, valid, match, same, row_index, column_index, rows, stride_r, columns, stride_c, scalars,
-    row_out, stride_ro, column_out, stride_co, mask_m, mask_n, totals, stride_to, SLOPE: tl.constexpr,
-    COLUMNS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
+def distillation_slope(pairs, rows, columns, scalars, TILE: tl.constexpr):
     """w·(softmax(student) − softmax(teacher))."""
-    student_lse = tl.load(rows, mask=mask_m, other=0.0)[:, None]
-    teacher_lse = tl.load(rows + stride_r, mask=mask_m, other=0.0)[:, None]
-    weight = tl.load(rows + 2 * stride_r, mask=mask_m, other=0.0)[:, None]
-    student = tl.exp(s * tl.load(scalars) - student_lse)
-    slope = weight * (student - tl.exp(teacher * tl.load(scalars + 1) - teacher_lse))
-    slope = tl.where(valid, slope, 0.0)
-    tl.store(totals, sum_tile(tl.where(valid, slope * s, 0.0)))
-    return slope
-
-
-#: By the names of `gssf_triton.streaming.epilogues.EPILOGUES`: (function, COLUMNS, SUMS).
-EPILOGUES = {
-    "softmax_rows": (softmax_stats, False, False),
-    "softmax_both": (softmax_stats, True, False),
-    "softmax_sums_rows": (softmax_stats, False, True),
-    "softmax_sums_both": (softmax_stats, True, True),
-    "softmax_slope_rows": (softmax_slope, False, False),
-    "softmax_slope_both": (softmax_slope, True, False),
-    "sigmoid": (sigmoid, False, False),
-    "hinge_hardest": (hinge_hardest, True, False),
-    "hinge_all": (hinge_all, True, False),
-    "distillation": (distillation, False, False),
-    "distillation_slope": (distillation_slope, False, False),
-}
+    student = tl.exp(pairs.s * tl.load(scalars) - row(rows, 0))
+    slope = row(rows, 2) * (student - tl.exp(pairs.teacher * tl.load(scalars + 1) - row(rows, 1)))
+    slope = tl.where(pairs.valid, slope, 0.0)
+    return (), (), (sum_tile(tl.where(pairs.valid, slope * pairs.s, 0.0)),), slope

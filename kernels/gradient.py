@@ -6,187 +6,160 @@ blocks transposed it gives db. R itself is never stored. Without P, R is x: the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.autotune import lookup
-from gssf_triton.kernels.configs import GradientConfig
+from gssf_triton.kernels import choice
+from gssf_triton.kernels.args import PairMatrix, Tile
+from gssf_triton.kernels.configs import GradientConfig, dot_precision
 from gssf_triton.kernels.fold import fold
 from gssf_triton.kernels.launch import (
-    Metric,
+    PairStrides,
     acc_type,
-    accumulator,
+    architecture,
+    cdiv,
     items_a_grid,
+    lanes,
     launch,
     matrix,
-    needs_wide_channels,
-    options,
-    pointer,
-    precision,
+    pair_strides,
+    tile,
+    weights,
 )
-from gssf_triton.kernels.tile import cast, clamped_rows, dot, nearest, side_of, stride_of
+from gssf_triton.kernels.tile import cast, clamped_rows, dot, nearest, pair_columns, pair_mask, pair_rows
+from gssf_triton.metric import Metric, accumulate_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class GradientTile(Tile):
+    """BLOCK_C lanes a program, whole blocks of them; BLOCK_P of them at a time in the epilogue."""
+
+    BLOCK_C: int = 0
+    BLOCK_P: int = 0
+    EPILOGUE_PRECISION: str = "ieee"
 
 
 @triton.jit
-def lane_parts(lanes, D, B: tl.constexpr, BLOCK_B: tl.constexpr):
+def lane_parts(lanes, D, TILE: tl.constexpr):
     """(group, channel within it, channel, validity) of lanes; without blocks every lane is its own channel."""
-    if BLOCK_B == 0:
+    if TILE.BLOCK_B == 0:
         return lanes * 0, lanes, lanes, lanes < D
     else:
-        group = lanes // BLOCK_B
-        inner = lanes % BLOCK_B
-        offs = group * B + inner
-        return group, inner, offs, (inner < B) & (offs < D)
+        group = lanes // TILE.BLOCK_B
+        inner = lanes % TILE.BLOCK_B
+        offs = group * TILE.B + inner
+        return group, inner, offs, (inner < TILE.B) & (offs < D)
+
+
+@triton.jit
+def pointers(x, z, rows, channels, WIDE: tl.constexpr):
+    """Pointers [rows, channels] into matrix z of a `Matrix`."""
+    if WIDE:
+        channels = channels.to(tl.int64)
+    return x.ptr + z * x.batch + (rows * x.row)[:, None] + (channels * x.channel)[None, :]
 
 
 @triton.jit(do_not_specialize=["stride_pz", "stride_pm", "stride_pn", "batch", "M", "N", "lane_count", "splits"])
 def gradient_kernel(
-    p_ptr,
-    stride_pz,
-    stride_pm,
-    stride_pn,
-    x_ptr,
-    stride_xz,
-    stride_xn,
-    stride_xd,
-    y_ptr,
-    stride_yz,
-    stride_ym,
-    stride_yd,
-    w_diag_ptr,
-    stride_wd,
-    w_blocks_ptr,
-    stride_wg,
-    stride_wp,
-    stride_wq,
-    rows_ptr,
-    stride_rz,
-    stride_rm,
-    stride_rd,
-    dw_diag_ptr,
-    dw_blocks_ptr,
-    batch,
-    M,
-    N,
-    D,
-    lane_count,
-    splits,
-    B: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    HAS_DIAG: tl.constexpr,
-    HAS_BLOCKS: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    ROWS: tl.constexpr,
-    GRAD_DIAG: tl.constexpr,
-    GRAD_BLOCKS: tl.constexpr,
-    EVEN_P: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EPILOGUE_PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """rows = T'(R), dW_diag = Σ_i y_i ⊙ R_i, dW_g = y_gᵀ R_g of R = P x (PRODUCT) or R = x.
+    p_ptr, x, y, weights, rows, dw_diag_ptr, dw_blocks_ptr, stride_pz, stride_pm, stride_pn, batch, M, N, D, lane_count,
+    splits, EVEN_P: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """rows = T'(R), dW_diag = Σ_i y_i ⊙ R_i, dW_g = y_gᵀ R_g of R = P x, or R = x without P; those that are not None.
 
     One program owns BLOCK_C lanes, whole groups of them, and every `splits`-th tile of rows. Weight gradients are
     summed over its tiles in order, in a slice of the partial sums (splits, …) that no other program writes; the
     launcher adds the slices up. So the result never depends on which program comes first.
 
-    R and the epilogue's products are in ACC: for half-precision features on tensor cores in TF32, whose range is
-    float32's, since float16 would lose small gradients, and these products are only BLOCK_C / N of the work. The
-    epilogue walks BLOCK_P lanes at a time to bound its registers.
+    R and the epilogue's products use ACC. For half-precision features they run on tensor cores in TF32: float16 would
+    underflow small gradients, and these products are only BLOCK_C / N of the work. The epilogue walks BLOCK_P lanes at
+    a time to bound its registers.
     """
-    tl.static_assert(BLOCK_C % BLOCK_P == 0)
+    tl.static_assert(TILE.BLOCK_C % TILE.BLOCK_P == 0)
+    ACC: tl.constexpr = TILE.ACC
     # What TF32 cuts off is a tenth of what bfloat16 rounds off.
-    ROUNDING: tl.constexpr = "none" if x_ptr.dtype.element_ty == tl.bfloat16 else EPILOGUE_PRECISION
-    columns = tl.cdiv(lane_count, BLOCK_C)
+    ROUNDING: tl.constexpr = "none" if x.ptr.dtype.element_ty == tl.bfloat16 else TILE.EPILOGUE_PRECISION
+    columns = tl.cdiv(lane_count, TILE.BLOCK_C)
     column = tl.program_id(0) % columns
     split = tl.program_id(0) // columns
-    lanes = column * BLOCK_C + tl.arange(0, BLOCK_C)
-    group_q, inner_q, offs_q, valid_q = lane_parts(lanes, D, B, BLOCK_B)
-    if WIDE:
-        channel_q = offs_q.to(tl.int64)
-    else:
-        channel_q = offs_q
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    for tile in range(split, batch * tiles_m, splits):
-        z = (tile // tiles_m).to(tl.int64)
-        offs_m, rows_m = clamped_rows(tile % tiles_m, M, BLOCK_M)
+    lanes_q = column * TILE.BLOCK_C + tl.arange(0, TILE.BLOCK_C)
+    group_q, inner_q, offs_q, valid_q = lane_parts(lanes_q, D, TILE)
+    tiles_m = tl.cdiv(M, TILE.BLOCK_M)
+    for tile_m in range(split, batch * tiles_m, splits):
+        z = (tile_m // tiles_m).to(tl.int64)
+        offs_m, rows_m = clamped_rows(tile_m % tiles_m, M, TILE.BLOCK_M)
         mask_m = offs_m < M
-        x_base = x_ptr + z * stride_xz
-        if PRODUCT:
-            p_rows = p_ptr + z * stride_of(stride_pz, EVEN_P) + rows_m * stride_of(stride_pm, EVEN_P)
-            p_mask = (offs_m < side_of(M, stride_pm, EVEN_P))[:, None]
-            r = tl.zeros([BLOCK_M, BLOCK_C], ACC)
-            for step in range(0, tl.cdiv(N, BLOCK_N)):
-                offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        if p_ptr is not None:
+            p = PairMatrix(p_ptr, stride_pz, stride_pm, stride_pn)
+            p_rows = p_ptr + pair_rows(p, z, rows_m, EVEN_P)
+            r = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_C], ACC)
+            for step in range(0, tl.cdiv(N, TILE.BLOCK_N)):
+                offs_n = step * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
                 # Not `clamped_rows`: what lies past x's last row may be NaN, and 0 times that would be in every sum.
                 rows_n = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
-                p = tl.load(
-                    p_rows[:, None] + (offs_n.to(tl.int64) * stride_of(stride_pn, EVEN_P))[None, :],
-                    mask=p_mask & (offs_n < side_of(N, stride_pn, EVEN_P))[None, :],
-                    other=0.0,
-                )
-                x_ptrs = x_base + (rows_n * stride_xn)[:, None] + (channel_q * stride_xd)[None, :]
-                x = tl.load(x_ptrs, mask=valid_q[None, :], other=0.0)
-                r = dot(p, cast(x, p.dtype), r, PRECISION)
+                mask = pair_mask(p, offs_m, offs_n, M, N, EVEN_P)
+                p_ptrs = p_rows[:, None] + pair_columns(p, offs_n, EVEN_P)[None, :]
+                p_tile = tl.load(p_ptrs, mask=mask, other=0.0)
+                x_tile = tl.load(pointers(x, z, rows_n, offs_q, TILE.WIDE), mask=valid_q[None, :], other=0.0)
+                r = dot(p_tile, cast(x_tile, p_tile.dtype), r, TILE.PRECISION)
         else:
-            x_ptrs = x_base + (rows_m * stride_xn)[:, None] + (channel_q * stride_xd)[None, :]
+            x_ptrs = pointers(x, z, rows_m, offs_q, TILE.WIDE)
             r = tl.load(x_ptrs, mask=mask_m[:, None] & valid_q[None, :], other=0.0).to(ACC)
 
-        if GRAD_DIAG:
-            y_rows = y_ptr + z * stride_yz + (rows_m * stride_ym)[:, None] + (channel_q * stride_yd)[None, :]
-            y = tl.load(y_rows, mask=mask_m[:, None] & valid_q[None, :], other=0.0).to(ACC)
+        if dw_diag_ptr is not None:
+            y_ptrs = pointers(y, z, rows_m, offs_q, TILE.WIDE)
+            y_tile = tl.load(y_ptrs, mask=mask_m[:, None] & valid_q[None, :], other=0.0).to(ACC)
             diag_slot = dw_diag_ptr + split.to(tl.int64) * D + offs_q
-            dw_diag = tl.sum(y * r, axis=0)
-            if tile > split:
+            dw_diag = tl.sum(y_tile * r, axis=0)
+            if tile_m > split:
                 dw_diag += tl.load(diag_slot, mask=valid_q, other=0.0)
             tl.store(diag_slot, dw_diag, mask=valid_q)
 
-        if ROWS and not HAS_BLOCKS:
-            w_diag = tl.load(w_diag_ptr + offs_q * stride_wd, mask=valid_q, other=0.0).to(ACC)
-            row_ptrs = rows_ptr + z * stride_rz + (rows_m * stride_rm)[:, None] + (channel_q * stride_rd)[None, :]
-            tl.store(
-                row_ptrs, cast(r * w_diag[None, :], rows_ptr.dtype.element_ty), mask=mask_m[:, None] & valid_q[None, :]
-            )
+        if rows is not None and weights.blocks is None:
+            diag = weights.diag
+            w_diag = tl.load(diag.ptr + offs_q * diag.stride, mask=valid_q, other=0.0).to(ACC)
+            out = cast(r * w_diag[None, :], rows.ptr.dtype.element_ty)
+            tl.store(pointers(rows, z, rows_m, offs_q, TILE.WIDE), out, mask=mask_m[:, None] & valid_q[None, :])
 
-        if GRAD_BLOCKS or (ROWS and HAS_BLOCKS):
+        if dw_blocks_ptr is not None or (rows is not None and weights.blocks is not None):
             operand = nearest(r, ROUNDING)
-            for first in range(0, BLOCK_C, BLOCK_P):
-                lanes_p = column * BLOCK_C + first + tl.arange(0, BLOCK_P)
-                group_p, inner_p, offs_p, valid_p = lane_parts(lanes_p, D, B, BLOCK_B)
-                if WIDE:
-                    channel_p = offs_p.to(tl.int64)
-                else:
-                    channel_p = offs_p
+            for first in range(0, TILE.BLOCK_C, TILE.BLOCK_P):
+                lanes_p = column * TILE.BLOCK_C + first + tl.arange(0, TILE.BLOCK_P)
+                group_p, inner_p, offs_p, valid_p = lane_parts(lanes_p, D, TILE)
                 same_group = (group_p[:, None] == group_q[None, :]) & valid_p[:, None] & valid_q[None, :]
-                if ROWS and HAS_BLOCKS:
+                if rows is not None and weights.blocks is not None:
                     # The diagonal rides in the weight tile: slicing it out of R's registers is not possible.
-                    w_ptrs = w_blocks_ptr + (group_p * stride_wg + inner_p * stride_wp)[:, None]
-                    w = tl.load(w_ptrs + (inner_q * stride_wq)[None, :], mask=same_group, other=0.0).to(ACC)
-                    if HAS_DIAG:
-                        diag_p = tl.load(w_diag_ptr + offs_p * stride_wd, mask=valid_p, other=0.0).to(ACC)
+                    blocks = weights.blocks
+                    w_ptrs = blocks.ptr + (group_p * blocks.group + inner_p * blocks.p)[:, None]
+                    w = tl.load(w_ptrs + (inner_q * blocks.q)[None, :], mask=same_group, other=0.0).to(ACC)
+                    if weights.diag is not None:
+                        diag_ptrs = weights.diag.ptr + offs_p * weights.diag.stride
+                        diag_p = tl.load(diag_ptrs, mask=valid_p, other=0.0).to(ACC)
                         on_diagonal = (offs_p[:, None] == offs_q[None, :]) & same_group
                         w += tl.where(on_diagonal, diag_p[:, None], 0.0)
                     w = nearest(w, ROUNDING)
-                    out = dot(operand, tl.trans(w), tl.zeros([BLOCK_M, BLOCK_P], ACC), EPILOGUE_PRECISION)
-                    out_ptrs = (
-                        rows_ptr + z * stride_rz + (rows_m * stride_rm)[:, None] + (channel_p * stride_rd)[None, :]
+                    out = dot(
+                        operand, tl.trans(w), tl.zeros([TILE.BLOCK_M, TILE.BLOCK_P], ACC), TILE.EPILOGUE_PRECISION
                     )
-                    tl.store(out_ptrs, cast(out, rows_ptr.dtype.element_ty), mask=mask_m[:, None] & valid_p[None, :])
-                if GRAD_BLOCKS:
-                    y_ptrs = y_ptr + z * stride_yz + (rows_m * stride_ym)[None, :] + (channel_p * stride_yd)[:, None]
-                    y_t = tl.load(y_ptrs, mask=mask_m[None, :] & valid_p[:, None], other=0.0).to(ACC)
-                    if y_ptr.dtype.element_ty == tl.float32:  # TF32 holds every half-precision number
+                    out = cast(out, rows.ptr.dtype.element_ty)
+                    tl.store(pointers(rows, z, rows_m, offs_p, TILE.WIDE), out, mask=mask_m[:, None] & valid_p[None, :])
+                if dw_blocks_ptr is not None:
+                    channel_p = offs_p
+                    if TILE.WIDE:
+                        channel_p = offs_p.to(tl.int64)
+                    y_t_ptrs = y.ptr + z * y.batch + (rows_m * y.row)[None, :] + (channel_p * y.channel)[:, None]
+                    y_t = tl.load(y_t_ptrs, mask=mask_m[None, :] & valid_p[:, None], other=0.0).to(ACC)
+                    if y.ptr.dtype.element_ty == tl.float32:  # TF32 holds every half-precision number
                         y_t = nearest(y_t, ROUNDING)
-                    dw = dot(y_t, operand, tl.zeros([BLOCK_P, BLOCK_C], ACC), EPILOGUE_PRECISION)
-                    slot = dw_blocks_ptr + split.to(tl.int64) * D * B + (offs_p * B)[:, None] + inner_q[None, :]
-                    if tile > split:
+                    dw = dot(y_t, operand, tl.zeros([TILE.BLOCK_P, TILE.BLOCK_C], ACC), TILE.EPILOGUE_PRECISION)
+                    slot = dw_blocks_ptr + split.to(tl.int64) * D * TILE.B + (offs_p * TILE.B)[:, None]
+                    slot += inner_q[None, :]
+                    if tile_m > split:
                         dw += tl.load(slot, mask=same_group, other=0.0)
                     tl.store(slot, dw, mask=same_group)
         # The next tile reads back the partial sums of this one, which other threads of the program may have written.
@@ -222,14 +195,14 @@ def gradient(
     wide = torch.promote_types(product_dtype, torch.float32)
     kernel_block = block_size if needs_blocks or metric.W_blocks is not None else 0
     tf32 = True if x.dtype in (torch.float16, torch.bfloat16) else None
-    config = lookup.gradient(M, N, D, kernel_block, product_dtype, x.device, batch=batch, tf32=tf32)
+    config = choice.choose("gradient", x.device, product_dtype, M, N, D, kernel_block, batch, tf32=tf32)
     if config.rows_apart and needs_rows:
         R = x if p is None else torch.matmul(p.to(product_dtype), x.to(product_dtype))
         _, sum_diag, sum_blocks = gradient(None, R, y, metric, block_size, (False, needs_diag, needs_blocks))
-        folded = fold(R.reshape(batch * M, D), metric.transposed, normalize=False)
+        folded = fold(R.reshape(batch * M, D), metric.mT, normalize=False)
         return folded.view(batch, M, D).to(x.dtype), sum_diag, sum_blocks
 
-    row_tiles = batch * triton.cdiv(M, config.BLOCK_M)
+    row_tiles = batch * cdiv(M, config.BLOCK_M)
     # All row tiles side by side, unless each would need its own slice of the weights' partial sums, or there are more
     # than a grid holds: a program walks as many as it takes.
     splits = min(row_tiles, config.max_splits if needs_diag or needs_blocks else items_a_grid(max(D, 1)))
@@ -243,7 +216,7 @@ def gradient(
         dw_blocks = make((splits, D // block_size, block_size, block_size), dtype=wide, device=x.device)
     if work and (needs_rows or needs_diag or needs_blocks):
         p = None if p is None else p.to(product_dtype)
-        _launch(p, x, y, metric, kernel_block, rows, dw_diag, dw_blocks, splits, config)
+        _launch(p, x, y, metric, kernel_block, (rows, dw_diag, dw_blocks), splits, config)
     return (
         rows,
         None if dw_diag is None else dw_diag.sum(0),
@@ -256,37 +229,35 @@ def _launch(
     x: Tensor,
     y: Tensor | None,
     metric: Metric,
-    block_size: int,
-    rows: Tensor | None,
-    dw_diag: Tensor | None,
-    dw_blocks: Tensor | None,
+    B: int,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     splits: int,
     config: GradientConfig,
 ) -> None:
+    rows, dw_diag, dw_blocks = grads
     batch, _, D = x.shape
     M, N = (x.shape[1], 0) if p is None else (p.shape[1], p.shape[2])
-    padded = triton.next_power_of_2(block_size) if block_size else 0
-    lanes = D // block_size * padded if block_size else D
-    product_dtype = x.dtype if p is None else p.dtype
-    from_half = x.dtype in (torch.float16, torch.bfloat16)
-    acc = accumulator(product_dtype)
+    product_dtype, tf32 = x.dtype if p is None else p.dtype, torch.get_float32_matmul_precision() != "highest"
+    strides = PairStrides(None, None, None, False) if p is None else pair_strides(p)
     launch(
-        gradient_kernel,
-        (triton.cdiv(lanes, config.BLOCK_C) * splits,),
-        x.device,
-        **matrix("p", p, "zmn", x),
-        **pointer("x", x, "znd", x),
-        **pointer("y", y, "zmd", x),
-        **metric.arguments(x, cast=False) | {"B": block_size, "BLOCK_B": padded},
-        **pointer("rows", rows, "zmd", x, stride="r"),
-        dw_diag_ptr=x if dw_diag is None else dw_diag,
-        dw_blocks_ptr=x if dw_blocks is None else dw_blocks,
-        batch=batch, M=M, N=N, D=D, lane_count=lanes, splits=splits,
-        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_C=config.BLOCK_C, BLOCK_P=config.BLOCK_P,
-        PRODUCT=p is not None, ROWS=rows is not None, GRAD_DIAG=dw_diag is not None, GRAD_BLOCKS=dw_blocks is not None,
-        WIDE=needs_wide_channels(x, *(t for t in (y, rows) if t is not None)),
-        PRECISION=precision(product_dtype, x.device, from_half=from_half),
-        EPILOGUE_PRECISION=precision(acc, x.device, from_half=from_half, whole_rows=True),
-        ACC=acc_type(acc),
-        **options(config),
+        gradient_kernel, (cdiv(lanes(D, B), config.BLOCK_C) * splits,), x.device, config,
+        p_ptr=p, x=matrix(x), y=None if y is None else matrix(y), weights=weights(metric, x, cast=False),
+        rows=None if rows is None else matrix(rows), dw_diag_ptr=dw_diag, dw_blocks_ptr=dw_blocks,
+        stride_pz=strides.batch, stride_pm=strides.row, stride_pn=strides.column,
+        batch=batch, M=M, N=N, D=D, lane_count=lanes(D, B), splits=splits, EVEN_P=strides.even,
+        TILE=tile(
+            config, *(t for t in (x, y, rows) if t is not None), B=B, kind=GradientTile,
+            **_numerics(product_dtype, x.dtype, architecture(x.device), tf32),
+        ),
     )  # fmt: skip
+
+
+@cache
+def _numerics(dtype: torch.dtype, features: torch.dtype, arch: str, tf32: bool) -> dict[str, Any]:
+    """Of products of `dtype`, and of the epilogue's, which are in float32 at least and in TF32 for half precision."""
+    acc, tf32 = accumulate_dtype(dtype), tf32 or features in (torch.float16, torch.bfloat16)
+    return {
+        "PRECISION": dot_precision(dtype, arch, tf32=tf32),
+        "EPILOGUE_PRECISION": dot_precision(acc, arch, tf32=tf32, whole_rows=True),
+        "ACC": acc_type(acc),
+    }

@@ -1,11 +1,9 @@
-"""Which plan computes a call, and which side is folded, as far as arithmetic can tell: the model's choice.
+"""The plans of S, and the model's choice of one and of the side to fold.
 
 * one pass: one kernel folds a's tile in registers and multiplies it, S is the only thing written. It recomputes T(a)'s
   tile in every column tile: B / BLOCK_N more work on the tensor cores.
 * fold, then the library's product: the fold kernel writes T(a), the library multiplies. Two launches and 2·M·D more
   numbers through memory, but the product runs at the library's rate.
-* fold, then our own product: the same, multiplied by the one-pass kernel with nothing left to fold. At the assumed
-  rates it is never the model's choice; the tuner takes it where it is measured to be faster.
 
 The estimate below is arithmetic with the ceilings of one H200 (bf16 products about 790 TFLOP/s in the library, copies
 about 4.3 TB/s); the rates of our own product and the launch cost are assumptions, not measurements. What matters is
@@ -14,14 +12,9 @@ only where the two plans cross.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
-PLANS = ("one_pass", "fold_product", "fold_own_product")
+PLANS = ("one_pass", "fold_product")
 #: The side a table's plan folds: rows may differ within a bucket, and the side must follow them.
 FOLDS = ("fewer", "more")
 
@@ -50,14 +43,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """A plan for all shapes of a bucket: `fold` is the side of "fewer" or of "more" rows (a has fewer in a tie)."""
+    """A plan for all shapes of a bucket.
+
+    `fold` is the side of "fewer" or of "more" rows (a has fewer in a tie); an override may also say "a" or "b".
+    """
 
     kind: str
-    fold: str
+    fold: str = "fewer"
 
     def resolve(self, M: int, N: int) -> Plan:
         """The plan for S (M, N)."""
-        return Plan(self.kind, (N < M) == (self.fold == "fewer"))
+        return Plan(self.kind, {"fewer": N < M, "more": N >= M, "a": False, "b": True}[self.fold])
 
 
 def as_compiled(choice: PlanChoice, arch: str, triton: tuple[int, ...]) -> PlanChoice:
@@ -73,59 +69,6 @@ def as_compiled(choice: PlanChoice, arch: str, triton: tuple[int, ...]) -> PlanC
     if choice.kind == "one_pass" and arch.startswith("sm_90") and triton < OVERLAPPING_TRITON:
         return PlanChoice("fold_product", choice.fold)
     return choice
-
-
-@dataclass(frozen=True)
-class _Override:
-    kind: str
-    fold_b: bool | None
-
-
-#: Innermost last. Process-wide, and not a context variable: a GPU's backward pass runs on threads of autograd's own,
-#: which inherit no context, and must take the plan that the caller of `backward` forced.
-_overrides: list[_Override] = []
-_overrides_lock = threading.Lock()
-
-
-@contextmanager
-def force_plan(kind: str, fold_b: bool | None = None) -> Iterator[None]:
-    """Take this plan for every call inside, in every thread of the process, whatever tables and estimates say.
-
-    Meant for tests and benchmarks. Nested blocks are in force inside out; of blocks open in several threads at once the
-    one entered last is. A graph compiled before keeps the plan it was traced with.
-
-    Args:
-        kind: One of `PLANS`.
-        fold_b: Fold b's side (True), a's (False), or the one with fewer rows (None).
-
-    Raises:
-        ValueError: an unknown kind.
-
-    Example:
-        >>> from gssf_triton.kernels.plans import choose_plan, force_plan
-        >>> with force_plan("one_pass"):
-        ...     choose_plan(1, 8192, 8192, 1024, 32, 2).kind
-        'one_pass'
-    """
-    if kind not in PLANS:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, PLANS))}, got {kind!r}")
-    override = _Override(kind, fold_b)
-    with _overrides_lock:
-        _overrides.append(override)
-    try:
-        yield
-    finally:
-        with _overrides_lock:
-            # By identity: another thread may force an equal plan.
-            del _overrides[next(i for i, held in enumerate(_overrides) if held is override)]
-
-
-def forced_plan(M: int, N: int) -> Plan | None:
-    """The plan that `force_plan` has put in force for S (M, N), if any."""
-    held = _overrides[-1:]  # one read: another thread may be leaving its block
-    if not held:
-        return None
-    return Plan(held[0].kind, N < M if held[0].fold_b is None else held[0].fold_b)
 
 
 def library_rate(itemsize: int, tf32: bool) -> float:
@@ -144,37 +87,24 @@ def one_pass_seconds(batch: int, M: int, N: int, D: int, B: int, itemsize: int, 
     return max(flops / (library_rate(itemsize, tf32) * ONE_PASS_EFFICIENCY), moved / BYTES_PER_SECOND) + LAUNCH_SECONDS
 
 
-def fold_product_seconds(
-    batch: int, M: int, N: int, D: int, B: int, itemsize: int, tf32: bool, efficiency: float = 1.0
-) -> float:
-    """Estimate of fold, then a product at `efficiency` of the library's rate; `M` is the folded side."""
+def fold_product_seconds(batch: int, M: int, N: int, D: int, B: int, itemsize: int, tf32: bool) -> float:
+    """Estimate of fold, then the library's product; `M` is the folded side."""
     fold = batch * itemsize * 2.0 * M * D / BYTES_PER_SECOND + LAUNCH_SECONDS
     moved = batch * itemsize * ((M + N) * D + M * N)
-    compute = 2.0 * batch * M * N * D / (library_rate(itemsize, tf32) * efficiency)
+    compute = 2.0 * batch * M * N * D / library_rate(itemsize, tf32)
     return fold + max(compute, moved / BYTES_PER_SECOND) + LAUNCH_SECONDS
 
 
-def plan_seconds(kind: str, batch: int, M: int, N: int, D: int, B: int, itemsize: int, tf32: bool) -> float:
-    """Estimate of a plan that folds the M rows."""
-    if kind == "one_pass":
-        return one_pass_seconds(batch, M, N, D, B, itemsize, tf32)
-    efficiency = 1.0 if kind == "fold_product" else ONE_PASS_EFFICIENCY
-    return fold_product_seconds(batch, M, N, D, B, itemsize, tf32, efficiency)
+#: Plan → the estimate of its time, folding the M rows. Of equal estimates the first plan is taken.
+PLAN_SECONDS = {"one_pass": one_pass_seconds, "fold_product": fold_product_seconds}
 
 
 def modelled_plan(batch: int, M: int, N: int, D: int, B: int, itemsize: int, *, tf32: bool) -> Plan:
     """The model's plan for S (batch, M, N) over D channels in blocks of B (0: no block term), of `itemsize` bytes each.
 
-    The fewer rows are folded: the fold's cost is proportional to them, in memory and in work. Of equal estimates the
-    first of `PLANS` is taken.
+    The fewer rows are folded: the fold's cost is proportional to them, in memory and in work.
     """
     fold_b = N < M
     rows, columns = (N, M) if fold_b else (M, N)
-    kind = min(PLANS, key=lambda kind: plan_seconds(kind, batch, rows, columns, D, B, itemsize, tf32))
+    kind = min(PLANS, key=lambda kind: PLAN_SECONDS[kind](batch, rows, columns, D, B, itemsize, tf32))
     return Plan(kind, fold_b)
-
-
-def choose_plan(batch: int, M: int, N: int, D: int, B: int, itemsize: int) -> Plan:
-    """The plan in force by `force_plan`, else the model's, under torch's setting for float32 products."""
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    return forced_plan(M, N) or modelled_plan(batch, M, N, D, B, itemsize, tf32=tf32)

@@ -7,22 +7,50 @@ may not be ranked gets a key below all: every epilogue is a comparison of intege
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.kernels.launch import Metric, matrix, needs_wide_channels, numerics, options, pointer
-from gssf_triton.kernels.retrieval_configs import RetrievalConfig
-from gssf_triton.kernels.tile import clamped_rows, similarity_tile, stride_of
-from gssf_triton.retrieval.scoring import Exclusions, Scores
+from gssf_triton.kernels import choice
+from gssf_triton.kernels.args import Tile
+from gssf_triton.kernels.launch import cdiv, launch, matrix, pair_strides, tile
+from gssf_triton.kernels.retrieval_configs import RANKED_ROWS
+from gssf_triton.kernels.tile import clamped_rows, product_tile, rows_of, stride_of
 
 #: The key of what may not be ranked.
 ABSENT = tl.constexpr(-(1 << 63))
 #: The low half of a key; it bounds a gallery's indices.
 INDEX_MASK = 0xFFFFFFFF
+
+
+class Marks(NamedTuple):
+    """What queries and items carry beside their features: contiguous tensors on the host, pointers in a kernel.
+
+    Any of them may be None; ids are given on both sides or neither, cameras only with ids.
+    """
+
+    #: (N,), what normalises an item's scores.
+    scale: Any = None
+    #: (M,) int64, the index of an item that its query may not find.
+    exclude: Any = None
+    #: (M, N) uint8 of any strides, not 0 where an item may be ranked.
+    mask: Any = None
+    #: (M,) and (N,) int64.
+    query_ids: Any = None
+    item_ids: Any = None
+    query_cams: Any = None
+    item_cams: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class RankedTile(Tile):
+    """EVEN_MASK: the mask's contiguous side and its other stride are multiples of 16."""
+
+    EVEN_MASK: bool = False
 
 
 @triton.jit
@@ -36,125 +64,74 @@ def score_keys(s, index):
 
 
 @triton.jit
-def ranked_tile(
-    tile_n,
-    offs_m,
-    rows_m,
-    a_ptr,
-    stride_am,
-    stride_ad,
-    b_ptr,
-    stride_bn,
-    stride_bd,
-    scale_ptr,
-    exclude_ptr,
-    mask_ptr,
-    stride_mm,
-    stride_mn,
-    a_ids_ptr,
-    b_ids_ptr,
-    a_cams_ptr,
-    b_cams_ptr,
-    first,
-    N,
-    D,
-    chunks,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_CAMS: tl.constexpr,
-    EVEN_MASK: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def ranked_tile(tile_n, offs_m, rows_m, a, b, marks, stride_mm, stride_mn, first, N, D, chunks, TILE: tl.constexpr):
     """(keys, same_id) of a tile of folded queries and column tile `tile_n`, [BLOCK_M, BLOCK_N] each.
 
-    Keys of columns past the gallery and of excluded items are ABSENT. `first` is the index of the gallery's first row.
-    Without ids, same_id is true everywhere.
+    Keys of columns past the gallery and of excluded items are ABSENT. `first` is the index of the gallery's first row,
+    stride_mm and stride_mn are the mask's strides. Without ids, same_id is true wherever an item is kept.
     """
-    offs_n, rows_n = clamped_rows(tile_n, N, BLOCK_N)
-    s, _ = similarity_tile(
-        a_ptr + rows_m * stride_am, stride_ad, b_ptr + rows_n * stride_bn, stride_bd,
-        a_ptr, 0, a_ptr, 0, 0, 0, D, chunks,
-        0, 0, BLOCK_M, BLOCK_N, BLOCK_K, False, False, False, False, EVEN_D, WIDE, PRECISION, ACC,
-    )  # fmt: skip
-    if HAS_SCALE:
-        s *= tl.load(scale_ptr + rows_n)[None, :]
+    offs_n, rows_n = clamped_rows(tile_n, N, TILE.BLOCK_N)
+    s = product_tile(rows_of(a, rows_m), rows_of(b, rows_n), D, chunks, TILE)
+    if marks.scale is not None:
+        s *= tl.load(marks.scale + rows_n)[None, :]
     index = rows_n + first
     keys = score_keys(s, index)
     keep = (offs_n < N)[None, :] & (offs_m >= 0)[:, None]
-    if HAS_EXCLUDE:
-        keep &= tl.load(exclude_ptr + rows_m)[:, None] != index[None, :]
-    if HAS_MASK:
-        mask_rows = mask_ptr + rows_m * stride_of(stride_mm, EVEN_MASK)
-        keep &= tl.load(mask_rows[:, None] + (rows_n * stride_of(stride_mn, EVEN_MASK))[None, :]) != 0
+    if marks.exclude is not None:
+        keep &= tl.load(marks.exclude + rows_m)[:, None] != index[None, :]
+    if marks.mask is not None:
+        mask_rows = marks.mask + rows_m * stride_of(stride_mm, TILE.EVEN_MASK)
+        keep &= tl.load(mask_rows[:, None] + (rows_n * stride_of(stride_mn, TILE.EVEN_MASK))[None, :]) != 0
     same_id = keep
-    if HAS_IDS:
-        same_id = tl.load(a_ids_ptr + rows_m)[:, None] == tl.load(b_ids_ptr + rows_n)[None, :]
-        if HAS_CAMS:
-            same_camera = tl.load(a_cams_ptr + rows_m)[:, None] == tl.load(b_cams_ptr + rows_n)[None, :]
+    if marks.query_ids is not None:
+        same_id = tl.load(marks.query_ids + rows_m)[:, None] == tl.load(marks.item_ids + rows_n)[None, :]
+        if marks.query_cams is not None:
+            same_camera = tl.load(marks.query_cams + rows_m)[:, None] == tl.load(marks.item_cams + rows_n)[None, :]
             keep &= (same_id & same_camera) == 0
     return tl.where(keep, keys, ABSENT), same_id
 
 
-def tile_arguments(
-    scores: Scores, block: Tensor, first: int, offset: int, exclusions: Exclusions, config: RetrievalConfig
-) -> dict[str, Any]:
-    """Everything `ranked_tile` takes for a block of the gallery, whose rows are those from `first` on of the shard."""
-    queries = scores.queries
-    items, D = block.shape
-    assert offset + first + items <= INDEX_MASK, "a key holds 32 bits of an index"
-    columns = slice(first, first + items)
-    scale = scores.scale(block)
-    mask = None if exclusions.mask is None else exclusions.mask[:, columns].view(torch.uint8)
+def launch_ranked(
+    kernel: Any, queries: Tensor, items: Tensor, marks: Marks, first: int, *length: int, **arguments: Any
+) -> Tensor:
+    """What `kernel` keeps of each query's keys, for each span of the items: (M, spans, *length) int64.
 
-    def labels(name: str, values: Tensor | None) -> dict[str, Tensor]:
-        return {f"{name}_ptr": queries if values is None else values.to(torch.int64).contiguous()}
-
-    def of_block(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[columns]
-
-    return {
-        **pointer("a", queries, "md", queries),
-        **pointer("b", block, "nd", queries),
-        "scale_ptr": queries if scale is None else scale,
-        **labels("exclude", exclusions.exclude),
-        **matrix("mask", mask, "mn", queries, stride="m"),
-        **labels("a_ids", exclusions.query_ids),
-        **labels("b_ids", of_block(exclusions.gallery_ids)),
-        **labels("a_cams", exclusions.query_cams),
-        **labels("b_cams", of_block(exclusions.gallery_cams)),
-        "first": offset + first, "M": queries.shape[0], "N": items, "D": D, "chunks": triton.cdiv(D, config.BLOCK_K),
-        "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K,
-        "HAS_SCALE": scale is not None, "HAS_EXCLUDE": exclusions.exclude is not None, "HAS_MASK": mask is not None,
-        "HAS_IDS": exclusions.query_ids is not None, "HAS_CAMS": exclusions.query_cams is not None,
-        "EVEN_D": Metric(None, None).is_even(D, config.BLOCK_K), "WIDE": needs_wide_channels(queries, block),
-        **numerics(queries),
-        **options(config),
-    }  # fmt: skip
-
-
-def spans_of(queries: int, items: int, config: RetrievalConfig) -> tuple[int, int, int]:
-    """(row tiles, spans, column tiles a span): the launch grid, and what one program walks."""
-    row_tiles, column_tiles = triton.cdiv(queries, config.BLOCK_M), max(triton.cdiv(items, config.BLOCK_N), 1)
-    tiles = triton.cdiv(column_tiles, config.spans(row_tiles, column_tiles))
-    return row_tiles, triton.cdiv(column_tiles, tiles), tiles
+    Args:
+        kernel: The top-k or the rank kernel.
+        queries: (M, D), folded.
+        items: (N, D), of the same dtype.
+        marks: What else they carry.
+        first: The index of the first item.
+        *length: The shape of a row's part.
+        **arguments: What this kernel takes beside the others.
+    """
+    (M, D), N = queries.shape, items.shape[0]
+    assert first + N <= INDEX_MASK, "a key holds 32 bits of an index"
+    config = choice.choose("ranked", queries.device, queries.dtype, *RANKED_ROWS, D)
+    row_tiles, column_tiles = cdiv(M, config.BLOCK_M), max(cdiv(N, config.BLOCK_N), 1)
+    tiles = cdiv(column_tiles, config.spans(row_tiles, column_tiles))
+    spans = cdiv(column_tiles, tiles)
+    parts = torch.empty((M, spans, *length), dtype=torch.int64, device=queries.device)
+    if parts.numel() == 0:
+        return parts
+    _, stride_mm, stride_mn, even = (None, None, None, False) if marks.mask is None else pair_strides(marks.mask)
+    launch(
+        kernel, (row_tiles, spans), queries.device, config,
+        a=matrix(queries), b=matrix(items), marks=marks, part_ptr=parts, stride_mm=stride_mm, stride_mn=stride_mn,
+        spans=spans, tiles=tiles, first=first, M=M, N=N, D=D, chunks=cdiv(D, config.BLOCK_K),
+        TILE=tile(config, queries, items, kind=RankedTile, EVEN_MASK=even), **arguments,
+    )  # fmt: skip
+    return parts
 
 
 def split_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys of `gssf_triton.retrieval.order` (int32) and indices that a kernel's keys consist of; −1 where ABSENT."""
+    """The scores' bits (int32, mapped as in a key) and the indices that keys consist of; −1 where ABSENT."""
     high = (keys >> 32).to(torch.int32)
     missing = high == torch.iinfo(torch.int32).min
     return high, (INDEX_MASK - (keys & INDEX_MASK)).masked_fill_(missing, -1)
 
 
 def join_keys(high: Tensor, indices: Tensor) -> Tensor:
-    """A kernel's keys; the largest one there is, which nothing comes before, where an index is −1."""
+    """Keys; the largest one there is, which nothing comes before, where an index is −1."""
     keys = (high.to(torch.int64) << 32) | (INDEX_MASK - indices)
     return keys.masked_fill_(indices < 0, torch.iinfo(torch.int64).max)

@@ -15,6 +15,10 @@ from gssf_triton.kernels.configs import is_small_memory
 #: Chunks are this many columns wide, or a multiple of it: whole tiles of every library's product.
 COLUMN_STEP = 64
 
+#: Retrieval's tile is chosen for this many queries and items, whatever their number: a score must have the same bits in
+#: `topk` and in `ranks`, in a batch of queries and in one, in a whole gallery and in a shard of it.
+RANKED_ROWS = 1024, 65_536
+
 #: The longest list a program of the top-k kernel keeps in its registers; longer ones are chosen from chunks of S.
 LARGEST_KERNEL_K = 64
 

@@ -1,4 +1,4 @@
-"""The GPUs that configurations are chosen and compiled for: what a block has, and what a program runs against."""
+"""The GPUs that configurations are chosen and compiled for, and their limits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a target gives a block, the instruction its tensor cores show up as, and the rows that one needs.
+    """A target: its compiler backend and code, its limits, and how its tensor cores show.
 
-    `processors` is how many blocks run side by side at least: the multiprocessors of the data-centre part.
+    `shared_bytes`: shared memory of a block. `tensor_instruction`: the text of a tensor-core instruction in the
+    assembly, `tensor_rows`: the rows that it needs.
+    `processors`: multiprocessors of the data-centre part, so the least number of blocks that run side by side.
     """
 
     backend: str
@@ -28,8 +30,11 @@ ARCHITECTURES = {
     "gfx942": Architecture("hip", "gfx942", 64, 65_536, "v_mfma", 16, 304),
 }
 
-#: GPUs the gate does not compile for, and what they resemble: (kin, shared bytes a block has). Of an unknown one the
-#: least is assumed.
+#: The most programs of a launch along each axis of its grid: CUDA's limits.
+MAX_GRID = (2**31 - 1, 65_535, 65_535)
+
+#: GPUs that the gate does not compile for: (architecture they resemble, shared bytes of a block). An unknown one is
+#: assumed to have the least.
 _KIN = {
     "sm_86": ("sm_80", 101_376),
     "sm_87": ("sm_80", 166_912),
@@ -41,7 +46,7 @@ _KIN = {
 
 
 def kin(arch: str) -> str | None:
-    """The architecture of the gate that `arch` compiles and runs like; None for what is no GPU.
+    """The gate's architecture that `arch` resembles; None if `arch` is no GPU.
 
     Example:
         >>> from gssf_triton.kernels.targets import kin
@@ -56,7 +61,7 @@ def kin(arch: str) -> str | None:
 
 
 def shared_bytes(arch: str) -> int:
-    """The shared memory a block of `arch` has."""
+    """The shared memory of a block, in bytes."""
     if arch in ARCHITECTURES:
         return ARCHITECTURES[arch].shared_bytes
     if arch in _KIN:
@@ -64,8 +69,8 @@ def shared_bytes(arch: str) -> int:
     return 101_376 if arch.startswith("sm_") else ARCHITECTURES["gfx942"].shared_bytes
 
 
-#: Tables are keyed by the card, one table serves the cards that share a chip: (slug, architecture, names it matches).
-SHIPPED_DEVICES = (
+#: A data-centre card of each architecture: (slug, architecture, how the names of cards with its chip begin).
+KNOWN_CARDS = (
     ("nvidia-a100", "sm_80", ("NVIDIA A100",)),
     ("nvidia-h100", "sm_90", ("NVIDIA H100", "NVIDIA H200")),
     ("nvidia-b200", "sm_100", ("NVIDIA B200",)),

@@ -1,13 +1,13 @@
-"""The similarity tile: what every kernel of the package shares.
+"""The similarity tile, which every kernel of the package uses.
 
 A tile walks the D channels in chunks of BLOCK_K *lanes*. A lane is a channel, except where the block size B is not a
 power of two: then every group of B channels is padded to BLOCK_B = next power of two lanes, and the padding is masked
-to zero. Three cases follow, settled at compile time:
+to zero. Three cases, chosen at compile time:
 
 * BLOCK_B <= BLOCK_K: a chunk holds BLOCK_K // BLOCK_B whole groups, and their weights one block-diagonal
   [BLOCK_K, BLOCK_K] tile, so that small blocks still feed the tensor cores;
 * BLOCK_B > BLOCK_K: a group spans BLOCK_B // BLOCK_K chunks, and the fold of one chunk sums over all of them;
-* no block weight: lanes are channels, and the fold is elementwise, or nothing at all.
+* no block weight: lanes are channels, and the fold is elementwise, or the identity.
 
 Accumulators are float32, or float64 for float64 features.
 """
@@ -17,15 +17,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: True where `@triton.jit` decorates for the interpreter: fixed when this module is first imported.
+from gssf_triton import constants
+from gssf_triton.kernels.args import Rows, Weights
+
+#: True if `@triton.jit` decorates for the interpreter; fixed when this module is first imported.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
-#: Two faults of the interpreter (Triton 3.6 to 3.9), each mended in one place: it multiplies bfloat16 operands wrongly
-#: (relative error 1e10), so `dot` upcasts; it truncates float32 to bfloat16, so `cast` rounds first.
+#: Two faults of the interpreter (Triton 3.6 to 3.9), each corrected in one place: it multiplies bfloat16 operands
+#: wrongly (relative error 1e10), so `dot` upcasts; it truncates float32 to bfloat16, so `cast` rounds first.
 INTERPRETER = tl.constexpr(INTERPRETED)
 
-#: Smallest norm a row is divided by: `gssf_triton.constants.NORM_EPS`, which a test holds this to.
-NORM_EPS = tl.constexpr(1e-12)
+#: Smallest norm a row is divided by.
+NORM_EPS = tl.constexpr(constants.NORM_EPS)
 
 
 @triton.jit
@@ -39,12 +42,12 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def nearest(x, PRECISION: tl.constexpr):
-    """x rounded to the nearest TF32 number, where the product that takes it is in TF32.
+    """x rounded to the nearest TF32 number if its product is in TF32.
 
-    Tensor cores drop a float32 operand's last 13 bits and so make it smaller, by 0.035 % on average: products shrink by
-    twice that, chains of products by as much again each. Rounded operands err as often up as down, and lose nothing
-    more. For operands that are in registers anyway: one that goes from memory to the tensor cores would take a detour.
-    Numbers of 2¹²⁷ and above, which rounding might make infinite, and NaN and Inf pass as they are.
+    Tensor cores drop a float32 operand's last 13 bits, which shrinks it by 0.035 % on average. A product shrinks by
+    twice that, and by as much again for each further product of a chain. Rounded operands err up as often as down, so
+    nothing shrinks. Only for operands that are in registers anyway: one that goes from memory to the tensor cores would
+    take a detour. Numbers of 2¹²⁷ and above, which rounding might make infinite, NaN and Inf stay as they are.
     """
     if PRECISION == "tf32" and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
@@ -55,7 +58,7 @@ def nearest(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in `dtype`, rounded to nearest even; float64 by way of float32, which the interpreter can round from."""
+    """x in `dtype`, rounded to nearest even; float64 to bfloat16 by way of float32, which the interpreter rounds."""
     if dtype == tl.bfloat16 and x.dtype == tl.float64:
         x = x.to(tl.float32)
     if INTERPRETER and dtype == tl.bfloat16 and x.dtype == tl.float32:
@@ -77,15 +80,15 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def clamped_rows(tile, rows, BLOCK: tl.constexpr):
-    """Row numbers of a tile and the ones to load: rows past the end load row 0, so that loads need no row mask.
+    """Row numbers of a tile, and the ones to load: rows past the end load row 0, so that loads need no row mask.
 
-    What those rows compute is never stored; a NaN in row 0 therefore stays in row 0.
+    Results of rows past the end are never stored, so a NaN in row 0 stays in row 0.
 
-    The hint gives back the contiguity that the clamp hides from the compiler, without which tiles move one number at a
-    time. It is untrue of a ragged last tile: where rows are a matrix's contiguous side, 16 bytes that start inside it
-    may end past it, and rows past the end then hold whatever follows. Such a load stays within 16 aligned bytes whose
-    first number exists, so it never faults. Two uses are therefore wrong: rows that are summed over, since what
-    follows may be NaN, and addresses of stores, for which masked row numbers will do.
+    The hint restores the contiguity that the clamp hides from the compiler; without it tiles move one number at a time.
+    It is false for a ragged last tile. If rows are a matrix's contiguous side, 16 bytes that start inside the matrix
+    may end past it, and rows past the end then hold whatever follows in memory. Such a load stays within 16 aligned
+    bytes whose first number exists, so it never faults. But these rows must not be summed over, since what follows may
+    be NaN, and must not be addresses of stores: use masked row numbers there.
     """
     offs = tile * BLOCK + tl.arange(0, BLOCK)
     clamped = tl.where(offs < rows, offs, 0)
@@ -93,8 +96,20 @@ def clamped_rows(tile, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def rows_of(x, rows):
+    """The rows [BLOCK] of a `Matrix`'s first matrix."""
+    return Rows(x.ptr + rows * x.row, x.channel)
+
+
+@triton.jit
+def batch_rows(x, z, rows):
+    """The rows [BLOCK] of matrix z of a `Matrix`."""
+    return Rows(x.ptr + z * x.batch + rows * x.row, x.channel)
+
+
+@triton.jit
 def stride_of(stride, EVEN: tl.constexpr):
-    """A stride of a `launch.matrix`, told to the compiler: 1 along the contiguous side, multiples of 16 where EVEN."""
+    """A `PairMatrix`'s stride as the compiler may know it: 1 on the contiguous side, a multiple of 16 if EVEN."""
     if stride is None:
         return 1
     elif EVEN:
@@ -105,7 +120,7 @@ def stride_of(stride, EVEN: tl.constexpr):
 
 @triton.jit
 def side_of(size, stride, EVEN: tl.constexpr):
-    """The length of a `launch.matrix`'s side, told to the compiler: where EVEN a contiguous one is a multiple of 16."""
+    """The length of a `PairMatrix`'s side as the compiler may know it: a multiple of 16 if contiguous and EVEN."""
     if stride is None and EVEN:
         return size // 16 * 16
     else:
@@ -113,24 +128,42 @@ def side_of(size, stride, EVEN: tl.constexpr):
 
 
 @triton.jit
-def channels(chunk, D, B: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
-    """Channel of each lane of a chunk and whether it is one, [BLOCK_K] each. WIDE: channel × stride needs int64."""
-    lanes = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-    if BLOCK_B == B:
+def pair_rows(x, z, offs_m, EVEN: tl.constexpr):
+    """Offsets [BLOCK_M] of the rows of matrix z of a `PairMatrix`."""
+    return z * stride_of(x.batch, EVEN) + offs_m.to(tl.int64) * stride_of(x.row, EVEN)
+
+
+@triton.jit
+def pair_columns(x, offs_n, EVEN: tl.constexpr):
+    """Offsets [BLOCK_N] of a `PairMatrix`'s columns within a row."""
+    return offs_n.to(tl.int64) * stride_of(x.column, EVEN)
+
+
+@triton.jit
+def pair_mask(x, offs_m, offs_n, M, N, EVEN: tl.constexpr):
+    """Which pairs of rows and columns are inside a `PairMatrix` (M, N), [BLOCK_M, BLOCK_N]."""
+    return (offs_m < side_of(M, x.row, EVEN))[:, None] & (offs_n < side_of(N, x.column, EVEN))[None, :]
+
+
+@triton.jit
+def channels(chunk, D, TILE: tl.constexpr):
+    """The channel of each lane of a chunk, and whether the lane has one, [BLOCK_K] each."""
+    lanes = chunk * TILE.BLOCK_K + tl.arange(0, TILE.BLOCK_K)
+    if TILE.BLOCK_B == TILE.B:
         offs = lanes
         valid = lanes < D
     else:
-        inner = lanes % BLOCK_B
-        offs = lanes // BLOCK_B * B + inner
-        valid = (inner < B) & (offs < D)
-    if WIDE:
+        inner = lanes % TILE.BLOCK_B
+        offs = lanes // TILE.BLOCK_B * TILE.B + inner
+        valid = (inner < TILE.B) & (offs < D)
+    if TILE.WIDE:
         offs = offs.to(tl.int64)
     return offs, valid
 
 
 @triton.jit
 def load_masked(ptrs, valid, EVEN: tl.constexpr):
-    """Load without a mask where every lane is a channel: masked loads cost address registers in the pipelined loop."""
+    """Load, without a mask if every lane is a channel: masks cost address registers in the pipelined loop."""
     if EVEN:
         return tl.load(ptrs)
     else:
@@ -138,107 +171,81 @@ def load_masked(ptrs, valid, EVEN: tl.constexpr):
 
 
 @triton.jit
-def block_weight(
-    chunk_p,
-    chunk_q,
-    w_blocks_ptr,
-    stride_wg,
-    stride_wp,
-    stride_wq,
-    D,
-    B: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def load_chunk(x, chunk, D, TILE: tl.constexpr):
+    """A chunk of the `Rows` x, [BLOCK, BLOCK_K]."""
+    offs, valid = channels(chunk, D, TILE)
+    return load_masked(x.at[:, None] + (offs * x.channel)[None, :], valid[None, :], TILE.EVEN_D)
+
+
+@triton.jit
+def block_weight(chunk_p, chunk_q, blocks, D, TILE: tl.constexpr):
     """(W ⊙ U)'s block term between two chunks of lanes, [BLOCK_K (p), BLOCK_K (q)], zero off the block diagonal."""
-    lanes_p = chunk_p * BLOCK_K + tl.arange(0, BLOCK_K)
-    lanes_q = chunk_q * BLOCK_K + tl.arange(0, BLOCK_K)
-    group_p = lanes_p // BLOCK_B
-    inner_p = lanes_p % BLOCK_B
-    group_q = lanes_q // BLOCK_B
-    inner_q = lanes_q % BLOCK_B
-    mask = (group_p * B < D)[:, None] & (inner_p < B)[:, None] & (inner_q < B)[None, :]
+    lanes_p = chunk_p * TILE.BLOCK_K + tl.arange(0, TILE.BLOCK_K)
+    lanes_q = chunk_q * TILE.BLOCK_K + tl.arange(0, TILE.BLOCK_K)
+    group_p = lanes_p // TILE.BLOCK_B
+    inner_p = lanes_p % TILE.BLOCK_B
+    group_q = lanes_q // TILE.BLOCK_B
+    inner_q = lanes_q % TILE.BLOCK_B
+    mask = (group_p * TILE.B < D)[:, None] & (inner_p < TILE.B)[:, None] & (inner_q < TILE.B)[None, :]
     mask &= group_p[:, None] == group_q[None, :]
-    ptrs = w_blocks_ptr + (group_p * stride_wg + inner_p * stride_wp)[:, None] + (inner_q * stride_wq)[None, :]
+    ptrs = blocks.ptr + (group_p * blocks.group + inner_p * blocks.p)[:, None] + (inner_q * blocks.q)[None, :]
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
 def nothing_of(x, ACC: tl.constexpr):
-    """0 where x is finite, else NaN, in ACC: the interpreter would subtract bfloat16's bits."""
+    """0 where x is finite, else NaN. In ACC, because the interpreter would subtract bfloat16's bits."""
     x = x.to(ACC)
     return x - x
 
 
 @triton.jit
-def fold_chunk(
-    chunk,
-    a_rows,
-    stride_ad,
-    w_diag_ptr,
-    stride_wd,
-    w_blocks_ptr,
-    stride_wg,
-    stride_wp,
-    stride_wq,
-    D,
-    B: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_DIAG: tl.constexpr,
-    HAS_BLOCKS: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    WIDE: tl.constexpr,
-    CONFINE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """One chunk of T(a) = a ⊙ W_diag + [a_1 W_1 | … | a_G W_G], its two terms apart, and of a itself.
+def fold_chunk(a, weights, chunk, D, CONFINE: tl.constexpr, TILE: tl.constexpr):
+    """One chunk of the `Rows` a, and of the two terms of T(a) = a ⊙ W_diag + [a_1 W_1 | … | a_G W_G].
 
-    Returns (a, diagonal, block): a in its own dtype, the terms in ACC, [BLOCK_M, BLOCK_K] each. Where a term has no
-    weight a stands in its place, and is never looked at. CONFINE keeps a NaN or Inf of a row in its own block of T(a),
-    where packed blocks share a product and a zero weight times NaN is NaN: needed only where T(a) itself is the result.
+    Returns (a, diagonal, block), [BLOCK_M, BLOCK_K] each: a in its own dtype, the terms in ACC. If a term has no
+    weight, a is returned as an unused placeholder. CONFINE keeps a row's NaN or Inf in its own block of T(a): packed
+    blocks share a product, in which zero times NaN is NaN. Needed only if T(a) is the result.
     """
-    offs, valid = channels(chunk, D, B, BLOCK_B, BLOCK_K, WIDE)
-    a = load_masked(a_rows[:, None] + (offs * stride_ad)[None, :], valid[None, :], EVEN_D)
-    diagonal = a
-    block = a
-    if HAS_DIAG:
-        w_diag = load_masked(w_diag_ptr + offs * stride_wd, valid, EVEN_D).to(ACC)
-        diagonal = a.to(ACC) * w_diag[None, :]
-    if HAS_BLOCKS:
-        block = tl.zeros([BLOCK_M, BLOCK_K], ACC)
-        if BLOCK_B <= BLOCK_K:
-            w = block_weight(chunk, chunk, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D, B, BLOCK_B, BLOCK_K)
-            if CONFINE and BLOCK_B < BLOCK_K:
-                GROUPS: tl.constexpr = BLOCK_K // BLOCK_B
-                not_finite = nothing_of(a, ACC)
-                by_group = tl.sum(tl.reshape(not_finite, [BLOCK_M, GROUPS, BLOCK_B]), axis=2)[:, :, None]
-                block = tl.reshape(tl.broadcast_to(by_group, [BLOCK_M, GROUPS, BLOCK_B]), [BLOCK_M, BLOCK_K])
-                finite = tl.where(not_finite == 0, a, 0.0).to(a.dtype)
-                block = dot(nearest(finite, PRECISION), nearest(cast(w, a.dtype), PRECISION), block, PRECISION)
+    offs, valid = channels(chunk, D, TILE)
+    x = load_masked(a.at[:, None] + (offs * a.channel)[None, :], valid[None, :], TILE.EVEN_D)
+    diagonal = x
+    block = x
+    if weights.diag is not None:
+        w_diag = load_masked(weights.diag.ptr + offs * weights.diag.stride, valid, TILE.EVEN_D).to(TILE.ACC)
+        diagonal = x.to(TILE.ACC) * w_diag[None, :]
+    if weights.blocks is not None:
+        block = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_K], TILE.ACC)
+        if TILE.BLOCK_B <= TILE.BLOCK_K:
+            w = nearest(cast(block_weight(chunk, chunk, weights.blocks, D, TILE), x.dtype), TILE.PRECISION)
+            if CONFINE and TILE.BLOCK_B < TILE.BLOCK_K:
+                GROUPS: tl.constexpr = TILE.BLOCK_K // TILE.BLOCK_B
+                not_finite = nothing_of(x, TILE.ACC)
+                by_group = tl.sum(tl.reshape(not_finite, [TILE.BLOCK_M, GROUPS, TILE.BLOCK_B]), axis=2)[:, :, None]
+                spread = tl.broadcast_to(by_group, [TILE.BLOCK_M, GROUPS, TILE.BLOCK_B])
+                block = tl.reshape(spread, [TILE.BLOCK_M, TILE.BLOCK_K])
+                finite = tl.where(not_finite == 0, x, 0.0).to(x.dtype)
+                block = dot(nearest(finite, TILE.PRECISION), w, block, TILE.PRECISION)
             else:
-                block = dot(nearest(a, PRECISION), nearest(cast(w, a.dtype), PRECISION), block, PRECISION)
+                block = dot(nearest(x, TILE.PRECISION), w, block, TILE.PRECISION)
         else:
-            PARTS: tl.constexpr = BLOCK_B // BLOCK_K
+            PARTS: tl.constexpr = TILE.BLOCK_B // TILE.BLOCK_K
             first = chunk // PARTS * PARTS
             for part in range(first, first + PARTS):
-                offs_p, valid_p = channels(part, D, B, BLOCK_B, BLOCK_K, WIDE)
-                a_p = load_masked(a_rows[:, None] + (offs_p * stride_ad)[None, :], valid_p[None, :], EVEN_D)
-                w = block_weight(part, chunk, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D, B, BLOCK_B, BLOCK_K)
-                block = dot(nearest(a_p, PRECISION), nearest(cast(w, a.dtype), PRECISION), block, PRECISION)
-    return a, diagonal, block
+                y = load_chunk(a, part, D, TILE)
+                w = nearest(cast(block_weight(part, chunk, weights.blocks, D, TILE), x.dtype), TILE.PRECISION)
+                block = dot(nearest(y, TILE.PRECISION), w, block, TILE.PRECISION)
+    return x, diagonal, block
 
 
 @triton.jit
-def folded(a, diagonal, block, HAS_DIAG: tl.constexpr, HAS_BLOCKS: tl.constexpr, ACC: tl.constexpr):
-    """The sum of the terms there are, in ACC; with neither weight T is the identity (a was folded before)."""
-    if HAS_DIAG and HAS_BLOCKS:
+def folded(a, diagonal, block, weights, ACC: tl.constexpr):
+    """The sum of the existing terms, in ACC. Without weights T is the identity (a is folded already)."""
+    if weights.diag is not None and weights.blocks is not None:
         return diagonal + block
-    elif HAS_BLOCKS:
+    elif weights.blocks is not None:
         return block
-    elif HAS_DIAG:
+    elif weights.diag is not None:
         return diagonal
     else:
         return a.to(ACC)
@@ -246,86 +253,58 @@ def folded(a, diagonal, block, HAS_DIAG: tl.constexpr, HAS_BLOCKS: tl.constexpr,
 
 @triton.jit
 def inverse_norm(squares):
-    """1 / max(‖x‖₂, 1e-12) from the sum of squares; 0 where that overflows, a NaN stays one."""
+    """1 / max(‖x‖₂, 1e-12) from the sum of squares; 0 if the sum overflowed, NaN if it is NaN."""
     norm = tl.sqrt(squares)
     return 1.0 / tl.maximum(norm, NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def squares_of(x, ACC: tl.constexpr):
-    """x² in ACC, NaN where x is infinite: a sum of them is infinite only where it overflows."""
+    """x² in ACC, NaN where x is infinite. So a sum of squares is infinite only if it overflows."""
     return x.to(ACC) * x.to(ACC) + nothing_of(x, ACC)
 
 
 @triton.jit
 def scaled(s, scale_a, scale_b):
-    """s on the unit spheres: 0, whatever the product became, where a scale is 0, the norm having overflown."""
+    """s times both scales (inverse norms). Where a scale is 0 (its norm overflowed), the result is 0 for any s."""
     return tl.where((scale_a == 0) | (scale_b == 0), scale_a * scale_b, s * scale_a * scale_b)
 
 
 @triton.jit
 def similarity_tile(
-    a_rows,
-    stride_ad,
-    b_rows,
-    stride_bd,
-    w_diag_ptr,
-    stride_wd,
-    w_blocks_ptr,
-    stride_wg,
-    stride_wp,
-    stride_wq,
-    D,
-    chunks,
-    B: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_DIAG: tl.constexpr,
-    HAS_BLOCKS: tl.constexpr,
-    TERMS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    DRAIN: tl.constexpr = False,
-):
+    a, b, weights, D, chunks, TILE: tl.constexpr,
+    TERMS: tl.constexpr = False, NORMALIZE: tl.constexpr = False, DRAIN: tl.constexpr = False,
+):  # fmt: skip
     """S between a tile of rows of a and one of b, in one pass over the channels: load, fold, product.
 
-    `a_rows` [BLOCK_M] and `b_rows` [BLOCK_N] point at the rows' first channels. Returns (s, s_diag), [BLOCK_M, BLOCK_N]
-    in ACC. With TERMS, s holds the block term and s_diag the diagonal one; without, s is the whole and s_diag repeats
-    it. NORMALIZE takes both sides' norms from the tiles the product loads anyway, and scales at the end. DRAIN: see
-    `configs.drains`.
+    a and b are `Rows`. Returns (s, s_diag), [BLOCK_M, BLOCK_N] in ACC. With TERMS, s holds the block term and s_diag
+    the diagonal term; without, both are the whole of S. NORMALIZE computes both sides' norms from the tiles that the
+    product loads anyway, and scales at the end. DRAIN: see `configs.drains`.
     """
-    s = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    s = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_N], TILE.ACC)
     if TERMS:
-        s_diag = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        s_diag = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_N], TILE.ACC)
     if NORMALIZE:
-        squares_a = tl.zeros([BLOCK_M], ACC)
-        squares_b = tl.zeros([BLOCK_N], ACC)
+        squares_a = tl.zeros([TILE.BLOCK_M], TILE.ACC)
+        squares_b = tl.zeros([TILE.BLOCK_N], TILE.ACC)
     for chunk in range(0, chunks):
-        a, diagonal, block = fold_chunk(
-            chunk, a_rows, stride_ad, w_diag_ptr, stride_wd, w_blocks_ptr, stride_wg, stride_wp, stride_wq, D,
-            B, BLOCK_B, BLOCK_M, BLOCK_K, HAS_DIAG, HAS_BLOCKS, EVEN_D, WIDE, False, PRECISION, ACC,
-        )  # fmt: skip
-        offs, valid = channels(chunk, D, B, BLOCK_B, BLOCK_K, WIDE)
-        b = load_masked(b_rows[None, :] + (offs * stride_bd)[:, None], valid[:, None], EVEN_D)  # [BLOCK_K, BLOCK_N]
+        x, diagonal, block = fold_chunk(a, weights, chunk, D, False, TILE)
+        offs, valid = channels(chunk, D, TILE)
+        y = load_masked(b.at[None, :] + (offs * b.channel)[:, None], valid[:, None], TILE.EVEN_D)  # [BLOCK_K, BLOCK_N]
         if NORMALIZE:
-            squares_a += tl.sum(squares_of(a, ACC), axis=1)
-            squares_b += tl.sum(squares_of(b, ACC), axis=0)
+            squares_a += tl.sum(squares_of(x, TILE.ACC), axis=1)
+            squares_b += tl.sum(squares_of(y, TILE.ACC), axis=0)
         if TERMS:
-            s_diag = dot(nearest(cast(diagonal, b.dtype), PRECISION), b, s_diag, PRECISION)
-            s = dot(nearest(cast(block, b.dtype), PRECISION), b, s, PRECISION)
-        elif HAS_DIAG or HAS_BLOCKS:
-            t = folded(a, diagonal, block, HAS_DIAG, HAS_BLOCKS, ACC)
-            s = dot(nearest(cast(t, b.dtype), PRECISION), b, s, PRECISION)
+            s_diag = dot(nearest(cast(diagonal, y.dtype), TILE.PRECISION), y, s_diag, TILE.PRECISION)
+            s = dot(nearest(cast(block, y.dtype), TILE.PRECISION), y, s, TILE.PRECISION)
+        elif weights.diag is not None or weights.blocks is not None:
+            t = folded(x, diagonal, block, weights, TILE.ACC)
+            s = dot(nearest(cast(t, y.dtype), TILE.PRECISION), y, s, TILE.PRECISION)
         else:
-            # Folded before: straight from shared memory to the tensor cores, with no detour through ACC.
-            s = dot(a, b, s, PRECISION)
+            # Folded already: x goes from shared memory straight to the tensor cores, without a detour through ACC.
+            s = dot(x, y, s, TILE.PRECISION)
         if DRAIN:
-            # Whoever looks at a sum waits for it. This look costs nothing else: it is gone from the machine code.
+            # Reading a sum waits for it. That is the only cost: the read itself is gone from the machine code.
             s = tl.where(chunk >= 0, s, 0.0)
             if TERMS:
                 s_diag = tl.where(chunk >= 0, s_diag, 0.0)
@@ -338,3 +317,10 @@ def similarity_tile(
         return s, s_diag
     else:
         return s, s
+
+
+@triton.jit
+def product_tile(a, b, D, chunks, TILE: tl.constexpr):
+    """a bᵀ of a tile of folded rows and one of b, [BLOCK_M, BLOCK_N] in ACC."""
+    s, _ = similarity_tile(a, b, Weights(None, None), D, chunks, TILE)
+    return s

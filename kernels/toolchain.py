@@ -1,12 +1,13 @@
-"""Which launches the installed compiler makes wrong code for, and what runs instead: the one place that says so.
+"""Which launches the installed compiler would compile wrongly, decided in this file alone.
 
-* sm_90, register operands: its tensor cores read operand A asynchronously, also from registers. ptxas before 13.1 may
-  write to those registers before they were read (triton-lang/triton #11781, fla-org/flash-linear-attention #1262), and
-  so may Triton 3.6 itself where it keeps several such products in flight (triton-lang/triton #9433).
-* sm_10x, chained products: Triton before 3.9 computes wrongly what several products of one step add to one
+* sm_90, register operands: the tensor cores read operand A asynchronously, also from registers. ptxas before 13.1 may
+  overwrite these registers too early (triton-lang/triton #11781, fla-org/flash-linear-attention #1262). So may Triton
+  3.6 itself, when it keeps several such products in flight (triton-lang/triton #9433).
+* sm_10x, chained products: Triton before 3.9 computes wrong sums when several products of one step add to one
   accumulator (triton-lang/triton #10821). Exact float32 in three TF32 products is such a chain.
 
-Nothing raises but `launch`'s last check. Importing this module does not import Triton.
+Operators ask `may_launch` first, and use torch's own operations if it returns False. Only a direct launch raises
+`NotLaunched`. Importing this module does not import Triton.
 """
 
 from __future__ import annotations
@@ -20,33 +21,34 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from gssf_triton.backend import TRITON_RELEASE
 from gssf_triton.kernels import devices
 from gssf_triton.kernels.configs import dot_precision
+from gssf_triton.kernels.release import TRITON_RELEASE
 
-#: The oldest assembler that register operands are safe with: 13.0 is reported to fail, 13.1 not to (#1262 above).
+#: The oldest assembler that is safe with register operands: 13.0 is reported to fail, 13.1 not (#1262 above).
 SAFE_ASSEMBLER = (13, 1)
 #: The first release of Triton that copies register operands before a product reads them.
 COPIES_OPERANDS = (3, 7)
-#: The first release of Triton that uses CUDA 13's assembler for sm_90, and that adds chained products up rightly.
+#: The first release of Triton that uses CUDA 13's assembler for sm_90 and adds up chained products correctly.
 SOUND_TRITON = (3, 9)
-#: What Triton passes to CUDA 13's assembler since it uses it. Kernels compiled for us by another assembler than
-#: Triton's own also have it in their cache key, which Triton computes of its own assembler's version.
+#: The option that Triton passes to CUDA 13's assembler. It is part of the cache key, which otherwise holds the version
+#: of Triton's own assembler only: so it marks kernels that a replacement has compiled.
 ASSEMBLER_OPTION = "--regAllocOptLevel=2"
-#: Kernels that may have register operands or chained products, by the pointer that tells the products' dtype.
+#: Kernels that may have register operands or chained products → the `Matrix` with the dtype of their products.
 WATCHED = {
-    "pairwise_kernel": "a_ptr",
-    "fold_kernel": "x_ptr",
-    "paired_kernel": "a_ptr",
-    "gradient_kernel": "x_ptr",
-    "cross_attention_kernel": "x_ptr",
+    "pairwise_kernel": "a",
+    "fold_kernel": "x",
+    "paired_kernel": "a",
+    "gradient_kernel": "x",
+    "cross_attention_kernel": "x",
 }
 
-HALVES = (torch.float16, torch.bfloat16)
+#: Half precision as torch's dtypes, and as the compiler's types of pointers.
+HALVES = (torch.float16, torch.bfloat16, "*fp16", "*bf16")
 
 
 class NotLaunched(RuntimeError):
@@ -55,7 +57,7 @@ class NotLaunched(RuntimeError):
 
 @dataclass(frozen=True)
 class Assembler:
-    """A ptxas, and its version; None where it could not be asked."""
+    """A ptxas and its version; None if that is unknown."""
 
     path: str
     version: tuple[int, ...] | None
@@ -70,14 +72,14 @@ class Assembler:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What Triton assembles an architecture's kernels with, and what it carries and we use instead for some."""
+    """The assembler that Triton uses for an architecture, and the one that it ships and some kernels use instead."""
 
     assembler: Assembler
     replacement: Assembler | None = None
 
     @property
     def is_safe(self) -> bool:
-        """True where kernels with register operands can be compiled."""
+        """True if kernels with register operands can be compiled."""
         return self.assembler.is_safe or self.replacement is not None
 
 
@@ -91,7 +93,7 @@ def _of_triton(code: int) -> Assembler:
     try:
         from triton.backends.nvidia.compiler import get_ptxas, get_ptxas_version
 
-        # Triton remembers its answer for the cache keys: the right one, before any other assembler is in use.
+        # Triton remembers this version for its cache keys. So ask before another assembler is in use.
         get_ptxas_version(code)
         tool = get_ptxas(code)
         return Assembler(tool.path, _version(tool.version))
@@ -100,7 +102,7 @@ def _of_triton(code: int) -> Assembler:
 
 
 def _bundled() -> list[Assembler]:
-    """The assemblers that the installed Triton carries, the newest first."""
+    """The assemblers that the installed Triton ships, newest first."""
     try:
         import triton.backends.nvidia
         from triton.knobs import NvidiaTool
@@ -113,56 +115,52 @@ def _bundled() -> list[Assembler]:
     return sorted(found, key=lambda tool: tool.version or (), reverse=True)
 
 
-def _replaced_by(found: Assembler, code: int) -> Toolchain:
-    """A toolchain with a carried safe assembler in place of `found`, where there is one and Triton takes it."""
-    best = next((tool for tool in _bundled() if tool.is_safe), None)
-    if best is None:
-        return Toolchain(found)
-    with _in_use(best.path):
-        taken = _of_triton(code)
-    return Toolchain(found, best if taken == best else None)
-
-
 @cache
 def toolchain(arch: str) -> Toolchain:
-    """The assembler of an NVIDIA architecture, asked once a process. Never raises: what cannot be asked is not safe."""
+    """The assembler of an NVIDIA architecture, found once a process. Never raises: an unknown version is not safe."""
     code = int(re.findall(r"\d+", arch)[0])
     found = _of_triton(code)
-    return Toolchain(found) if found.is_safe or not arch.startswith("sm_90") else _replaced_by(found, code)
+    if found.is_safe or not arch.startswith("sm_90"):
+        return Toolchain(found)
+    shipped = next((tool for tool in _bundled() if tool.is_safe), None)
+    if shipped is None:
+        return Toolchain(found)
+    with _in_use(shipped.path):  # Triton may not accept it
+        return Toolchain(found, shipped if _of_triton(code) == shipped else None)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
-@dataclass(frozen=True)
-class Launch:
+class Variant(NamedTuple):
     """What decides whether a kernel has register operands: its name and what it is compiled for.
 
     Attributes:
         kernel: Its name, "fold".
-        half: Its products' operands are in half precision.
+        half: Whether its products' operands are in half precision.
         precision: `input_precision` of the products whose operand may come from registers.
-        has_diag, has_blocks: Whether the kernel itself folds by the weight; of the gradient's, whether it multiplies
-            by blocks or sums their gradient.
+        has_diag: Whether the kernel folds by W_diag.
+        has_blocks: Whether it folds by W_blocks; the gradient kernel: whether it multiplies by blocks or sums their
+            gradient.
     """
 
     kernel: str
-    half: bool
-    precision: str
-    has_diag: bool
-    has_blocks: bool
+    half: bool = False
+    precision: str = "ieee"
+    has_diag: bool = False
+    has_blocks: bool = False
 
     @property
     def takes_registers(self) -> bool:
-        """True where sm_90's tensor cores may take operand A from registers: where the kernel has computed it.
+        """True if sm_90's tensor cores may read operand A from registers: if the kernel computes it.
 
-        What goes from memory to the tensor cores as it is comes from shared memory, exact float32 does not meet tensor
-        cores. Held to what the compiler makes of the kernels by the compile gate.
+        An operand that comes unchanged from memory is read from shared memory. Exact float32 does not use tensor cores.
+        The compile gate checks the answer against compiled kernels.
         """
         tf32 = self.precision.startswith("tf32")
         if self.kernel == "pairwise":
             return (self.half or tf32) and (self.has_diag or self.has_blocks)
-        if self.kernel == "fold":  # in half precision where blocks share a tile, and NaN is kept apart
+        if self.kernel == "fold":  # half precision: where blocks share a tile and NaN is confined
             return (self.half or tf32) and self.has_blocks
         if self.kernel in ("paired", "gradient"):
             return tf32 and self.has_blocks
@@ -170,47 +168,40 @@ class Launch:
 
     @property
     def chains_products(self) -> bool:
-        """True where several products of one step may go to one accumulator."""
+        """True if several products of one step may add to one accumulator."""
         return self.precision == "tf32x3" and (self.has_blocks or self.kernel == "cross_attention")
 
 
-def _as_launched(kernel: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a `Launch` is made of, by its kernel's name, "fold_kernel", and the arguments it gets."""
-    name = kernel.removesuffix("_kernel")
-    features = arguments.get(WATCHED.get(kernel, ""))
-    precision, blocks = arguments.get("PRECISION", "ieee"), bool(arguments.get("HAS_BLOCKS"))
-    if name == "gradient":
-        precision = arguments["EPILOGUE_PRECISION"]
-        blocks = bool(arguments["GRAD_BLOCKS"] or (arguments["ROWS"] and blocks))
-    elif name == "cross_attention":
-        precision = arguments["GRAM_PRECISION"]
-    half = features is not None and features.dtype in HALVES
-    return name, half, precision, bool(arguments.get("HAS_DIAG")), blocks
+def variant_of(kernel: str, arguments: Mapping[str, Any]) -> Variant:
+    """The variant of a kernel ("fold_kernel") that a launch with these arguments runs."""
+    if kernel not in WATCHED:
+        return Variant(kernel.removesuffix("_kernel"))
+    features, tile, weights = arguments[WATCHED[kernel]].ptr, arguments["TILE"], arguments.get("weights")
+    precision, has_blocks = tile.PRECISION, weights is not None and weights.blocks is not None
+    if kernel == "gradient_kernel":
+        precision = tile.EPILOGUE_PRECISION
+        has_blocks = arguments["dw_blocks_ptr"] is not None or (arguments["rows"] is not None and has_blocks)
+    elif kernel == "cross_attention_kernel":
+        precision = tile.GRAM_PRECISION
+    half = getattr(features, "dtype", features) in HALVES
+    has_diag = weights is not None and weights.diag is not None
+    precision = getattr(precision, "value", precision)
+    return Variant(kernel.removesuffix("_kernel"), half, precision, has_diag, has_blocks)
 
 
-def takes_registers(kernel: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether a launch of `kernel` ("fold_kernel") may read operands of asynchronous products from registers."""
-    return Launch(*_as_launched(kernel, arguments)).takes_registers
-
-
-def chains_products(kernel: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether a launch of `kernel` may add several products of one step to one accumulator."""
-    return Launch(*_as_launched(kernel, arguments)).chains_products
-
-
-def _fault(launch: Launch, arch: str) -> str | None:
-    """Why a launch would compute wrong numbers on `arch`, with the remedy; None where it does not."""
-    if arch.startswith("sm_90") and launch.takes_registers:
+def _fault(variant: Variant, arch: str) -> str | None:
+    """Why a kernel would compute wrong numbers on `arch`, with the remedy; None if it would not."""
+    if arch.startswith("sm_90") and variant.takes_registers:
         if not toolchain(arch).is_safe:
             return (
                 f"{toolchain(arch).assembler} may overwrite operands in registers before {arch}'s tensor cores have "
                 f'read them: pip install "triton>=3.9", or set {_variable()} to a ptxas of CUDA 13.1 or newer'
             )
-        if launch.kernel == "pairwise" and TRITON_RELEASE < COPIES_OPERANDS:
+        if variant.kernel == "pairwise" and TRITON_RELEASE < COPIES_OPERANDS:
             return (
                 f'Triton {_dotted(TRITON_RELEASE)} overwrites operands that are being read: pip install "triton>=3.7"'
             )
-    if arch.startswith("sm_10") and launch.chains_products and TRITON_RELEASE < SOUND_TRITON:
+    if arch.startswith("sm_10") and variant.chains_products and TRITON_RELEASE < SOUND_TRITON:
         return f'Triton {_dotted(TRITON_RELEASE)} adds chained products up wrongly on {arch}: pip install "triton>=3.9"'
     return None
 
@@ -220,7 +211,7 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 
 
 def _variable() -> str:
-    """The environment variable by which Triton takes another assembler for sm_90."""
+    """The environment variable that chooses Triton's assembler for sm_90."""
     return "TRITON_PTXAS_PATH" if TRITON_RELEASE < SOUND_TRITON else "TRITON_PTXAS_BLACKWELL_PATH"
 
 
@@ -234,7 +225,7 @@ def _warn_once(fault: str) -> None:
 
 @cache
 def _fault_of(kernel: str, dtype: torch.dtype, arch: str, tf32: bool, has_diag: bool, has_blocks: bool) -> str | None:
-    """`_fault` of a launch that is still to be configured; `tf32`: float32 products may round to it."""
+    """`_fault` of a launch before its tile is chosen. `tf32`: float32 products may round to TF32."""
     half = dtype in HALVES
     if kernel in ("gradient", "cross_attention"):
         # Their products over whole rows are in float32 at least.
@@ -242,20 +233,21 @@ def _fault_of(kernel: str, dtype: torch.dtype, arch: str, tf32: bool, has_diag: 
         precision = dot_precision(wide, arch, tf32=tf32 or (half and kernel == "gradient"), whole_rows=True)
     else:
         precision = dot_precision(dtype, arch, tf32=tf32)
-    return _fault(Launch(kernel, half, precision, has_diag, has_blocks), arch)
+    return _fault(Variant(kernel, half, precision, has_diag, has_blocks), arch)
 
 
 def may_launch(
     kernel: str, dtype: torch.dtype, device: torch.device, *, has_diag: bool = False, has_blocks: bool = False
 ) -> bool:
-    """Whether a kernel may run over features of `dtype`; warns once a process where it may not.
+    """Whether a kernel may run over features of `dtype`; warns once a process if it may not.
 
     Args:
         kernel: Its name, "fold".
-        dtype: The features'.
-        device: Where they lie; True on all but sm_90 and sm_10x.
-        has_diag: Whether it is called with the weight.
-        has_blocks: The same; of the gradient, whether it multiplies by blocks or sums their gradient.
+        dtype: The features' dtype.
+        device: Their device. The result is True on all but sm_90 and sm_10x.
+        has_diag: Whether the kernel gets W_diag.
+        has_blocks: Whether it gets W_blocks; the gradient kernel: whether it multiplies by blocks or sums their
+            gradient.
     """
     arch = devices.identify(device).arch
     if is_sound(arch):
@@ -271,23 +263,24 @@ def may_launch(
 
 
 def is_watched(kernel: str) -> bool:
-    """True for kernels ("fold_kernel") of which some launches may be wrong."""
+    """True if some launches of a kernel ("fold_kernel") may be wrong."""
     return kernel in WATCHED
 
 
 @cache
 def is_sound(arch: str) -> bool:
-    """True where every kernel is compiled as it is, with nothing looked at a launch."""
+    """True if every kernel is compiled correctly, so that launches need no check."""
     if arch.startswith("sm_90"):
         return TRITON_RELEASE >= SOUND_TRITON and toolchain(arch).assembler.is_safe
     return TRITON_RELEASE >= SOUND_TRITON or not arch.startswith("sm_10")
 
 
 class _InUse:
-    """Has Triton assemble with another ptxas, in every thread, from the first one's entry to the last one's exit.
+    """Makes Triton use another ptxas, in every thread, from the first entry to the last exit.
 
-    The knob is set where Triton reads it first: set the usual way it would also be in the environment, and so in
-    programs that another thread starts. What others compile meanwhile is assembled by the newer ptxas, too.
+    The knob is set in its object's dictionary, where Triton looks first. Set the usual way, it would also be in the
+    environment, and so in programs that another thread starts. What other threads compile meanwhile also gets the newer
+    ptxas.
     """
 
     def __init__(self, path: str) -> None:
@@ -314,31 +307,31 @@ class _InUse:
                 self.knobs.update(self.before)
 
 
-#: One for each path: it counts who is inside.
+#: One for each path, since it counts its users.
 _in_use = cache(_InUse)
 
 
 @cache
-def _compiled(launch: tuple[Any, ...], arch: str) -> tuple[str | None, dict[str, Any], AbstractContextManager[None]]:
-    """(why it must not be launched, the options it is launched with, the context it is launched in)."""
-    described = Launch(*launch)
-    fault = _fault(described, arch)
-    if fault is not None or not arch.startswith("sm_90") or not described.takes_registers:
+def _launch_options(variant: Variant, arch: str) -> tuple[str | None, dict[str, Any], AbstractContextManager[None]]:
+    """(why it must not be launched, further options of the launch, context of the launch)."""
+    fault = _fault(variant, arch)
+    if fault is not None or not arch.startswith("sm_90") or not variant.takes_registers:
         return fault, {}, nullcontext()
     replacement = toolchain(arch).replacement
     options = {"ptx_options": _assembler_options()} if TRITON_RELEASE < SOUND_TRITON or replacement else {}
     return None, options, _in_use(replacement.path) if replacement else nullcontext()
 
 
-def compiled(
+def launch_options(
     kernel: str, arguments: Mapping[str, Any], arch: str
 ) -> tuple[dict[str, Any], AbstractContextManager[None]]:
-    """The further options that a launch gets, and the context in which it is compiled by a safe assembler.
+    """Further options of a launch, and the context in which a safe assembler compiles it.
 
     Raises:
-        NotLaunched: there is none. The operators ask `may_launch` first, so only a direct launch comes here.
+        NotLaunched: It would compute wrong numbers. The operators ask `may_launch` first, so only a direct launch can
+        raise.
     """
-    fault, options, context = _compiled(_as_launched(kernel, arguments), arch)
+    fault, options, context = _launch_options(variant_of(kernel, arguments), arch)
     if fault is not None:
         raise NotLaunched(f"{kernel} is not launched: {fault}")
     return options, context
@@ -346,14 +339,14 @@ def compiled(
 
 @cache
 def _assembler_options() -> str:
-    """`ASSEMBLER_OPTION` after the user's own, from $PTXAS_OPTIONS."""
+    """The user's options ($PTXAS_OPTIONS), then `ASSEMBLER_OPTION`."""
     from triton import knobs
 
     return " ".join(filter(None, (knobs.nvidia.ptxas_options, ASSEMBLER_OPTION)))
 
 
 def describe(arch: str) -> str:
-    """The assembler of an architecture's kernels and what follows from it, in a line."""
+    """One line: the assembler of an architecture's kernels, and which kernels run."""
     if not arch.startswith("sm_"):
         return f"none for {arch}"
     tools = toolchain(arch)
@@ -371,6 +364,6 @@ def describe(arch: str) -> str:
 
 
 def forget() -> None:
-    """Ask again: for tests that change what is installed."""
-    for remembered in (toolchain, is_sound, _fault_of, _warn_once, _in_use, _compiled, _assembler_options):
+    """Forget all answers, for tests that change what is installed."""
+    for remembered in (toolchain, is_sound, _fault_of, _warn_once, _in_use, _launch_options, _assembler_options):
         remembered.cache_clear()

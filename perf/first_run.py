@@ -4,11 +4,11 @@
     python perf/first_run.py --out FOLDER --resume OLD/first_run.json      # the stages that one did not finish
     python perf/first_run.py --out FOLDER --assembler PATH                 # Triton's kernels by another ptxas
 
-Nothing is installed, and nothing but FOLDER is kept: the package's folders are copied to a path of their own, caches
-beside them. FOLDER holds `first_run.json`, rewritten after each row, `first_run.log`, `table.txt` and `failures.txt`.
-The stages have their seconds each (`STAGES`); what one leaves, the next may use. Calls run in processes of their own:
-one that dies or hangs is reported, run again with CUDA_LAUNCH_BLOCKING=1 where it died, and the others go on. This
-program itself imports nothing that may be missing or broken. A copy without git is told its commit by GSSF_COMMIT.
+Nothing is installed, and nothing is kept but FOLDER: caches are new and lie in a temporary folder. FOLDER holds
+`first_run.json`, rewritten after each row, `first_run.log`, `table.txt` and `failures.txt`. The stages have their
+seconds each (`STAGES`); what one leaves, the next may use. Calls run in processes of their own: one that dies or hangs
+is reported, run again with CUDA_LAUNCH_BLOCKING=1 where it died, and the others go on. This program itself imports
+nothing that may be missing or broken. In a copy without git GSSF_COMMIT names the commit.
 Exit status: 0, or 1 where something failed, 2 for arguments that don't fit, 130 when interrupted.
 """
 
@@ -33,15 +33,15 @@ from typing import Any
 if __name__ == "__main__":
     sys.dont_write_bytecode = True  # nothing is written outside of --out and a temporary folder
 
-import _layout
-from _first_report import failed, failures_text, table
-from _first_worker import TRACEBACK_LINES
-from _workers import DIED, DONE, Pool, Row, Task, Worker
+from bench import checkout
+from bench.first.report import failed, failures_text, table
+from bench.first.worker import TRACEBACK_LINES
+from bench.processes import DIED, DONE, Pool, Row, Task, Worker
 
 SCHEMA = 1
 #: What --out holds at the end.
 FILES = ("first_run.json", "first_run.log", "table.txt", "failures.txt")
-#: Stage → its seconds, and how many processes work on it at once: what is timed has the device for itself.
+#: Stage → its seconds, and its processes: what is timed has the device for itself.
 STAGES: dict[str, tuple[float, int]] = {
     "environment": (20, 1),
     "ceilings": (15, 1),
@@ -72,7 +72,7 @@ class Run:
         }  # fmt: skip
 
     def write(self) -> None:
-        """Replace the file in one step: whoever kills this program finds the last row in it, and never half a file."""
+        """Replace the file in one step: after a kill it holds the last row, never half a file."""
         with self.lock:
             self._replace("first_run.json", json.dumps(self.found))
 
@@ -107,13 +107,13 @@ class Run:
 
 
 class Program:
-    """The stages, one after the other, each until its time is up; `pace`: their seconds are worth so many."""
+    """The stages, one after the other, each until its time is up; `pace` multiplies their seconds."""
 
     def __init__(self, run: Run, pool: Pool, common: dict[str, Any], deadline: float, pace: float) -> None:
         self.run, self.pool, self.common, self.deadline, self.pace = run, pool, common, deadline, pace
 
     def stage(self, name: str, groups: list[list[Task]], until: float) -> None:
-        """Do the groups in as many processes at once as the stage has."""
+        """Do the groups in as many processes as the stage has."""
         seconds, processes = STAGES[name]
         began = time.monotonic()
         self.run.begin(name)
@@ -177,9 +177,9 @@ class Program:
 
 
 def run_all(program: Program, held: dict[str, Any] | None, wanted: list[str]) -> None:
-    """Every wanted stage that `held` has not finished, if the first tells what there is to do."""
+    """Every wanted stage that `held` has not finished; the first makes the plan of the others."""
     run, until = program.run, time.monotonic() + STAGES["environment"][0] * program.pace
-    # Without it there is nothing else to do: it may take what it takes.
+    # Nothing can be done without it: it has all the time there is.
     program.stage("environment", [[{"kind": "environment", "name": "environment"}]], program.deadline)
     until = max(until, time.monotonic())
     facts = run.found["stages"]["environment"]["rows"].get("environment", {})
@@ -210,24 +210,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the results go, four files")
     p.add_argument("--device", default="cuda", help="cuda, or cpu in Triton's interpreter (default: %(default)s)")
     p.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="JSON",
+        "--resume", nargs="?", const="", metavar="JSON",
         help="keep finished stages of FOLDER's, or another, first_run.json",
-    )
-    p.add_argument("--assembler", metavar="PATH", help="the ptxas that Triton's kernels are assembled with")
+    )  # fmt: skip
+    p.add_argument(
+        "--assembler", type=checkout.assembled_with, default={}, metavar="PATH",
+        help="the ptxas that Triton's kernels are assembled with",
+    )  # fmt: skip
     p.add_argument("--small", action="store_true", help="inputs as small as the interpreter's")
-    p.add_argument("--processes", type=int, default=PROCESSES, help="at most so many at once (default: %(default)d)")
+    p.add_argument("--processes", type=int, default=PROCESSES, help="at most so many (default: %(default)d)")
     p.add_argument("--one-process", action="store_true", help="all tasks in one process, as long as it lives")
     stages = list(STAGES)[1:]
     p.add_argument("--only", nargs="+", choices=stages, default=stages, metavar="STAGE", help="these stages")
     p.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET,
+        "--budget", type=float, default=BUDGET,
         help="seconds in all, from which the stages have theirs (default: %(default)g)",
-    )
+    )  # fmt: skip
     args = p.parse_args(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -238,11 +236,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in FILES:
         if (args.out / name).exists() and not (args.out / name).is_file():
             p.error(f"--out: {args.out / name} is no file")
-    if args.assembler:
-        try:
-            _layout.assembled_with(args.assembler)
-        except ValueError as error:
-            p.error(f"--assembler: {error}")
     return args
 
 
@@ -260,21 +253,6 @@ def _held(args: argparse.Namespace) -> dict[str, Any] | None:
     return held if isinstance(held, dict) and held.get("schema") == SCHEMA and "stages" in held else None
 
 
-def _environment(args: argparse.Namespace, folder: Path) -> dict[str, str]:
-    environment = _layout.environment(_layout.lay_out(folder))
-    # What was compiled or tuned before proves nothing.
-    environment |= {variable: str(folder / name) for variable, name in _layout.CACHES.items()}
-    # Read when the library's first handle is made: without it products may not repeat under deterministic algorithms.
-    environment["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if args.assembler:
-        environment |= _layout.assembled_with(args.assembler)
-    return environment
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the console's encoding lacks is escaped
@@ -282,17 +260,18 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     deadline = time.monotonic() + args.budget
     held = _held(args)
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         folder = Path(tempfile.mkdtemp(prefix="gssf-first-run-"))
     except OSError as error:
         print(f"perf/first_run.py: {error}", file=sys.stderr)
         return 2
-    run = Run(args.out, {"source": _layout.source_digest(), "small": args.small, "budget": args.budget})
+    run = Run(args.out, {"source": checkout.source_digest(), "small": args.small, "budget": args.budget})
     status = 1
     try:
         with (args.out / "first_run.log").open("a", encoding="utf-8") as log:
-            pool = Pool(_environment(args, folder), log, args.processes, shared=args.one_process)
+            environment = checkout.environment(folder) | checkout.REPEATABLE | args.assembler
+            pool = Pool(environment, log, args.processes, shared=args.one_process)
             common = {"device": args.device, "small": args.small}
             program = Program(run, pool, common, deadline, args.budget / BUDGET)
             try:

@@ -25,16 +25,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import _importable  # noqa: F401
-import _layout
-import _machine
-import _results
-import torch
-from _check_calls import CALLS
-from _check_programs import STEPS, WHOLE
-from _check_steps import Machine
-from sweep import RESULTS, now
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True  # before anything of the checkout is imported
 
+from bench import ROOT, checkout, results
+from bench.check.calls import CALLS
+from bench.check.programs import STEPS, WHOLE
+from bench.check.steps import Machine
+from bench.machine import assembler, device_named
 from gssf_triton import console
 from gssf_triton.command.usage import UsageError, check_output
 from gssf_triton.progress import bar as progress_bar
@@ -44,21 +42,8 @@ from gssf_triton.storage import replaceable
 BUDGET = 380.0
 #: What a run that goes on must have in common with the one before.
 SAME = ("device", "driver", "versions", "commit", "assembler")
-#: What a check without a GPU writes tells of this machine alone and is not kept with the results.
-WITHOUT_GPU = _machine.ROOT / "runs" / "gpu_check.json"
-
-
-def new_check(device: torch.device) -> dict[str, Any]:
-    return {
-        "schema": _results.SCHEMA,
-        "suite": "gpu_check",
-        "started": now(),
-        **_machine.describe(device),
-        "versions": _machine.versions(),
-        "commit": _machine.commit(),
-        "assembler": _machine.assembler(device),
-        "steps": {},
-    }
+#: Where a check without a GPU is written, which is not kept with the results.
+WITHOUT_GPU = ROOT / "runs" / "gpu_check.json"
 
 
 def run_step(name: str, machine: Machine) -> dict[str, Any]:
@@ -70,21 +55,17 @@ def run_step(name: str, machine: Machine) -> dict[str, Any]:
         return {"status": "no time left", "findings": []}
     started = time.monotonic()
     findings: list[dict[str, Any]] = []
-    status = "ok"
+    status = ""
     try:
         for found in step.run(machine):
             findings.append(found)
             if machine.left <= 0:
-                return {"status": "no time left", "seconds": _since(started), "findings": findings}
-    except Exception as error:  # the next step still has something to tell
+                status = "no time left"
+                break
+    except Exception as error:  # the next steps still run
         status = f"{type(error).__name__}: {error}"
-    if status == "ok" and not all(found["ok"] for found in findings):
-        status = "failed"
-    return {"status": status, "seconds": _since(started), "findings": findings}
-
-
-def _since(started: float) -> float:
-    return round(time.monotonic() - started, 1)
+    status = status or ("ok" if all(found["ok"] for found in findings) else "failed")
+    return {"status": status, "seconds": round(time.monotonic() - started, 1), "findings": findings}
 
 
 def summary(check: dict[str, Any]) -> str:
@@ -117,52 +98,43 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, metavar="JSON", help="default: perf/results/DEVICE/gpu_check.json")
     p.add_argument("--resume", action="store_true", help="keep the steps of the file that went well")
     p.add_argument("--small", action="store_true", help="inputs as small as the interpreter's")
-    p.add_argument("--assembler", metavar="PATH", help="the ptxas that Triton's kernels are assembled with")
+    p.add_argument(
+        "--assembler", type=checkout.assembled_with, default={}, metavar="PATH",
+        help="the ptxas that Triton's kernels are assembled with",
+    )  # fmt: skip
     p.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="the calls of the I-th of N parts")
     p.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET,
+        "--budget", type=float, default=BUDGET,
         help="seconds in all, from which the steps have theirs (default: %(default)g)",
-    )
+    )  # fmt: skip
     args = p.parse_args(argv)
-    try:
-        device = _machine.device_named(args.device)
-    except (ValueError, RuntimeError) as error:
-        p.error(str(error).splitlines()[0])
-    if args.assembler:
-        try:
-            os.environ |= _layout.assembled_with(args.assembler)
-        except ValueError as error:
-            p.error(f"--assembler: {error}")
+    checkout.keep_clean()
+    os.environ |= checkout.REPEATABLE | args.assembler
+    device = device_named(args.device, p)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         p.error("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
     # A shell that starts this in the background has it ignore interrupts, and all that it starts in turn; programs
     # whose time is up are interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Read when the library's first handle is made: without it products may not repeat under deterministic algorithms.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    check = new_check(device)
-    usual = RESULTS / check["device"]["slug"] / "gpu_check.json" if device.type == "cuda" else WITHOUT_GPU
+    check = results.new("gpu_check", device, assembler=assembler(device), steps={})
+    usual = results.RESULTS / check["device"]["slug"] / "gpu_check.json" if device.type == "cuda" else WITHOUT_GPU
     out = args.out or usual
     end = time.monotonic() + args.budget
     try:
         check_output("--out", out)
     except UsageError as error:
         p.error(str(error))
-    if not replaceable(out) and out != Path(os.devnull):
+    keeps = out != Path(os.devnull)
+    if keeps and not replaceable(out):
         p.error(f"--out: {out} is no file, which is rewritten after each step")
     machine = Machine(device, end, args.small, args.part, tuple(args.calls), folder=out.parent)
     if args.resume and out.exists():
         try:
-            held = _results.read(out, ("steps", *SAME))
+            held = results.read(out, ("steps", *SAME))
         except ValueError as error:
             p.error(str(error))
-        for name in SAME:
-            if held[name] != check[name]:
-                p.error(f"--resume: {out} is of another {name}: {held[name]} then, {check[name]} now")
+        if reasons := results.differences(held, check, SAME):
+            p.error(f"--resume: {out} is another run:\n  " + "\n  ".join(reasons))
         check["steps"] = {name: step for name, step in held["steps"].items() if step["status"] == "ok"}
     try:
         with progress_bar([name for name in args.only if name not in check["steps"]], unit="step") as bar:
@@ -172,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
                 # A step alone has all the time there is; of several none takes what those to come need.
                 limit = end if len(args.only) == 1 else limit + STEPS[name].seconds * args.budget / BUDGET
                 check["steps"][name] = run_step(name, replace(machine, deadline=min(limit, end)))
-                if out != Path(os.devnull):
-                    _results.write(out, check)
+                if keeps:
+                    results.write(out, check)
     except KeyboardInterrupt:
         print(f"interrupted; the finished steps are in {out}, --resume goes on", file=sys.stderr)
         return 130

@@ -5,7 +5,8 @@
     python perf/report.py --check                    # exit status 1 where README.md is not what the runs say
 
 The tables go between the markers `<!-- results:begin -->` and `<!-- results:end -->`, the FLOPs and bytes that rates
-are computed from between `<!-- costs:begin -->` and `<!-- costs:end -->`.
+are computed from between `<!-- costs:begin -->` and `<!-- costs:end -->`. The pictures that README.md shows are drawn
+beside the runs.
 """
 
 from __future__ import annotations
@@ -15,22 +16,17 @@ import os
 import sys
 from pathlib import Path
 
-import _costs
-import _results
-from _costs import BOTH
-from _operation import Operation
-from _registry import OPERATIONS, SUITES, contender_names, labels
-from _results import CellRow, Run
-
+from bench import ROOT, costs, results
+from bench.cells import BOTH
+from bench.operation import Operation
+from bench.registry import OPERATIONS, SUITES, contender_names, labels
+from bench.results import CellRow, Run
 from gssf_triton import console
 from gssf_triton.command.usage import UsageError, check_output
 from gssf_triton.storage import read_text, replacing
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "perf" / "results"
 RESULTS_MARKS = "<!-- results:begin -->", "<!-- results:end -->"
 COSTS_MARKS = "<!-- costs:begin -->", "<!-- costs:end -->"
-
 
 #: In the place of a ratio of times: of a CPU no time is shown by itself.
 UNRELATED = "–"
@@ -39,7 +35,7 @@ UNRELATED = "–"
 def default_runs() -> list[Path]:
     """Of each device: its full suite, or the quick one where there is none, then the other suites."""
     found: list[Path] = []
-    for folder in sorted(folder for folder in RESULTS.glob("*") if folder.is_dir()):
+    for folder in sorted(folder for folder in results.RESULTS.glob("*") if folder.is_dir()):
         there = [suite for suite in SUITES if (folder / f"{suite}.json").exists()]
         if "full" in there and "quick" in there:
             there.remove("quick")
@@ -54,7 +50,7 @@ def chosen_cells(run: Run, operation: Operation) -> list[CellRow]:
     for dtype in dict.fromkeys(cell["dtype"] for cell in mine):
         for mode in operation.modes:
             cells = [c for c in mine if c["dtype"] == dtype and c["mode"] == mode]
-            _, chosen = _results.line(cells, operation.axes[0])
+            _, chosen = results.line(cells, operation.axes[0])
             rows += chosen
             if operation.axes[0] == "MN":
                 tall = [c for c in cells if c["M"] != c["N"]]
@@ -95,21 +91,16 @@ def table(run: Run, operation: Operation) -> list[str]:
     # A CPU's baseline would be a column of ones.
     names = [n for n in contender_names([operation.name]) if n in present and (gpu or n != operation.baseline)]
     shown = labels(operation.name)
-    further = list(dict.fromkeys(name for cell in cells for name in list(_results.sizes(cell))[2:]))
+    further = list(dict.fromkeys(name for cell in cells for name in list(results.sizes(cell))[2:]))
     heads = ["pass", "dtype", "M × N", *further, *(shown[n] for n in names), f"our memory / {operation.relative_to}'s"]
-    lines = [
-        f"`{operation.name}`, time relative to {operation.relative_to}'s"
-        + (", milliseconds in brackets:" if gpu else ":"),
-        "",
-        f"| {' | '.join(heads)} |",
-        "|" + "---|" * (3 + len(further)) + "--:|" * (len(names) + 1),
-    ]
+    title = f"`{operation.name}`, time relative to {operation.relative_to}'s"
+    rows = []
     for cell in cells:
         shape = [f"{cell['M']:,} × {cell['N']:,}", *(str(cell[name]) for name in further)]
-        row = [cell["mode"], cell["dtype"], *shape, *(_time(cell, name, gpu) for name in names), _memory(cell)]
-        lines.append(f"| {' | '.join(row)} |")
-    lines += ["", _in_words(cells, operation)]
-    return lines
+        times = [_time(cell, name, gpu) for name in names]
+        rows.append([cell["mode"], cell["dtype"], *shape, *times, _memory(cell)])
+    lines = costs.markdown(heads, rows, numbers=len(names) + 1)
+    return [title + (", milliseconds in brackets:" if gpu else ":"), "", *lines, "", _in_words(cells, operation)]
 
 
 def _in_words(cells: list[CellRow], operation: Operation) -> str:
@@ -145,32 +136,29 @@ def error_table(run: Run, operation: Operation) -> list[str]:
     names = [n for n in contender_names([operation.name]) if any(n in c["contenders"] for c in cells)]
     shown = labels(operation.name)
     heads = ["dtype", "M × N", "D", *(shown[n] for n in names), "ours may err"]
-    lines = [
-        f"`{operation.name}`, the largest relative error of the loss or a gradient against float64:",
-        "",
-        f"| {' | '.join(heads)} |",
-        "|" + "---|" * 3 + "--:|" * (len(names) + 1),
-    ]
+    rows = []
     for cell in cells:
         found = [cell["contenders"].get(name, {}).get("error") for name in names]
-        row = [cell["dtype"], f"{cell['M']:,} × {cell['N']:,}", str(cell["D"])]
-        row += ["" if error is None else f"{error:.1e}" for error in found]
-        lines.append(f"| {' | '.join(row)} | {operation.bars[cell['dtype']]:g} |")
-    return lines
+        errors = ["" if error is None else f"{error:.1e}" for error in found]
+        size = [f"{cell['M']:,} × {cell['N']:,}", str(cell["D"])]
+        rows.append([cell["dtype"], *size, *errors, f"{operation.bars[cell['dtype']]:g}"])
+    title = f"`{operation.name}`, the largest relative error of the loss or a gradient against float64:"
+    return [title, "", *costs.markdown(heads, rows, numbers=len(names) + 1)]
+
+
+def pictured(run: Run) -> tuple[Operation, tuple[str, ...]]:
+    """The operation whose pictures are shown, the run's first, and their kinds: of errors where errors are compared."""
+    first = OPERATIONS[results.operations(run)[0]]
+    return first, ("roofline", "relative") if first.bars is None else ("memory", "errors")
 
 
 def pictures_of(run: Run, path: Path) -> list[Path]:
-    """Of the first operation: where errors are compared, memory and errors; else all but the memory."""
-    measured = list(dict.fromkeys(cell["operation"] for cell in run["cells"].values()))
-    if not measured:
+    """The pictures beside a run that are shown."""
+    if not run["cells"]:
         return []
-    first = OPERATIONS[measured[0]]
-    prefix = f"{path.stem}-{first.name}-" if len(measured) > 1 else f"{path.stem}-"
-    found = sorted(path.parent.glob(f"{prefix}*.png"))
-    kinds = {p: p.stem.removeprefix(prefix).split("-")[0] for p in found}
-    if first.bars is not None:
-        return [p for p in found if kinds[p] in ("memory", "errors")]
-    return [p for p in found if kinds[p] != "memory"]
+    first, kinds = pictured(run)
+    prefix = results.picture_prefix(run, path, first.name)
+    return sorted(p for kind in kinds for p in path.parent.glob(f"{prefix}{kind}*.png"))
 
 
 def section(run: Run, path: Path, readme: Path) -> str:
@@ -183,10 +171,10 @@ def section(run: Run, path: Path, readme: Path) -> str:
     busy = "" if gpu or load is None else f", load {load} at the start"
     folder = Path(os.path.relpath(path.parent, readme.parent)).as_posix()
     lines = [
-        f"**{_results.device_name(run)}**, {build}{at}{busy}, `--suite {run['suite']}`: medians of interleaved runs; "
+        f"**{results.device_name(run)}**, {build}{at}{busy}, `--suite {run['suite']}`: medians of interleaved runs; "
         f"every shape, with its spread, is in [{path.name}]({folder}/{path.name})."
     ]
-    for name in dict.fromkeys(cell["operation"] for cell in run["cells"].values()):
+    for name in results.operations(run):
         lines += ["", *table(run, OPERATIONS[name])]
         if errors := error_table(run, OPERATIONS[name]):
             lines += ["", *errors]
@@ -209,11 +197,19 @@ def render(text: str, runs: list[Path], readme: Path) -> str:
     Raises:
         ValueError: markers are missing, double or out of order.
     """
-    sections = [section(_results.read(path), path.resolve(), readme) for path in runs]
+    sections = [section(results.read(path), path.resolve(), readme) for path in runs]
     text = _put(text, RESULTS_MARKS, "\n\n".join(sections), readme)
     if any(mark in text for mark in COSTS_MARKS):
-        text = _put(text, COSTS_MARKS, f"{_costs.CONVENTIONS}\n\n{_costs.table()}", readme)
+        text = _put(text, COSTS_MARKS, f"{costs.CONVENTIONS}\n\n{costs.table()}", readme)
     return text
+
+
+def draw(paths: list[Path]) -> None:
+    """The pictures that are shown of these runs, beside them."""
+    for path in paths:
+        if (run := results.read(path))["cells"]:
+            first, kinds = pictured(run)
+            results.draw(run, path, [first.name], kinds)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,19 +220,22 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--check", action="store_true", help="write nothing; exit status 1 where it would change something")
     args = p.parse_args(argv)
     readme = args.readme.resolve()
+    paths = args.runs or default_runs()
     try:
         if not args.check:
             check_output("--readme", readme, *args.runs)
         before = read_text(readme)
-        after = render(before, args.runs or default_runs(), readme).encode()
+        after = render(before, paths, readme)
+        if args.check:
+            if before != after:
+                print(f"{readme} is not what the runs say: python perf/report.py renders it", file=sys.stderr)
+            return int(before != after)
+        draw(paths)
+        after = render(read_text(readme), paths, readme)  # drawing takes seconds, and pictures may be new
     except (OSError, ValueError, UsageError) as error:
         p.error(str(error))
-    if args.check:
-        if before.encode() != after:
-            print(f"{readme} is not what the runs say: python perf/report.py renders it", file=sys.stderr)
-        return int(before.encode() != after)
     with replacing(readme) as file:
-        file.write(after)
+        file.write(after.encode())
     return 0
 
 

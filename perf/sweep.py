@@ -5,8 +5,8 @@
     python perf/sweep.py --compare OLD.json               # exit status 1 where something got slower than in that run
     python perf/sweep.py --shape 4096,4096,1024,32        # one shape of your own: M,N,D,B
 
-Writes one JSON a run, by default runs/perf/<device>/<suite>.json, and the plots beside it; what README shows lies in
-perf/results, written there by `--out perf/results/<device>/<suite>.json`.
+Writes one JSON a run, by default runs/perf/<device>/<suite>.json, and the plots beside it. What README shows lies in
+perf/results: write it with `--no-plots --out perf/results/<device>/<suite>.json`, then let report.py render it.
 Exit status: 0, or 1 where something of ours got slower, failed or was wrong, 2 for arguments that don't fit, 130 when
 interrupted.
 """
@@ -14,24 +14,20 @@ interrupted.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import random
 import signal
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import _machine
-import _results
 import torch
-from _cells import DTYPES, Cell, Shape
-from _measure import measure
-from _registry import contender_names, custom_cells, labels, members, suite_cells, suites
-from _timing import BRIEF, Effort
 
+from bench import ROOT, machine, results
+from bench.cells import DTYPES, Cell, Shape
+from bench.measure import measure
+from bench.registry import contender_names, custom_cells, labels, members, suite_cells, suites
+from bench.timing import BRIEF, Effort
 from gssf_triton import console
 from gssf_triton.command.usage import UsageError, check_output
 from gssf_triton.progress import bar as progress_bar
@@ -40,9 +36,10 @@ from gssf_triton.storage import replaceable
 #: How often the machine's own ceilings are measured again.
 CEILING_INTERVAL_SECONDS = 60.0
 
-#: What README shows, and where a run goes that is for its reader alone.
-RESULTS = Path(__file__).resolve().parent / "results"
-RUNS = RESULTS.parents[1] / "runs/perf"
+#: What a run that goes on must have in common with the one before.
+SAME = ("suite", "device", "driver", "cpu", "versions", "settings", "commit")
+#: Where a run goes by default.
+RUNS = ROOT / "runs/perf"
 
 #: Rounds of a cell: (suite, kind of device).
 EFFORTS = {
@@ -101,50 +98,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def new_run(suite: str, device: torch.device, settings: dict[str, Any]) -> _results.Run:
-    return {
-        "schema": _results.SCHEMA,
-        "suite": suite,
-        "started": now(),
-        "finished": None,
-        "load_at_start": _machine.load(),
-        "complete": False,
-        **_machine.describe(device),
-        "versions": _machine.versions(),
-        "commit": _machine.commit(),
-        "settings": settings,
-        "seed": random.SystemRandom().randrange(2**31),
-        "planned": [],
-        "ceilings": None,
-        "cells": {},
-    }
-
-
 def measure_all(
-    run: _results.Run,
-    out: Path,
-    cells: list[Cell],
-    device: torch.device,
-    effort: Effort,
-    wanted: set[str] | None,
+    run: results.Run, out: Path, cells: list[Cell], device: torch.device, effort: Effort, wanted: set[str] | None,
     deadline: float,
-) -> None:
+) -> None:  # fmt: skip
     """Every cell that the run lacks, least work first, the file rewritten after each."""
     dtypes = list(dict.fromkeys(cell.dtype for cell in cells))
 
     def raise_ceilings() -> None:
-        found = _machine.ceilings(device, dtypes, effort.seconds, small=effort == BRIEF)
-        run["ceilings"] = _machine.higher(run["ceilings"], found) if run["ceilings"] else found
+        found = machine.ceilings(device, dtypes, effort.seconds, small=effort == BRIEF)
+        run["ceilings"] = machine.higher(run["ceilings"], found)
 
     run["planned"] = [cell.key for cell in cells]
     missing = [cell for cell in cells if cell.key not in run["cells"]]
     if missing:
         raise_ceilings()
-        _results.write(out, run)
+        results.write(out, run)
     last, raised = 0.0, time.monotonic()
     with progress_bar(total=len(cells), initial=len(cells) - len(missing), unit="cell", dynamic_ncols=True) as bar:
         for cell in missing:
@@ -155,7 +124,7 @@ def measure_all(
                 break
             bar.set_postfix_str(f"{cell.mode} {cell.dtype} {cell.shape}")
             run["cells"][cell.key] = measure(cell, device, effort, run["seed"], wanted)
-            _results.write(out, run)
+            results.write(out, run)
             last = time.monotonic() - start
             bar.update()
             if time.monotonic() - raised > CEILING_INTERVAL_SECONDS:
@@ -165,11 +134,11 @@ def measure_all(
     if missing:
         # Before, between and after: a machine that was busy, or cold, at one of them was slower than it can be.
         raise_ceilings()
-        run["finished"] = now()
-    _results.write(out, run)
+        run["finished"] = results.now()
+    results.write(out, run)
 
 
-def summary(run: _results.Run) -> str:
+def summary(run: results.Run) -> str:
     """Time relative to the baseline, a line a cell."""
     lines = []
     for key, cell in run["cells"].items():
@@ -196,7 +165,7 @@ def summary(run: _results.Run) -> str:
     return "\n".join(lines)
 
 
-def failures(run: _results.Run) -> list[str]:
+def failures(run: results.Run) -> list[str]:
     """What of ours has no time, and why."""
     return [
         f"{key} {name}: {entry['status']} ({entry['reason']})"
@@ -206,23 +175,14 @@ def failures(run: _results.Run) -> list[str]:
     ]
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str] | None = None) -> int:
     console.ready()
     p = parser()
     args = p.parse_args(argv)
     started = time.monotonic()
-    try:
-        device = _machine.device_named(args.device)
-    except (ValueError, RuntimeError) as error:
-        p.error(str(error).splitlines()[0])
+    device = machine.device_named(args.device, p)
     if args.dtype and not args.shape:
         p.error("--dtype goes with --shape; a suite has dtypes of its own")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision(args.float32_precision)
     base = BRIEF if args.small else EFFORTS.get((args.suite, device.type), USUAL_EFFORT[device.type])
     effort = base if args.seconds is None else replace(base, seconds=args.seconds)
@@ -241,29 +201,30 @@ def main(argv: list[str] | None = None) -> int:
         "seconds_a_cell": effort.seconds,
         "contenders": sorted(args.contenders) if args.contenders else None,
     }
-    run = new_run(suite, device, settings)
+    run = results.new(
+        suite, device, finished=None, load_at_start=machine.load(), complete=False, settings=settings,
+        seed=random.SystemRandom().randrange(2**31), planned=[], ceilings=None, cells={},
+    )  # fmt: skip
     out = args.out or RUNS / run["device"]["slug"] / f"{suite}.json"
     try:
         check_output("--out", out, args.compare)
         if not replaceable(out):
             raise ValueError(f"--out: {out} is no file, which is rewritten after each cell")
-        old = _results.read(args.compare) if args.compare else None
+        old = results.read(args.compare) if args.compare else None
         if args.resume and out.exists():
-            held = _results.read(out)
-            if reasons := _results.may_resume(held, run):
+            held = results.read(out)
+            then, now = ({**r, "commit": r["commit"]["hash"]} for r in (held, run))
+            if reasons := results.differences(then, now, SAME):
                 p.error(f"--resume: {out} is another run:\n  " + "\n  ".join(reasons))
             run = held
     except (OSError, ValueError, UsageError) as error:
         p.error(str(error))
-    plotted = not args.no_plots and importlib.util.find_spec("matplotlib") is not None
-    if not plotted and not args.no_plots:
-        print('no plots: they need matplotlib (pip install "gssf_triton[data]")', file=sys.stderr)
     busy = run["load_at_start"]
-    if device.type == "cpu" and busy is not None and busy > 0.5 * _machine.cores():
-        print(f"note: a load of {busy} on {_machine.cores()} cores; expect wide quartiles", file=sys.stderr)
+    if device.type == "cpu" and busy is not None and busy > 0.5 * (cores := run["cpu"]["cores"]):
+        print(f"note: a load of {busy} on {cores} cores; expect wide quartiles", file=sys.stderr)
     deadline = started + args.time_limit if args.time_limit else float("inf")
     # A polite kill ends as Ctrl-C does; an impolite one loses the cell it met and no other.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         measure_all(run, out, cells, device, effort, args.contenders, deadline)
     except KeyboardInterrupt:
@@ -273,11 +234,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
     print(summary(run))
     print(f"{out}: {len(run['cells'])} cells")
-    if plotted:
-        from _plots import draw
-
+    if not args.no_plots:
         try:
-            for path in draw(run, out):
+            for path in results.draw(run, out):
                 print(path)
         except OSError as error:
             print(f"no plots: {error}", file=sys.stderr)
@@ -287,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         status = 1
     if old is not None:
         try:
-            slower, compared = _results.compare(old, run)
+            slower, compared = results.compare(old, run)
         except ValueError as error:
             p.error(str(error))
         for line in slower:

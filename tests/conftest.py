@@ -6,6 +6,7 @@ yourself to overrule it.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -37,6 +38,7 @@ from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from support.interpreter import remember_lookups  # noqa: E402
 from support.poison import poisoned_memory  # noqa: E402
 
 from gssf_triton.backend import HAS_TRITON, TRITON_VERSION  # noqa: E402
@@ -56,6 +58,8 @@ settings.load_profile("gssf")
 
 # The tensors are small: threads would only get into each other's way, and into the other workers'.
 torch.set_num_threads(1)
+if INTERPRETED and HAS_TRITON:
+    remember_lookups()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -65,7 +69,19 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 #: What imports kernels cannot even be collected without Triton.
-collect_ignore = [] if HAS_TRITON else ["test_first_tasks.py", "test_tuner_choice.py"]
+collect_ignore = ["test_compile_gate.py", "test_first_tasks.py", "test_tensor_cores.py", "test_tuner_choice.py"]
+if HAS_TRITON:
+    collect_ignore.clear()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not walk over it in every test that calls it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # modules are taken apart at exit
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from support.reference import assert_close, features, tolerance
 from torch import Tensor, nn
 
 import gssf_triton
-from gssf_triton.attention.functional import HeadMetric
+from gssf_triton.attention.heads import HeadMetric
 from gssf_triton.nn import GSSFAttention
 
 # ---------------------------------------------------------------- the function

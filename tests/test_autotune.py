@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from gssf_triton.kernels import configs, plans
+from gssf_triton.kernels import choice, configs, plans
 from gssf_triton.kernels.targets import ARCHITECTURES
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -49,35 +49,36 @@ def test_precision_is_tf32_only_where_allowed() -> None:
     assert configs.dot_precision(HALF, "sm_90", tf32=True) == "ieee"
 
 
+def plan(M: int, N: int, D: int = 512, B: int = 32) -> plans.Plan:
+    """The model's, in half precision."""
+    return plans.modelled_plan(1, M, N, D, B, 2, tf32=False)
+
+
 def test_small_problems_take_one_launch_and_large_ones_the_library() -> None:
-    assert plans.choose_plan(1, 64, 64, 256, 32, 2).kind == "one_pass"
-    assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2).kind == "fold_product"
+    assert plan(64, 64, 256).kind == "one_pass"
+    assert plan(8192, 8192, 1024).kind == "fold_product"
 
 
 def test_the_side_with_fewer_rows_is_folded() -> None:
-    assert not plans.choose_plan(1, 64, 10**6, 512, 32, 2).fold_b
-    assert plans.choose_plan(1, 10**6, 64, 512, 32, 2).fold_b
-    assert not plans.choose_plan(1, 100, 100, 512, 32, 2).fold_b
+    assert not plan(64, 10**6).fold_b and plan(10**6, 64).fold_b and not plan(100, 100).fold_b
 
 
 def test_plans_swap_with_the_sides() -> None:
     """S and its transpose are the same work."""
     for M, N in [(64, 4096), (512, 2048), (10_000, 300)]:
-        assert plans.choose_plan(1, M, N, 512, 64, 2).kind == plans.choose_plan(1, N, M, 512, 64, 2).kind
+        assert plan(M, N, B=64).kind == plan(N, M, B=64).kind
 
 
 def test_force_plan_holds_inside_and_ends_with_the_block() -> None:
-    free = plans.choose_plan(1, 8192, 8192, 1024, 32, 2)
-    with plans.force_plan("one_pass"):
-        assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2).kind == "one_pass"
-    assert plans.choose_plan(1, 8192, 8192, 1024, 32, 2) == free
-    with (
-        pytest.raises(
-            ValueError, match="kind must be one of 'one_pass', 'fold_product', 'fold_own_product', got 'fast'"
-        ),
-        plans.force_plan("fast"),
-    ):
-        pass
+    def chosen() -> str:
+        return choice.choose("plan", torch.device("cpu"), HALF, 8192, 8192, 1024, 32).kind
+
+    assert chosen() == "fold_product"
+    with choice.force_plan("one_pass"):
+        assert chosen() == "one_pass"
+    assert chosen() == "fold_product"
+    with pytest.raises(ValueError, match="kind must be one of 'one_pass', 'fold_product', got 'fast'"):
+        choice.force_plan("fast")
 
 
 @pytest.mark.kernels

@@ -1,4 +1,4 @@
-"""What compiled kernels are made of, told from texts: planted faults of each kind, and one real compilation."""
+"""The facts about compiled kernels, read from texts: planted faults of each kind, and one real compilation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from gssf_triton.autotune import binary, sass, ttgir
-from gssf_triton.autotune.binary import Access, Facts, Work
+from gssf_triton.autotune.binary import Facts, Work
+from gssf_triton.autotune.ttgir import Access
 
 HEADER = """
 #rows = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}>
@@ -78,7 +79,7 @@ def test_a_store_of_two_bytes_a_lane() -> None:
 
 
 def test_a_warp_that_runs_along_the_strided_side() -> None:
-    """Two bytes to each of 32 rows: the layout takes rows for what lies side by side, the addresses say columns."""
+    """Two bytes to each of 32 rows: the layout treats rows as contiguous, but in the addresses columns are."""
     found = store("#strided")
     assert (found.vector_bytes, found.run_bytes, found.contiguous, found.fastest) == (2, 2, 1, 0)
 
@@ -122,7 +123,7 @@ def test_an_operand_that_is_copied_in_the_background() -> None:
       %t = ttg.async_copy_global_to_local %at, %to mask %k other %o {contiguity = 4 : i32} : tensor<64x64x!tt.ptr<bf16>, #rows> -> <64x64xbf16, #shared, #smem, mutable> loc(#loc)
       %from = ttg.memdesc_index %m[%j] : !ttg.memdesc<3x64x64xbf16, #shared, #smem, mutable> -> !ttg.memdesc<64x64xbf16, #shared, #smem, mutable> loc(#loc)"""  # noqa: E501
     (found,) = ttgir.accesses(kernel(address("#rows") + before + LOOP.format(load=load, a="%from")))
-    # The copy is as wide as the addresses are known to be contiguous, not as the layout would have it.
+    # The known contiguity of the addresses limits the copy's width; the layout would allow more.
     assert found == Access("async", "a_ptr", (64, 64), 16, 8, 128, True, True, 32, 1, 1)
 
 
@@ -145,7 +146,7 @@ def test_an_address_out_of_two_arguments_has_none() -> None:
 
 
 def test_names_of_two_regions_do_not_mix() -> None:
-    """The text numbers the values of two branches alike."""
+    """Two branches of the text use the same names."""
     branch = (
         "      %q = tt.addptr {base}, %i : !tt.ptr<bf16>, i32 loc(#loc)\n      scf.yield %q : !tt.ptr<bf16> loc(#loc)\n"
     )

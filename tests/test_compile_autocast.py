@@ -102,12 +102,12 @@ def operator_samples(device: str) -> dict[str, list[tuple]]:
             (a, b, W_diag, None, False, f16),
         ],
         "pairwise_planned": [
-            (a, b, W_diag, W_blocks, normalize, f32, kind, fold_b)
-            for kind, fold_b, normalize in [
-                ("one_pass", False, False),
-                ("one_pass", True, True),
-                ("fold_product", True, False),
-                ("fold_own_product", False, True),
+            (a, b, W_diag, W_blocks, normalize, dtype, kind, fold_b)
+            for kind, fold_b, normalize, dtype in [
+                ("one_pass", False, False, f32),
+                ("one_pass", True, True, f32),
+                ("fold_product", True, False, f32),
+                ("fold_product", False, True, f16),
             ]
         ],
         "pairwise_terms": [(a, b, W_diag, W_blocks, False, f32), (b, a, W_diag, W_blocks, True, f32)],

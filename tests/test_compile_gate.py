@@ -14,23 +14,26 @@ from typing import Any
 import pytest
 
 from gssf_triton.autotune import compile_gate
-from gssf_triton.autotune.binary import Access, Facts
+from gssf_triton.autotune.binary import Facts
 from gssf_triton.autotune.compile_gate import RULES, Case, faults
 from gssf_triton.autotune.compiled import Compiled, Dot, dots_of
-from gssf_triton.autotune.rehearsal import Launch
+from gssf_triton.autotune.rehearsal import TILE, Launch
+from gssf_triton.autotune.ttgir import Access
 from gssf_triton.kernels import toolchain
+from gssf_triton.kernels.args import Blocks, Matrix, Tile, Weights
 
 pytestmark = pytest.mark.kernels
 
-#: Compiles planted kernels and configurations in a process whose decorators compile, and prints what the gate says.
+#: Compiles planted kernels and configurations in a process without the interpreter, and prints the gate's faults.
 PROGRAM = """
 import json
 from unittest import mock
 import torch
 from support import planted_kernels
 import gssf_triton
-from gssf_triton.autotune import compile_gate, lookup
+from gssf_triton.autotune import compile_gate
 from gssf_triton.autotune.compiled import compile_launch
+from gssf_triton.kernels import choice
 from gssf_triton.kernels.configs import PairwiseConfig
 from gssf_triton.autotune.public_calls import pairwise
 from gssf_triton.autotune.rehearsal import recording
@@ -56,19 +59,15 @@ def product(gather):
 
 
 def tile(*config, B=32, **options):
-    with lookup.use("pairwise", PairwiseConfig(*config, **options)):
+    with choice.use(pairwise=PairwiseConfig(*config, **options)):
         pairwise(1024, 1024, B, plan="one_pass", normalize=False).rehearse(tape, "bf16")
 
 
 def undrained(*config, **options):
-    # With both stores in one kernel the assembler copes.
+    # With both stores in one kernel the assembler serialises nothing.
     no = {name: mock.Mock(return_value=False) for name in ("drains", "stores_both")}
     with mock.patch.multiple("gssf_triton.kernels.pairwise", **no):
         tile(*config, **options)
-
-
-def whole():
-    pairwise(8192, 8192, 32, plan="fold_own_product", normalize=False).rehearse(tape, "bf16")
 
 
 PLANTED = {
@@ -95,7 +94,7 @@ with recording("sm_90") as tape:
             plant()
             tape.cut = rehearse
             record = next(r for r in records if any(l.kernel == "pairwise_kernel" for l, _ in r.launches))
-        launch, grid = next((l, g) for l, g in record.launches if l.kernel not in ("fold_kernel",))
+        launch, grid = next((l, g) for l, g in record.launches if l.kernel != "fold_kernel")
         said[name] = compile_gate.faults(compile_gate.Case(launch, grid, name), compile_launch(launch))
 print(json.dumps(said))
 """
@@ -134,11 +133,23 @@ def test_the_same_kernel_without_its_fault_passes(planted: dict[str, list[str]],
 
 # ---------------------------------------------------------------------------------------- rules on facts alone
 
-LAUNCH = Launch(
-    "sm_90", "gssf_triton.kernels.pairwise", "pairwise_kernel",
-    (("a_ptr", "*bf16"), ("stride_am", "i32"), ("stride_ad", "constexpr")), (((2,), 1),),
-    (((0,), (("tt.divisibility", 16),)), ((1,), (("tt.divisibility", 16),))), (("num_warps", 8), ("num_stages", 3)),
-)  # fmt: skip
+A = Matrix("*bf16", "constexpr", "i32", "constexpr")
+
+
+def launch_of(blocks: bool = True) -> Launch:
+    """A launch of the one-pass kernel, with a fold by blocks or without."""
+    weights = Weights("constexpr", Blocks("*bf16", "i32", "i32", "constexpr") if blocks else "constexpr")
+    signature = (("a", A), ("weights", weights), ("s_ptr", "*bf16"), ("TILE", "constexpr"))
+    tile = (TILE, Tile.__module__, "Tile", (("BLOCK_M", 64), ("PRECISION", "ieee")))
+    blocks_at = (((1, 1, 3), 1),) if blocks else (((1, 1), None),)
+    constants = (((0, 1), None), ((0, 3), 1), ((1, 0), None), *blocks_at, ((3,), tile))
+    divisible = (("tt.divisibility", 16),)
+    attributes = tuple((path, divisible) for path in ((0, 0), (0, 2), (1, 1, 0), (1, 1, 1), (1, 1, 2)))
+    options = (("num_warps", 8), ("num_stages", 3))
+    return Launch("sm_90", "gssf_triton.kernels.pairwise", "pairwise_kernel", signature, constants, attributes, options)
+
+
+LAUNCH = launch_of()
 GOOD = Facts(registers=128, shared=1000, tensor_ops=4, wgmma=(("m64n128k16", 4, 0),))
 DOTS = (Dot(128, "bf16", "ieee"),)
 
@@ -159,6 +170,22 @@ def changed(**changes: Any) -> Facts:
     return replace(GOOD, **changes)
 
 
+def test_a_launch_names_every_argument() -> None:
+    launch = launch_of()
+    assert launch.strides == [
+        "a.batch",
+        "a.row",
+        "a.channel",
+        "weights.blocks.group",
+        "weights.blocks.p",
+        "weights.blocks.q",
+    ]
+    assert launch.is_divisible("a.row") and not launch.is_divisible("a.channel") and launch.constant("a.channel") == 1
+    assert (launch.constant("BLOCK_M"), launch.numerics, launch.tile) == (64, "bf16", "M64 w8 s3")
+    assert launch.arguments()["weights"] == Weights(None, Blocks("*bf16", "i32", "i32", 1))
+    assert launch.arguments()["TILE"].BLOCK_M == 64
+
+
 def test_a_good_kernel_passes() -> None:
     assert said(changed(accesses=(access(), access(kind="async", in_loop=True, feeds_dot=True)))) == ""
 
@@ -171,7 +198,7 @@ FAULTS = {
     "serialised": (changed(serialised=("C7515 …",)), "is serialised: C7515"),
     "narrow accesses": (changed(accesses=(access(vector_bytes=2),)), "moves 2 bytes a lane"),
     "synchronous loads": (
-        changed(accesses=(access(kind="load", argument="a_ptr", in_loop=True, feeds_dot=True),)), "not asynchronous",
+        changed(accesses=(access(kind="load", argument="a.ptr", in_loop=True, feeds_dot=True),)), "not asynchronous",
     ),
     "strided warps": (changed(accesses=(access(run_bytes=2),)), "a warp's run is 2 bytes"),
     "register hazard": (changed(hazards=("R4 …",)), "overwrites an operand"),
@@ -190,28 +217,18 @@ def test_a_grid_that_passes_the_limit_is_a_fault() -> None:
     assert "65,536" in said(GOOD, (1, 65_536))
 
 
-FOLDED = (("HAS_DIAG", "constexpr"), ("HAS_BLOCKS", "constexpr"), ("PRECISION", "constexpr"))
-
-
-def folding(blocks: bool) -> Launch:
-    """The launch with a fold in it, by blocks or by none."""
-    first = len(LAUNCH.signature)
-    constants = ((first,), False), ((first + 1,), blocks), ((first + 2,), "ieee")
-    return replace(LAUNCH, signature=(*LAUNCH.signature, *FOLDED), constants=(*LAUNCH.constants, *constants))
-
-
 @pytest.mark.parametrize("is_safe", [True, False])
 def test_operands_from_registers_want_a_safe_assembler(is_safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = changed(wgmma=(("m64n128k16", 8, 4),))
     monkeypatch.setattr(toolchain, "toolchain", lambda arch: SimpleNamespace(is_safe=is_safe))
     wanted = "" if is_safe else "4 products take an operand from registers, which this assembler may overwrite"
-    assert said(facts, launch=folding(True)) == wanted
+    assert said(facts, launch=LAUNCH) == wanted
 
 
 def test_operands_from_registers_must_be_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "toolchain", lambda arch: SimpleNamespace(is_safe=True))
     facts = changed(wgmma=(("m64n128k16", 8, 4),))
-    assert "`kernels.toolchain` does not know it" in said(facts, launch=folding(False))
+    assert "`kernels.toolchain` does not know it" in said(facts, launch=launch_of(blocks=False))
 
 
 def test_chained_products_are_a_fault_of_old_releases_on_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +247,7 @@ def test_every_rule_has_a_planted_fault() -> None:
 def test_what_strides_do_not_allow_is_no_fault() -> None:
     odd = replace(LAUNCH, attributes=LAUNCH.attributes[:1])  # rows that are not 16 bytes apart
     assert said(changed(accesses=(access(vector_bytes=2, run_bytes=64),)), launch=odd) == ""
-    assert said(changed(accesses=(access(vector_bytes=4, per_thread=2),))) == "", "a lane has no more of it"
+    assert said(changed(accesses=(access(vector_bytes=4, per_thread=2),))) == "", "a lane holds no more"
     assert said(changed(accesses=(access(vector_bytes=2, run_bytes=2, shape=(128,)),))) == "", "a vector, not a tile"
 
 

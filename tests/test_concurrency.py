@@ -26,9 +26,9 @@ from support.file_writers import LETTERS, WRITERS, read_glyphs
 from support.forks import forked
 from support.good_calls import FUNCTIONS, MODULES, Call
 
-from gssf_triton.autotune import lookup, store
+from gssf_triton.autotune import store
 from gssf_triton.data import glyphs
-from gssf_triton.kernels import devices
+from gssf_triton.kernels import choice, devices
 from gssf_triton.kernels.configs import ChunkConfig
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
@@ -133,10 +133,10 @@ def work(number):
             gssf_triton.late_interaction(x[None], x[None], W_diag, W_blocks),
             gssf_triton.nn.GSSF(24, 8)(x, x).detach(),
         ]
-        from gssf_triton.autotune import lookup
+        from gssf_triton.kernels import choice
         cpu = torch.device("cpu")
-        chosen = [lookup.choose("chunk", cpu, torch.float32, 64, 0, 4096, 4096),
-                  lookup.choose("pairwise", cpu, torch.float32, 64, 64, 32, 8)]
+        chosen = [choice.choose("chunk", cpu, torch.float32, 4096, 4096, 64),
+                  choice.choose("pairwise", cpu, torch.float32, 64, 64, 32, 8)]
         from gssf_triton.kernels import cross_attention, fold, late_interaction, pairwise, rank, stream, topk
         digest = hashlib.sha256()
         for part in parts:
@@ -174,20 +174,22 @@ def test_the_first_use_in_many_threads_at_once(tmp_path: Path, monkeypatch: pyte
     assert done.stdout.strip() == "1" and len(list(path.parent.glob("*.broken-*"))) == 1
 
 
-class Ending(dict[str, Any]):
-    """Overrides that another thread ends right after this one has looked whether there is one."""
-
-    def __contains__(self, kernel: object) -> bool:
-        found = super().__contains__(kernel)
-        self.clear()
-        return found
-
-
 def test_a_look_up_while_another_threads_override_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    where = ("chunk", torch.device("cpu"), torch.float32, 256, 0, 512, 512)
-    usual, tried = lookup.choose(*where), ChunkConfig(512, 2048)
-    monkeypatch.setattr(lookup, "_overrides", Ending(chunk=tried))
-    assert lookup.choose(*where) in (usual, tried)
+    """Its override ends right after this thread has begun to look through those in force."""
+    where = ("chunk", torch.device("cpu"), torch.float32, 512, 512, 256)
+    usual, tried = choice.choose(*where), ChunkConfig(512, 2048)
+    override = choice.use(chunk=tried)
+
+    class Ending(dict[str, Any]):
+        def __contains__(self, kernel: object) -> bool:
+            override.__exit__(None, None, None)
+            return False
+
+    with choice.use(chunk=usual):
+        override.__enter__()
+        monkeypatch.setattr(choice, "_overrides", (*choice._overrides, Ending()))
+        assert choice.choose(*where) == tried, "as it was when the look began"
+    assert choice.choose(*where) == usual
 
 
 if not INTERPRETED:  # there are streams on a GPU only: nowhere else is this a test
@@ -240,20 +242,21 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from gssf_triton.autotune import lookup
+from gssf_triton.kernels import choice
 from gssf_triton.kernels.configs import ChunkConfig
 from gssf_triton.kernels.devices import Device
 from gssf_triton.autotune.store import Store
 
 def choose():
-    return lookup.choose("chunk", torch.device("cpu"), torch.float32, 256, 0, 512, 512)
+    return choice.choose("chunk", torch.device("cpu"), torch.float32, 512, 512, 256)
 
 usual = choose()
-lookup._remembered.clear()
+choice.forget()
 store = Store(Device("cpu-1", "a CPU", "cpu"), Path(sys.argv[1]))
 held, done = threading.Event(), threading.Event()
 
 def tune():
-    with lookup._lock, lookup.tuning(), lookup.use("chunk", ChunkConfig(512, 2048)), store._locked():
+    with lookup.lock, lookup.tuning(), choice.use(chunk=ChunkConfig(512, 2048)), choice._lock, store._locked():
         held.set()
         done.wait()
 
@@ -262,7 +265,7 @@ thread.start()
 held.wait()
 child = os.fork()
 if child == 0:
-    ok = choose() == usual and not lookup._tuning
+    ok = choose() == usual and not lookup.is_tuning
     os.write(1, b"ready " if ok else b"wrong ")  # in one piece: the parent writes to the same pipe
     time.sleep(60)
     os._exit(0)
@@ -337,7 +340,7 @@ def test_processes_that_build_one_cache_at_once(tmp_path: Path, monkeypatch: pyt
     for number, name in enumerate("ab"):
         Image.new("RGB", (64, 64), (number, 100, 200)).save(tmp_path / f"{name}.png")
     with forked("file_writers.load_from_one_cache", tmp_path) as nursery:
-        for attempt in range(6):
+        for attempt in range(4):
             nursery.start(*range(4))
             (tmp_path / "start").touch()
             assert nursery.end() == [0] * 4

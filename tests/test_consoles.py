@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz import loop
 from PIL import Image
 from support.tuner_kit import cache  # noqa: F401
 
 from gssf_triton import console, progress
-from gssf_triton.autotune import cli, compile_gate, model_tables, rehearse, tables, tuner
+from gssf_triton.autotune import cli, compile_gate, rehearse, tuner
 from gssf_triton.autotune.tuner import Report
 from gssf_triton.command import main
 from gssf_triton.data import load_glyphs
@@ -172,7 +173,6 @@ PROGRAMS: dict[str, Callable[[], Callable[[list[str]], Any]]] = {
     "autotune/__main__.py": lambda: cli.main,
     "autotune/compile_gate.py": lambda: compile_gate.main,
     "autotune/rehearse.py": lambda: rehearse.main,
-    "autotune/model_tables.py": lambda: model_tables.main,
     **{f"perf/{name}.py": lambda name=name: program(name) for name in ("sweep", "report", "first_run", "gpu_check")},
     **{
         f"examples/{name}.py": lambda name=name: program(name)
@@ -187,8 +187,8 @@ PROGRAMS: dict[str, Callable[[], Callable[[list[str]], Any]]] = {
 
 
 def state() -> dict[str, str]:
-    """What programs write in a clone: its tables and its READMEs."""
-    paths = [*tables.SHIPPED.iterdir(), ROOT / "README.md", *(ROOT / "examples").rglob("*.md")]
+    """What programs write in a clone: its READMEs."""
+    paths = [ROOT / "README.md", *(ROOT / "examples").rglob("*.md")]
     return {f"{path}": hashlib.sha256(path.read_bytes()).hexdigest() + str(path.stat().st_mtime_ns) for path in paths}
 
 
@@ -198,9 +198,8 @@ def test_every_program_is_listed() -> None:
         str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.py")
         if path.name == "__main__.py" or "\nif __name__ == \"__main__\":\n    " in path.read_text("utf-8")
     }  # fmt: skip
-    assert found - {"perf/_first_worker.py", "gssf_triton/__main__.py", "autotune/__main__.py"} == set(PROGRAMS) - {
-        "gssf_triton/__main__.py", "autotune/__main__.py"
-    }  # fmt: skip
+    mains = {"gssf_triton/__main__.py", "autotune/__main__.py"}
+    assert found - mains - {"perf/bench/first/worker.py"} == set(PROGRAMS) - mains
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -221,9 +220,9 @@ def test_help_prints_on_any_console_and_does_nothing_else(
 
 
 def test_help_of_a_process_that_waits_for_tasks() -> None:
-    command = [sys.executable, str(ROOT / "perf/_first_worker.py"), "--help"]
+    command = [sys.executable, str(ROOT / "perf/bench/first/worker.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
-    assert done.returncode == 0 and done.stdout.startswith("usage: perf/_first_worker.py")
+    assert done.returncode == 0 and done.stdout.startswith("usage: perf/bench/first/worker.py")
 
 
 def test_a_reader_that_has_seen_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,15 +270,12 @@ def test_the_tuner_and_the_gate_without_tqdm(
     assert compile_gate.compile_all([], 1) == {}
 
 
-def test_the_fuzzer_without_tqdm(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['tqdm'] = None; from fuzz import loop; sys.exit(loop.main(sys.argv[1:]))"
-    argv = ["--function", "dense_metric", "--start", "0", "--cases", "2", "--out", str(tmp_path)]
-    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60,
-        env=os.environ | {"PYTHONPATH": paths},
-    )  # fmt: skip
-    assert done.returncode == 0 and "2/2  cases" in done.stderr, done.stderr
+def test_the_fuzzer_without_tqdm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert loop.main(["--function", "dense_metric", "--start", "0", "--cases", "2", "--out", str(tmp_path)]) == 0
+    assert "2/2  cases" in capsys.readouterr().err
 
 
 def test_lines_in_the_place_of_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

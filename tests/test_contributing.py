@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gssf_triton.autotune import lookup
+from gssf_triton.kernels import choice
 from gssf_triton.kernels.configs import ChunkConfig
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -17,13 +17,13 @@ TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8
 IMPORTS = {
     "torch": """
 from __future__ import annotations
-from gssf_triton.streaming.epilogues import EPILOGUES, Chunk, Epilogue, Kept, merge_sums
+from gssf_triton.kernels.stream_values import Epilogue, Kept
+from gssf_triton.streaming.epilogues import EPILOGUES, Chunk, merge_sums
 """,
     "triton": """
 from __future__ import annotations
 import triton
 import triton.language as tl
-from gssf_triton.kernels.epilogues import EPILOGUES
 """,
 }
 
@@ -38,17 +38,17 @@ def test_a_new_epilogue(backend: str, device: str, tmp_path: Path, monkeypatch: 
     # Triton reads a kernel's source from its file.
     for name, code in (("torch", in_torch + use), ("triton", in_triton)):
         (tmp_path / f"example_{name}.py").write_text(IMPORTS[name] + code, encoding="utf-8")
-    # Put back as they were when the test ends.
-    for table in (epilogues.EPILOGUES, kernels.EPILOGUES):
-        monkeypatch.setitem(table, "count_above", None)
+    # Put back as it was when the test ends.
+    monkeypatch.setitem(epilogues.EPILOGUES, "count_above", None)
     modules = {}
     for name in IMPORTS:
         spec = importlib.util.spec_from_file_location(f"example_{name}", tmp_path / f"example_{name}.py")
         assert spec is not None and spec.loader is not None
         modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(modules[name])
+    monkeypatch.setattr(kernels, "count_above", modules["triton"].count_above, raising=False)
     t, y = torch.randn(40, 12, device=device), torch.randn(70, 12, device=device)
-    with lookup.use("chunk", ChunkConfig(16, 33)):
+    with choice.use(chunk=ChunkConfig(16, 33)):
         counts = modules["torch"].count_above(t, y, 0.5, backend)
     S = t.double() @ y.double().T
     clear = ((S - 0.5).abs() > 1e-4).all(1)  # rounding decides the others

@@ -23,7 +23,6 @@ from support.tuner_kit import a_chunk, stream_key
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "perf")]
 
-import _results  # noqa: E402
 import demo_report  # noqa: E402
 import studies  # noqa: E402
 import study_data  # noqa: E402
@@ -32,6 +31,7 @@ from checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
 from glyph_training import STATE, Run, Settings, load_teacher, test_pairs  # noqa: E402
 from study_runner import RUN, Results  # noqa: E402
 
+from bench import results  # noqa: E402
 from gssf_triton.autotune import shapes, tables  # noqa: E402
 from gssf_triton.autotune.store import Store  # noqa: E402
 from gssf_triton.command import files  # noqa: E402
@@ -217,7 +217,7 @@ def study_results(folder: Path) -> Path:
 
 
 def bench_results(folder: Path) -> Path:
-    _results.write(folder / "run.json", dict.fromkeys(_results.RUN, 1))
+    results.write(folder / "run.json", dict.fromkeys(results.RUN, 1))
     return folder / "run.json"
 
 
@@ -274,7 +274,7 @@ READERS: dict[str, Reader] = {
     ),
     "a study to show": Reader(STUDY, lambda path: studies.stored(path.parent), ValueError, "json"),
     "the demo's results": Reader(DEMO, demo_report.demo_section, ValueError, "json"),
-    "a benchmark's results": Reader(bench_results, _results.read, ValueError, "json",
+    "a benchmark's results": Reader(bench_results, results.read, ValueError, "json",
                                     {"another schema": b'{"schema": 99}', "its schema alone": b'{"schema": 1}'}),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from support.region_word_reference import check, mask, problem
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.region_word import torch_backend
+from gssf_triton.region_word import pairs
 
 #: (images, captions), (regions, words), (G, B).
 SHAPES = {
@@ -24,7 +24,7 @@ SHAPES = {
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few pairs, so that small problems have several of them on both sides."""
-    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", {"cpu": 12288, "cuda": 12288})
+    monkeypatch.setattr(pairs, "CHUNK_BYTES", {"cpu": 12288, "cuda": 12288})
 
 
 def _away_from_the_jump(tensors: dict[str, Tensor]) -> None:

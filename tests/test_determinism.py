@@ -30,13 +30,20 @@ def run(function: str, tensors: dict[str, Tensor], grads: list[Tensor], **option
     return [x.detach() for x in (*outputs, *first, *(g for g in second if g is not None))]
 
 
-@pytest.mark.parametrize("function", ["pairwise_sim", "pairwise_terms", "paired_sim", "transform"])
 @pytest.mark.parametrize(
-    ("dtype", "deterministic"),
-    [(torch.float32, True), (torch.bfloat16, False)],
-    ids=["float32-deterministic", "bfloat16-default"],
+    ("function", "dtype", "deterministic"),
+    [
+        ("pairwise_sim", torch.float32, True),
+        ("pairwise_sim", torch.bfloat16, False),
+        ("pairwise_terms", torch.float32, False),
+        ("paired_sim", torch.bfloat16, True),
+        ("paired_sim", torch.float32, False),
+        ("transform", torch.bfloat16, True),
+    ],
+    ids=["pairwise_sim-deterministic", "pairwise_sim", "pairwise_terms", "paired_sim-deterministic", "paired_sim",
+         "transform-deterministic"],
     indirect=["deterministic"],
-)
+)  # fmt: skip
 def test_same_call_same_bits(function: str, dtype: torch.dtype, deterministic: bool, backend: str, device: str) -> None:
     M = 67 if device == "cpu" else 4099  # several tiles of rows, the last one ragged
     N = M if function == "paired_sim" else M // 2

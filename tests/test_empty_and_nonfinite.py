@@ -8,7 +8,8 @@ from support.reference import assert_close, check, features, tolerance, weights
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.kernels.plans import PLANS, force_plan
+from gssf_triton.kernels.choice import force_plan
+from gssf_triton.kernels.plans import PLANS
 
 NAN, INF = float("nan"), float("inf")
 

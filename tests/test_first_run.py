@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import _first_report
-import _workers
 import first_run
 import pytest
 from support.perf_kit import PERF
+
+from bench import checkout
+from bench.first import report
 
 ROOT = PERF.parent
 #: Folders that are carried to a machine on which nothing can be installed.
@@ -28,7 +29,7 @@ CARRIED = ("gssf_triton", "kernels", "autotune", "perf")
 #: Seconds for the interpreter, on a machine where other tests run.
 PATIENT = "2000"
 
-#: What stands in for _first_tasks.py.
+#: A substitute for bench/first/tasks.py.
 TOY_TASKS = """
 import os, time
 
@@ -77,12 +78,15 @@ def is_healthy():
 
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the toy worker."""
+    """Where workers find the toy tasks."""
     folder = tmp_path / "toys"
-    folder.mkdir()
-    (folder / "_first_tasks.py").write_text(TOY_TASKS)
-    shutil.copy(PERF / "_first_worker.py", folder)
-    monkeypatch.setattr(_workers, "PROGRAM", folder / "_first_worker.py")
+    first = folder / "bench/first"
+    first.mkdir(parents=True)
+    for package in (folder / "bench", first):
+        (package / "__init__.py").touch()
+    (first / "tasks.py").write_text(TOY_TASKS)
+    shutil.copy(PERF / "bench/first/worker.py", first)
+    monkeypatch.setattr(checkout, "PATH", (folder,))
     monkeypatch.setenv("TOY_PIDS", str(tmp_path / "pids"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # what is killed cannot clear up
     monkeypatch.setattr(first_run, "TASK_SECONDS", 1.0)
@@ -146,8 +150,8 @@ DRIVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {perf!r})
-import _workers, first_run
-_workers.PROGRAM = Path({toys!r}) / "_first_worker.py"
+import first_run
+first_run.checkout.PATH = (Path({toys!r}),)
 sys.exit(first_run.main(sys.argv[1:]))
 """
 
@@ -225,7 +229,7 @@ def test_a_stage_keeps_to_its_seconds(toys: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_where_nothing_imports_that_is_said(toys: Path, tmp_path: Path) -> None:
-    (toys / "_first_tasks.py").write_text("import a_module_that_is_missing")
+    (toys / "bench/first/tasks.py").write_text("import a_module_that_is_missing")
     out = tmp_path / "out"
     assert first_run.main(["--out", str(out), "--processes", "1"]) == 1
     assert "No module named 'a_module_that_is_missing'" in (out / "failures.txt").read_text(encoding="utf-8")
@@ -279,7 +283,7 @@ def test_first_run_is_rehearsed(carried: Path, tmp_path: Path) -> None:
     done = rehearse(carried, tmp_path, "first_run.py", "--out", str(out), "--one-process", "--budget", PATIENT)
     found = found_in(out)
     assert list(found["stages"]) == list(first_run.STAGES), done.stderr
-    failed = {row["name"]: row for _, row in _first_report.failed(found)}
+    failed = {row["name"]: row for _, row in report.failed(found)}
     # The stub's graphs replay nothing.
     assert failed.keys() == {"pairwise_sim, one pass, captured"}, (out / "failures.txt").read_text(encoding="utf-8")
     assert done.returncode == 1 and done.stdout.rstrip().endswith("repeat: pairwise_sim, one pass, captured")

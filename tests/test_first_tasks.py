@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import _check_calls
-import _first_cases
-import _first_tasks
 import pytest
 import torch
-from _first_report import failures_text
-from _watch import watched
-from _where import where_wrong
 
 import gssf_triton
+from bench.check import calls
+from bench.check.errors import where_wrong
+from bench.check.watch import watched
+from bench.first import cases, tasks
+from bench.first.report import failures_text
 
 pytestmark = pytest.mark.kernels
 
@@ -25,17 +24,17 @@ def task(device: str, kind: str, **facts: Any) -> dict[str, Any]:
 def test_a_wrong_result_is_reported_with_its_place_and_its_launches(
     monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    right = _check_calls.Problem.results
+    right = calls.Problem.results
 
-    def wrong(problem: _check_calls.Problem, backend: str) -> dict[str, torch.Tensor]:
+    def wrong(problem: calls.Problem, backend: str) -> dict[str, torch.Tensor]:
         found = right(problem, backend)
         if backend == "triton":
             found["out"][3::16, 5] += 100
         return found
 
-    monkeypatch.setattr(_check_calls.Problem, "results", wrong)
+    monkeypatch.setattr(calls.Problem, "results", wrong)
     asked = task(device, "smoke", call="pairwise_sim, one pass", numerics="fp32")
-    (row,) = _first_tasks.run(asked)
+    (row,) = tasks.run(asked)
     assert not row["ok"] and row["of"] == "out" and "pairwise" in row["kernels"]
     failure = row["failure"]
     assert (failure["call"], failure["dtype"]) == ("pairwise_sim, one pass", "fp32")
@@ -44,7 +43,7 @@ def test_a_wrong_result_is_reported_with_its_place_and_its_launches(
     assert place["rows"]["mod 16"] == [3] and place["columns"]["mod 64"] == [5] and place["nan"] == 0
     launch = next(launch for launch in failure["launches"] if launch["kernel"] == "pairwise")
     assert launch["config"]["BLOCK_M"] and launch["config"]["num_warps"] and launch["sizes"]["M"] == 35
-    assert launch["signature"]["a_ptr"].startswith("*float32") and "BLOCK_M" not in launch["signature"]
+    assert launch["signature"]["a.ptr"].startswith("*float32") and "BLOCK_M" not in launch["signature"]
     stages = {"smoke": {"status": "done", "seconds": 1.0, "rows": {row["name"]: row}}}
     text = failures_text({"stages": stages})
     for said in ("pairwise_sim, one pass", '"mod 16": [3]', '"wrong_share"', '"signature"', '"BLOCK_M"'):
@@ -52,18 +51,18 @@ def test_a_wrong_result_is_reported_with_its_place_and_its_launches(
 
 
 def test_an_error_carries_what_was_launched(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    right = _check_calls.Problem.results
+    right = calls.Problem.results
 
-    def breaks(problem: _check_calls.Problem, backend: str) -> dict[str, torch.Tensor]:
+    def breaks(problem: calls.Problem, backend: str) -> dict[str, torch.Tensor]:
         found = right(problem, backend)
         if backend == "triton":
             raise RuntimeError("too many resources")
         return found
 
-    monkeypatch.setattr(_check_calls.Problem, "results", breaks)
+    monkeypatch.setattr(calls.Problem, "results", breaks)
     asked = task(device, "smoke", call="transform", numerics="bf16")
     with pytest.raises(RuntimeError, match="too many resources") as raised:
-        list(_first_tasks.run(asked))
+        list(tasks.run(asked))
     facts = raised.value.facts  # type: ignore[attr-defined]
     assert (facts["call"], facts["dtype"]) == ("transform", "bf16")
     assert {launch["kernel"] for launch in facts["launches"]} == {"fold", "gradient"}
@@ -102,23 +101,23 @@ def test_what_is_only_compiled_is_not_run(device: str) -> None:
 
 def test_every_planned_task_is_of_a_kind_and_says_what() -> None:
     for small in (False, True):
-        plan = _first_tasks.plan(small)
-        tasks = [task for groups in plan.values() for group in groups for task in group]
-        assert {task["kind"] for task in tasks} | {"environment"} == set(_first_tasks.KINDS)
+        plan = tasks.plan(small)
+        planned = [task for groups in plan.values() for group in groups for task in group]
+        assert {task["kind"] for task in planned} | {"environment"} == set(tasks.KINDS)
         for stage, groups in plan.items():
             names = [task["name"] for group in groups for task in group if stage != "compile"]
             assert len(names) == len(set(names)), stage
-    assert all(len(tiles) == len(set(tiles)) == 10 for tiles in _first_cases.TILES.values())
+    assert all(len(tiles) == len(set(tiles)) == 10 for tiles in cases.TILES.values())
 
 
 def test_a_kernel_left_to_torch_is_no_failure(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    def refused(place: _first_cases.Place) -> _first_cases.Bench:
+    def refused(place: cases.Place) -> cases.Bench:
         raise RuntimeError("fold_kernel is not launched: ptxas 12.8 may overwrite operands")
 
-    name = next(iter(_first_cases.HEADLINE["rows"]))
-    monkeypatch.setitem(_first_cases.HEADLINE["rows"], name, refused)
-    (row,) = _first_tasks.run(task(device, "headline", of=name))
+    name = next(iter(cases.HEADLINE["rows"]))
+    monkeypatch.setitem(cases.HEADLINE["rows"], name, refused)
+    (row,) = tasks.run(task(device, "headline", of=name, group="rows"))
     assert row["ok"] and "ptxas 12.8" in row["reason"]
-    monkeypatch.setitem(_first_cases.HEADLINE["rows"], name, lambda place: [][0])
+    monkeypatch.setitem(cases.HEADLINE["rows"], name, lambda place: [][0])
     with pytest.raises(IndexError):
-        list(_first_tasks.run(task(device, "headline", of=name)))
+        list(tasks.run(task(device, "headline", of=name, group="rows")))

@@ -101,16 +101,13 @@ def _last_row_unwritten(patch: Patch) -> None:
 
 def _ids_ignored(patch: Patch) -> None:
     """Pairs of equal ids count as negatives."""
-    exact = info_nce.__globals__["_InfoNCE"]
+    loss = info_nce.__globals__["_InfoNCE"]
+    exact = loss.stream
 
-    class Forgetful(exact):  # type: ignore[misc, valid-type]
-        """The loss without its ids."""
+    def forgetful(self: Any, name: str, x: Any, *more: Any, **options: Any) -> Any:
+        return exact(self, name, x._replace(row_ids=None, column_ids=None), *more, **options)
 
-        def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-            out: tuple[Tensor, ...] = super().__call__(*inputs[:-2], None, None)
-            return out
-
-    patch.setitem(info_nce.__globals__, "_InfoNCE", Forgetful)
+    patch.setattr(loss, "stream", forgetful)
 
 
 def _other_bits(patch: Patch) -> None:
@@ -120,16 +117,16 @@ def _other_bits(patch: Patch) -> None:
 
 
 def _ties_by_the_higher_index(patch: Patch) -> None:
-    exact = scan.topk
+    exact = scan.Search.best_items
 
-    def reversed_lists(scores: Any, gallery: Any, exclusions: Any, k: int) -> Any:
-        lists = exact(scores, gallery, exclusions, k)
+    def reversed_lists(search: Any, k: int) -> Any:
+        lists = exact(search, k)
         indices = lists.indices
         if k > 1:
             indices[:, :2] = indices[:, :2].flip(1)
         return lists
 
-    patch.setattr(scan, "topk", reversed_lists)
+    patch.setattr(scan.Search, "best_items", reversed_lists)
 
 
 def _a_copy_shares_its_weights(patch: Patch) -> None:

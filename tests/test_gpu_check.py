@@ -12,16 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _check_calls
-import _check_programs
-import _check_steps
-import _process
 import gpu_check
 import pytest
 import torch
-from _check_programs import Step
-from _check_steps import Machine
-from _errors import Finding, finding
+
+from bench import processes
+from bench.check import calls, programs, steps
+from bench.check.errors import Finding, finding
+from bench.check.programs import Step
+from bench.check.steps import Machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +34,7 @@ def machine(device: str) -> Machine:
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """The steps with these calls alone."""
-    monkeypatch.setattr(_check_steps, "CALLS", [call for call in _check_calls.CALLS if call.name in names])
+    monkeypatch.setattr(steps, "CALLS", [call for call in calls.CALLS if call.name in names])
 
 
 def check(device: str, out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -49,7 +48,7 @@ def test_every_kernel_of_the_package_is_launched(tmp_path: Path, device: str) ->
         for path in (ROOT / "kernels").glob("*.py")
         for name in re.findall(r"^def (\w+)_kernel\(", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert written == set(_check_calls.KERNELS)
+    assert written == set(calls.KERNELS)
     status, run = check(device, tmp_path / "check.json", "--only", "launched", "--small")
     assert status == 0, run["steps"]
     assert run["steps"]["launched"]["findings"][-1]["missing"] == []
@@ -57,42 +56,42 @@ def test_every_kernel_of_the_package_is_launched(tmp_path: Path, device: str) ->
 
 def test_a_kernel_that_is_not_launched_is_missed(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     only(monkeypatch, "paired_sim")
-    *_, last = _check_steps.launched(machine)
+    *_, last = steps.launched(machine)
     assert not last["ok"] and "pairwise" in last["missing"]
 
 
 def test_errors_are_within_the_contract_in_every_numerics(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     only(monkeypatch, "paired_sim", "topk")
-    found = list(_check_steps.errors(machine))
+    found = list(steps.errors(machine))
     assert len(found) == 2 * 4 and all(f["ok"] for f in found), found
 
 
 @pytest.mark.parametrize("call", ["transform", "ranks"])
 def test_an_error_is_seen(call: str, monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     only(monkeypatch, call)
-    right = _check_calls.Problem.results
+    right = calls.Problem.results
 
-    def wrong(problem: _check_calls.Problem, backend: str) -> dict[str, torch.Tensor]:
+    def wrong(problem: calls.Problem, backend: str) -> dict[str, torch.Tensor]:
         found = right(problem, backend)
         if backend == "triton":
             found["out"].view(-1)[3] += 1
         return found
 
-    monkeypatch.setattr(_check_calls.Problem, "results", wrong)
-    assert not any(f["ok"] for f in _check_steps.errors(machine))
+    monkeypatch.setattr(calls.Problem, "results", wrong)
+    assert not any(f["ok"] for f in steps.errors(machine))
 
 
 def test_bits_that_differ_are_seen(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     only(monkeypatch, "paired_sim")
-    assert [f["ok"] for f in _check_steps.determinism(machine)] == [True]
-    right = _check_calls.Problem.results
+    assert [f["ok"] for f in steps.determinism(machine)] == [True]
+    right = calls.Problem.results
     noise = iter([0.0, 1e-7, 0.0])
 
-    def restless(problem: _check_calls.Problem, backend: str) -> dict[str, torch.Tensor]:
+    def restless(problem: calls.Problem, backend: str) -> dict[str, torch.Tensor]:
         return {name: x + next(noise, 0.0) if name == "out" else x for name, x in right(problem, backend).items()}
 
-    monkeypatch.setattr(_check_calls.Problem, "results", restless)
-    assert [f["differing"] for f in _check_steps.determinism(machine)] == [1]
+    monkeypatch.setattr(calls.Problem, "results", restless)
+    assert [f["differing"] for f in steps.determinism(machine)] == [1]
 
 
 def good(machine: Machine) -> Iterator[Finding]:
@@ -145,7 +144,7 @@ def test_a_program_whose_time_is_up_says_what_it_knows_and_leaves_nothing_behind
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted, and killed where it does not end: neither it nor what it started runs on beside the next step."""
-    monkeypatch.setattr(_process, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
     child = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     program = f"""
 import signal, subprocess, sys, time
@@ -158,20 +157,20 @@ try:
 except KeyboardInterrupt:
     print("told", flush=True)
 """
-    done, output = _process.output([sys.executable, "-c", program], 3.0, {})
-    assert done is None and not _process.RUNNING and output.split() == ["begun", "told"]
+    done, output = processes.output([sys.executable, "-c", program], 3.0, {})
+    assert done is None and not processes.RUNNING and output.split() == ["begun", "told"]
     # The child may take a moment to be gone, and stays listed where nobody waits for it.
     status = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
     limit = time.monotonic() + 10
     while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < limit:
         time.sleep(0.05)
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
-    assert _process.output([sys.executable, "-c", "print(3); exit(7)"], 30.0, {}) == (7, "3\n")
+    assert processes.output([sys.executable, "-c", "print(3); exit(7)"], 30.0, {}) == (7, "3\n")
 
 
 def test_parts_make_up_the_whole(machine: Machine, tmp_path: Path, device: str) -> None:
     parts = [dataclasses.replace(machine, part=(i, 3)).calls for i in range(3)]
-    assert sorted(call.name for part in parts for call in part) == sorted(call.name for call in _check_calls.CALLS)
+    assert sorted(call.name for part in parts for call in part) == sorted(call.name for call in calls.CALLS)
     for wrong in ("3/3", "-1/2", "1"):
         with pytest.raises(SystemExit):
             check(device, tmp_path / "check.json", "--part", wrong)
@@ -215,7 +214,7 @@ def test_a_sanitizers_words_are_kept(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     # What it watches runs once without it.
     monkeypatch.setattr(sys, "executable", "/bin/true")
-    (found,) = _check_programs.memcheck(machine)
+    (found,) = programs.memcheck(machine)
     assert found.items() >= expected.items(), found
     assert "--tool memcheck" in log.read_text() and "--only launched" in log.read_text()
 

@@ -15,7 +15,8 @@ from torch import Tensor
 import gssf_triton
 from gssf_triton import precision, viz
 from gssf_triton.integrations import arrays
-from gssf_triton.kernels.plans import PLANS, force_plan
+from gssf_triton.kernels.choice import force_plan
+from gssf_triton.kernels.plans import PLANS
 
 HALVES = [torch.float16, torch.bfloat16]
 halves = pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])

@@ -11,7 +11,7 @@ from support.region_word_reference import check, mask, problem
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.region_word import packing, torch_backend
+from gssf_triton.region_word import packing, pairs
 
 POOLINGS = ["max-mean", "lse-mean", "max-sum"]
 poolings = pytest.mark.parametrize("pooling", POOLINGS)
@@ -31,7 +31,7 @@ SHAPES = {
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few pairs, so that small problems have several of them on both sides."""
-    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", {"cpu": 2048, "cuda": 2048})
+    monkeypatch.setattr(pairs, "CHUNK_BYTES", {"cpu": 2048, "cuda": 2048})
 
 
 @poolings
@@ -272,8 +272,8 @@ def test_only_valid_rows_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
     load = packing.Packing.load
 
-    def spy(self: packing.Packing, x: Tensor, chunk: packing.Chunk, dtype: torch.dtype) -> Tensor:
-        rows = load(self, x, chunk, dtype)
+    def spy(self: packing.Packing, x: Tensor, batch: packing.Batch, dtype: torch.dtype) -> Tensor:
+        rows = load(self, x, batch, dtype)
         loaded.append(rows.shape[:2].numel())
         return rows
 
@@ -293,7 +293,7 @@ def test_regions_times_words_are_never_held(
     function: str, options: dict[str, str], backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not in forward, nor in backward, of any pooling: no operator returns more than a part of them."""
-    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", {"cpu": 4096, "cuda": 4096})
+    monkeypatch.setattr(pairs, "CHUNK_BYTES", {"cpu": 4096, "cuda": 4096})
     tensors = problem((12, 14), (9, 8), 1, 8, device=device)
     with Largest() as largest:
         scores = getattr(gssf_triton, function)(**tensors, normalize=True, backend=backend, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 import gssf_triton
+from gssf_triton.kernels.configs import FoldConfig
 
 pytestmark = pytest.mark.kernels
 
@@ -40,14 +43,17 @@ def test_a_kernel_starts_on_the_device_it_is_given(monkeypatch: pytest.MonkeyPat
             return lambda **arguments: started.append((grid, arguments, current[-1]))
 
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    launch(Kernel(), (3, 2), torch.device("cuda:1"), x_ptr=1)
-    launch(Kernel(), (4,), torch.device("cpu"), x_ptr=2)
-    assert started == [((3, 2), {"x_ptr": 1}, "cuda:1"), ((4,), {"x_ptr": 2}, "cuda:0")] and current == ["cuda:0"]
+    config = FoldConfig(64, 32, num_warps=4, num_stages=2)
+    launch(Kernel(), (3, 2), torch.device("cuda:1"), config, x_ptr=1)
+    launch(Kernel(), (4,), torch.device("cpu"), config, x_ptr=2)
+    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    wanted = [((3, 2), {"x_ptr": 1, **options}, "cuda:1"), ((4,), {"x_ptr": 2, **options}, "cuda:0")]
+    assert started == wanted and current == ["cuda:0"]
 
 
 def test_no_kernel_starts_otherwise() -> None:
     sources = {path.name: path.read_text("utf-8") for path in KERNELS.glob("*.py")}
-    launched = {name for name, text in sources.items() if re.search(r"\blaunch\(\n? *\w+_kernel", text)}
+    launched = {name for name, text in sources.items() if re.search(r"launch(?:_ranked)?\(\n? *\w+_kernel", text)}
     written = {name for name, text in sources.items() if re.search(r"^def \w+_kernel\(", text, re.MULTILINE)}
     assert launched == written and len(written) == 9
     assert not [name for name, text in sources.items() if re.search(r"_kernel\[", text)]
@@ -58,7 +64,7 @@ def test_a_grid_beyond_the_devices_is_refused(grid: tuple[int, ...]) -> None:
     from gssf_triton.kernels.launch import launch
 
     with pytest.raises(AssertionError, match="a grid of"):
-        launch(None, grid, torch.device("cpu"))
+        launch(None, grid, torch.device("cpu"), FoldConfig(64, 32, 4, 2))
 
 
 def _similarity(a: Tensor, b: Tensor, W_diag: Tensor, W_blocks: Tensor) -> Tensor:
@@ -94,7 +100,7 @@ def test_work_beyond_a_grid_is_cut_into_launches(
 ) -> None:
     """The same bits, forward and backward, whatever a grid holds."""
     from gssf_triton.kernels import launch as limits
-    from gssf_triton.kernels.plans import force_plan
+    from gssf_triton.kernels.choice import force_plan
 
     leaves = [torch.randn(*shape, device=device, requires_grad=True)
               for shape in ((5, 40, 16), (5, 33, 16), (16,), (2, 8, 8))]  # fmt: skip
@@ -137,11 +143,23 @@ MATRICES: list[tuple[str, Tensor, tuple[int | None, int | None, int | None], boo
 
 @pytest.mark.parametrize(("x", "strides", "even"), [case[1:] for case in MATRICES], ids=[case[0] for case in MATRICES])
 def test_what_the_compiler_is_told_of_a_matrix(x: Tensor, strides: tuple[int | None, ...], even: bool) -> None:
-    from gssf_triton.kernels.launch import matrix
+    from gssf_triton.kernels.launch import pair_strides
 
-    assert matrix("s", x, "zmn", x) == {
-        "s_ptr": x, **dict(zip(("stride_sz", "stride_sm", "stride_sn"), strides, strict=True)), "EVEN_S": even
-    }  # fmt: skip
+    assert pair_strides(x) == (*strides, even)
+    if x.shape[0] == 1:
+        assert pair_strides(x[0]) == (0, *strides[1:], even), "a matrix without a batch"
+
+
+def test_a_tile_is_told_apart_by_everything_it_holds() -> None:
+    """Triton's cache on disk and its hooks know a constant by its text: they must see the defaults, too."""
+    from gssf_triton.kernels.args import Tile
+    from gssf_triton.kernels.gradient import GradientTile
+
+    tile = Tile(64, BLOCK_K=32)
+    assert tile == Tile(BLOCK_M=64, BLOCK_K=32, PRECISION="ieee") and hash(tile) == hash(Tile(64, 32))
+    assert tile != Tile(64, BLOCK_K=32, EVEN_D=True) and tile != GradientTile(64, BLOCK_K=32)
+    written = json.loads(json.dumps({"constant": tile}))["constant"]
+    assert all(field.name in written for field in dataclasses.fields(Tile))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gssf_triton
-from gssf_triton.autotune import lookup
 from gssf_triton.backend import interpreter_is_on
+from gssf_triton.kernels import choice
 from gssf_triton.kernels.configs import ChunkConfig
 from gssf_triton.nn import GSSF, DistillationLoss, InfoNCELoss, SigmoidLoss, TripletLoss
 
@@ -113,7 +113,7 @@ def _every_loss(rank: int, sizes: tuple[int, ...], seed: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_chunks() -> Any:
-    with lookup.use("chunk", ChunkConfig(8, 10)):
+    with choice.use(chunk=ChunkConfig(8, 10)):
         yield
 
 

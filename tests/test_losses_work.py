@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_triton
-from gssf_triton.autotune import lookup
+from gssf_triton.kernels import choice
 from gssf_triton.kernels.configs import ChunkConfig
 from gssf_triton.nn import GSSF, TripletLoss
 
@@ -65,12 +65,12 @@ WORK: list[tuple[str, dict[str, Any], int, int]] = [
 @pytest.mark.parametrize(("loss", "options", "forward", "both"), WORK, ids=str)
 def test_products(loss: str, options: dict[str, Any], forward: int, both: int) -> None:
     """By their FLOPs, so that chunks and their edges count for what they are."""
-    N, D = 60, 24
+    N, D = 40, 24
     p = problem(loss, N, G=1, B=D, kind="diag", **options)
     product = 2 * N * N * D
     # The teacher's similarities, which every pass over S needs as well; it has 7 channels.
     teacher = 2 * N * N * 7 if loss == "distillation_loss" else 0
-    with lookup.use("chunk", ChunkConfig(16, 25)):
+    with choice.use(chunk=ChunkConfig(16, 25)):
         assert flops(both_passes(p, "torch")) == both * product + 2 * teacher
         with torch.no_grad():
             assert flops(lambda: p.call("torch")) == forward * product + teacher
@@ -106,10 +106,10 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def test_warm_up_ends_without_compiling_again(backend: str, device: str, fresh_compiler: None) -> None:
+def test_warm_up_ends_without_compiling_again(device: str, fresh_compiler: None) -> None:
     """All negatives, then the hardest: a graph each, both kept, whatever the batch."""
     metric = GSSF(dim=12, block_size=4).to(device)
-    loss = TripletLoss(metric, hardest=False, backend=backend).to(device)
+    loss = TripletLoss(metric, hardest=False).to(device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     graphs = []

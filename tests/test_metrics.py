@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from gssf_triton import metrics
 from gssf_triton.kernels import retrieval_configs
 from gssf_triton.retrieval import match_ranks as matching
+from gssf_triton.retrieval.query import Query, checked
 from gssf_triton.retrieval.scoring import Scores
-from gssf_triton.retrieval.search import make_exclusions
+from gssf_triton.retrieval.search import SEARCHES
 
 
 @pytest.fixture(params=["whole", "chunks"])
@@ -220,8 +221,8 @@ def test_many_matches_and_few_cost_different_ways_to_the_same_ranks(
     mask = torch.rand(33, 131, device=device) < 0.8
     for dtype in (torch.float32, torch.float64):
         queries, gallery = call["a"].to(dtype), call["b"].to(dtype)
-        exclusions = make_exclusions(queries, 131, None, mask, ids, cams)
-        scores = Scores(queries, 131, call["W_diag"], call["W_blocks"], False, backend)
+        query = Query(queries, gallery, call["W_diag"], call["W_blocks"], False, backend, mask=mask, **names)
+        scores = SEARCHES[backend](checked(query))
         S = naive.scores_of(queries, gallery, call["W_diag"], call["W_blocks"]).tolist()
         keep = [
             naive.kept(
@@ -235,7 +236,7 @@ def test_many_matches_and_few_cost_different_ways_to_the_same_ranks(
             monkeypatch.setattr(matching, "NUMPY_SORT_THREADS", numpy_threads)
             monkeypatch.setattr(matching, "sorted_rows", lambda N, device: 7)
             found: list[list[int]] = []
-            for rows, ranks, counts in matching.match_ranks(scores, gallery, exclusions, iter):
+            for rows, ranks, counts in matching.match_ranks(scores, iter):
                 assert rows.start == len(found)
                 found += [row[:count] for row, count in zip(ranks.tolist(), counts.tolist(), strict=True)]
             assert found == expected
@@ -246,14 +247,14 @@ def test_few_classes_take_no_longer_than_sorting(device: str) -> None:
     x = coarse(600, 8, device=device)
     labels = torch.arange(600, device=device) % 2
     scored: list[int] = []
-    fill = Scores.fill
+    multiply = Scores.multiply
 
-    def counted(self: Scores, out: Tensor, *rest: Any) -> Tensor:
+    def counted(self: Scores, queries: Tensor, items: Tensor, out: Tensor) -> None:
         scored.append(out.numel())
-        return fill(self, out, *rest)
+        multiply(self, queries, items, out)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scores, "fill", counted)
+        patch.setattr(Scores, "multiply", counted)
         patch.setattr(matching, "sorted_rows", lambda N, device: 16)
         found = metrics.retrieval(x, labels, torch.ones(8, device=device), normalize=False)
     assert sum(scored) == 600 * 600 and max(scored) <= 16 * 600

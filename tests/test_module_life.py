@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import gssf_triton
-from gssf_triton.attention.functional import HeadMetric
+from gssf_triton.attention.heads import HeadMetric
 from gssf_triton.integrations.sentence_transformers import GSSFSimilarity, PairwiseSimilarity
 from gssf_triton.nn import GSSF, DistillationLoss, GSSFAttention, InfoNCELoss, SigmoidLoss, TripletLoss
 from gssf_triton.similarity.torch_backend import folds_left

@@ -103,6 +103,6 @@ def test_the_hardest_negative_of_a_batch_that_float32_cannot_count() -> None:
     epilogue, start = EPILOGUES["hinge_hardest"], 2**24
     state = torch.full((2, 3), -torch.inf)
     index_bits(state[1]).fill_(-1)
-    partials = torch.tensor([[[0.5, 0.25, -torch.inf]], [[7.0, 8.0, 0.0]]])  # values, indices within the chunk
-    _merge_into(state, epilogue, partials, slice(0, 3), start, 2)
+    of_chunk = torch.tensor([[0.5, 0.25, -torch.inf], [7.0, 8.0, 0.0]])  # values, indices within the chunk
+    _merge_into(state, epilogue, of_chunk, slice(0, 3), start)
     assert index_bits(state[1]).tolist() == [start + 7, start + 8, -1]

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import _results
 import first_run
 import glyph_retrieval
 import gpu_check
@@ -29,6 +28,7 @@ import sweep
 import torch
 from support.tuner_kit import CPU, a_chunk, cache, stream_key  # noqa: F401
 
+from bench import results
 from gssf_triton import storage
 from gssf_triton.autotune import cli, lookup, rehearse
 from gssf_triton.command import main
@@ -336,8 +336,8 @@ def test_programs_refuse_before_their_work(tmp_path: Path, monkeypatch: pytest.M
     os.mkfifo("pipe")
     Path("file").write_bytes(b"")
     Path("first/table.txt").mkdir(parents=True)
-    run = dict.fromkeys(_results.RUN, 1)
-    _results.write(Path("old.json"), run)
+    run = dict.fromkeys(results.RUN, 1)
+    results.write(Path("old.json"), run)
     before = Path("old.json").read_bytes()
     monkeypatch.setattr(sweep, "measure_all", lambda *_: pytest.fail("the work began"))
     small = ("--small", "--device", "cpu", "--no-plots")

@@ -53,16 +53,7 @@ def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
 DATE = "1700000000"
 
 
-def build(folder: Path) -> Path:
-    """A wheel, from a copy: a build leaves its traces in the tree it runs in."""
-    source = folder / "source"
-    source.mkdir()
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    # A copy keeps the files' times: another checkout has others.
-    for path in source.rglob("*"):
-        path.touch()
+def _wheel(source: Path, folder: Path) -> Path:
     _run(
         *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
         *("--no-index", "--wheel-dir", folder, source),
@@ -74,12 +65,28 @@ def build(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("wheel"))
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, links as links: a build leaves its traces in the tree it runs in."""
+    source = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    return source
 
 
-def test_a_wheel_built_again_has_the_same_bytes(wheel: Path, tmp_path: Path) -> None:
-    again = build(tmp_path)
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+def test_a_wheel_built_again_has_the_same_bytes(wheel: Path, source: Path, tmp_path: Path) -> None:
+    """From a source archive, which holds the linked folders where the links were; its files have other dates."""
+    make = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    _run(sys.executable, "-c", make, tmp_path, cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    again = _wheel(archive, tmp_path)
     assert again.name == wheel.name
     assert again.read_bytes() == wheel.read_bytes()
 

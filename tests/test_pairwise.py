@@ -13,7 +13,9 @@ from support.reference import assert_close, check, far_apart, features, toleranc
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.kernels.plans import PLANS, force_plan
+from gssf_triton import kernels
+from gssf_triton.kernels.choice import force_plan
+from gssf_triton.kernels.plans import PLANS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["diag", "blocks", "diag+blocks"]
@@ -277,3 +279,9 @@ def test_the_comparison_finds_one_wrong_coordinate() -> None:
     with pytest.raises(AssertionError, match=r"\[3, 4\]: got nan"):
         assert_close(unwritten, expected, tolerance(torch.bfloat16))
     assert_close(expected * (1 + 1e-6), expected, tolerance(torch.float32))
+
+
+def test_an_unknown_kernel_is_an_attribute_error() -> None:
+    """`kernels` imports its modules at first use, and reports what it lacks as any module does."""
+    with pytest.raises(AttributeError, match=r"'gssf_triton\.kernels' has no attribute 'nothing'"):
+        _ = kernels.nothing

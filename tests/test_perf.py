@@ -10,19 +10,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-import _cells
-import _measure
-import _operation
-import _registry
-import _timing
 import pytest
 import report
 import sweep
 import torch
-from _costs import Cost, cost
-from support.perf_kit import quick
+from support.perf_kit import SHORT, quick
 
-SHAPE = _cells.Shape(24, 40, 32, 8)
+from bench import registry, timing
+from bench.cells import PASSES, Cell, Shape, grid
+from bench.costs import Cost, cost
+from bench.measure import measure
+from bench.operation import Contender, Inputs, Operation, Probe, Program, largest_error, relative_error
+
+SHAPE = Shape(24, 40, 32, 8)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------
@@ -51,12 +56,12 @@ SHAPE = _cells.Shape(24, 40, 32, 8)
     ],
 )
 def test_costs_by_hand(mathematics: str, mode: str, flops: int, bytes_: int) -> None:
-    assert cost(mathematics, mode, _cells.Shape.of(3, 5, 4, 2, E=6, k=2), 4) == Cost(flops, bytes_)
+    assert cost(mathematics, mode, Shape.of(3, 5, 4, 2, E=6, k=2), 4) == Cost(flops, bytes_)
 
 
 def test_costs_of_region_word_scores_by_hand() -> None:
     # Two images of 3 regions, one caption of 5 words: 30 products of 4 channels, the 5 words folded.
-    shape = _cells.Shape.of(2, 1, 4, 2, R=3, L=5)
+    shape = Shape.of(2, 1, 4, 2, R=3, L=5)
     fold, weights = 5 * 4 * 6, 12
     read = 4 * (6 * 4 + 5 * 4 + weights)
     assert cost("gssf_late_interaction", "forward", shape, 4) == Cost(240 + fold, read + 8)
@@ -68,13 +73,13 @@ def test_costs_of_region_word_scores_by_hand() -> None:
 
 @pytest.mark.parametrize("mathematics", ["cosine", "gssf", "gssf_loss", "gssf_ranks"])
 def test_folding_either_side_costs_the_same(mathematics: str) -> None:
-    one, other = (cost(mathematics, "forward", _cells.Shape(M, N, 4, 2), 2) for M, N in ((3, 5), (5, 3)))
+    one, other = (cost(mathematics, "forward", Shape(M, N, 4, 2), 2) for M, N in ((3, 5), (5, 3)))
     assert one.flops == other.flops
 
 
 def test_every_contender_has_a_cost() -> None:
-    for operation in _registry.OPERATIONS.values():
-        shape = operation.shape(_cells.Shape(8, 8, 8, 4))
+    for operation in registry.OPERATIONS.values():
+        shape = operation.shape(Shape(8, 8, 8, 4))
         for contender in operation.contenders:
             for mode in operation.modes:
                 assert cost(contender.mathematics, mode, shape, 4).flops > 0
@@ -90,37 +95,37 @@ def test_mathematics_of_no_row_is_refused() -> None:
 
 
 def test_full_suites_hold_the_shapes_asked_for() -> None:
-    gpu = _registry.suite_cells("full", "cuda")
+    gpu = registry.suite_cells("full", "cuda")
     for M, N in ((512, 512), (2048, 2048), (8192, 8192), (32768, 32768), (64, 10**6)):
         for D in (256, 512, 1024):
             for B in (16, 32, 64, 128):
-                shape = _cells.Shape(M, N, D, B)
+                shape = Shape(M, N, D, B)
                 found = {(cell.dtype, cell.mode) for cell in gpu if cell.shape == shape}
-                assert found == {(dtype, mode) for dtype in ("bf16", "fp32") for mode in _cells.PASSES}
-    cpu = _registry.suite_cells("full", "cpu")
-    bar = _cells.Cell("pairwise_sim", "forward+backward", _cells.Shape(4096, 4096, 1024, 32), "fp32")
+                assert found == {(dtype, mode) for dtype in ("bf16", "fp32") for mode in PASSES}
+    cpu = registry.suite_cells("full", "cpu")
+    bar = Cell("pairwise_sim", "forward+backward", Shape(4096, 4096, 1024, 32), "fp32")
     assert bar in cpu
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-@pytest.mark.parametrize("suite", _registry.suites())
+@pytest.mark.parametrize("suite", registry.suites())
 def test_every_suite_offered_has_cells_on_every_device(suite: str, device_type: str) -> None:
-    cells = _registry.suite_cells(suite, device_type)
+    cells = registry.suite_cells(suite, device_type)
     assert cells and len({cell.key for cell in cells}) == len(cells)
-    assert {cell.operation for cell in cells} == set(_registry.members(suite))
+    assert {cell.operation for cell in cells} == set(registry.members(suite))
     for cell in cells:
-        operation = _registry.OPERATIONS[cell.operation]
+        operation = registry.OPERATIONS[cell.operation]
         assert cell.mode in operation.modes and operation.shape(cell.shape) == cell.shape
 
 
 def test_every_suite_belongs_to_the_order() -> None:
-    assert {suite for operation in _registry.OPERATIONS.values() for suite in operation.suites} <= set(_registry.SUITES)
+    assert {suite for operation in registry.OPERATIONS.values() for suite in operation.suites} <= set(registry.SUITES)
 
 
 def test_plans_run_apart_on_a_gpu_only() -> None:
-    cell = _cells.Cell("pairwise_sim", "forward", SHAPE, "fp32")
-    on_gpu = {c.name for c in _registry.contenders_for(cell, "cuda")}
-    on_cpu = {c.name for c in _registry.contenders_for(cell, "cpu")}
+    cell = Cell("pairwise_sim", "forward", SHAPE, "fp32")
+    on_gpu = {c.name for c in registry.contenders_for(cell, "cuda")}
+    on_cpu = {c.name for c in registry.contenders_for(cell, "cpu")}
     assert on_gpu - on_cpu == {"gssf_one_pass", "gssf_fold_product"}
 
 
@@ -128,17 +133,17 @@ def test_plans_run_apart_on_a_gpu_only() -> None:
 
 
 def test_colour_and_marker_tell_contenders_apart() -> None:
-    import _plots
+    from bench import plots
 
-    for operation in _registry.OPERATIONS.values():
-        styles = list(_plots.styles(operation).values())
+    for operation in registry.OPERATIONS.values():
+        styles = list(plots.styles(operation).values())
         assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == len(styles)
         assert len(styles) == len(operation.contenders)
 
 
 def test_half_precision_is_checked_and_timed() -> None:
-    cell = _cells.Cell("pairwise_sim", "forward+backward", _cells.Shape(24, 16, 32, 8), "bf16", compiled=False)
-    entries = _measure.measure(cell, torch.device("cpu"), _timing.Effort(2, 2, 0.0), seed=1, wanted=None)["contenders"]
+    cell = Cell("pairwise_sim", "forward+backward", Shape(24, 16, 32, 8), "bf16", compiled=False)
+    entries = measure(cell, torch.device("cpu"), SHORT, seed=1, wanted=None)["contenders"]
     assert {name: entry["reason"] for name, entry in entries.items()} == dict.fromkeys(entries)
     assert all("seconds" in entry for entry in entries.values())
 
@@ -146,46 +151,44 @@ def test_half_precision_is_checked_and_timed() -> None:
 # --- operations of other shapes and results ---------------------------------------------------------------------------
 
 
-def _search(off_by: float = 0.0) -> _operation.Operation:
+def _search(off_by: float = 0.0) -> Operation:
     """A toy search: k best items of N for M queries, two results, one of them integers, and no backward pass."""
 
-    def make_inputs(cell: _cells.Cell, device: torch.device, generator: torch.Generator) -> _operation.Inputs:
+    def make_inputs(cell: Cell, device: torch.device, generator: torch.Generator) -> Inputs:
         s = cell.shape
         tensors = {n: torch.randn(rows, s.D, generator=generator) for n, rows in (("a", s.M), ("b", s.N))}
-        return _operation.Inputs({**tensors, "k": torch.tensor(s["k"])}, upstream=torch.ones(()))
+        return Inputs({**tensors, "k": torch.tensor(s["k"])}, upstream=torch.ones(()))
 
     def build(error: float) -> Any:
-        def program(inputs: _operation.Inputs) -> _operation.Program:
+        def program(inputs: Inputs) -> Program:
             a, b, k = (inputs.tensors[name] for name in "abk")
 
             def search() -> tuple[torch.Tensor, torch.Tensor]:
                 values, indices = torch.topk(a @ b.T, int(k))
                 return values * (1 + error), indices
 
-            return _operation.Program(
+            return Program(
                 search, {}, inputs.upstream, read=lambda out: dict(zip(("values", "indices"), out, strict=True))
             )
 
         return program
 
-    def probes(inputs: _operation.Inputs, mathematics: str, mode: str) -> Any:
+    def probes(inputs: Inputs, mathematics: str, mode: str) -> Any:
         S = inputs.tensors["a"].double() @ inputs.tensors["b"].double().T
         best = torch.topk(S, int(inputs.tensors["k"])).values
-        yield _operation.Probe("values", lambda values: values, best)
-        yield _operation.Probe("indices", lambda indices: S.gather(1, indices), best)
+        yield Probe("values", lambda values: values, best)
+        yield Probe("indices", lambda indices: S.gather(1, indices), best)
 
-    def cells() -> list[_cells.Cell]:
-        shapes = [_cells.Shape.of(8, N, 16, 4, k=k) for N, k in ((32, 4), (64, 4), (64, 8))]
-        return _cells.grid("toy_search", shapes, ["fp32"], modes=["forward"])
-
-    return _operation.Operation(
+    shapes = [Shape.of(8, N, 16, 4, k=k) for N, k in ((32, 4), (64, 4), (64, 8))]
+    cells = grid("toy_search", shapes, "fp32", modes=["forward"])
+    return Operation(
         name="toy_search",
         cells={("toys", "cpu"): cells, ("toys", "cuda"): cells},
         make_inputs=make_inputs,
         contenders=(
-            _operation.Contender("stored", "all of S", build(0.0), mathematics="cosine_topk"),
-            _operation.Contender("gssf", "gssf_triton", build(off_by), mathematics="cosine_topk", ours=True),
-            _operation.Contender("faiss", "another library", build(0.0), mathematics="cosine_topk"),
+            Contender("stored", "all of S", build(0.0), mathematics="cosine_topk"),
+            Contender("gssf", "gssf_triton", build(off_by), mathematics="cosine_topk", ours=True),
+            Contender("faiss", "another library", build(0.0), mathematics="cosine_topk"),
         ),
         probes=probes,
         yardstick="stored",
@@ -201,12 +204,11 @@ def _search(off_by: float = 0.0) -> _operation.Operation:
 def test_operations_of_other_shapes_and_results_run_from_suite_to_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(_registry.OPERATIONS, "toy_search", _search())
-    pairwise = _registry.OPERATIONS["pairwise_sim"]
-    monkeypatch.setattr(_registry, "SUITES", (*_registry.SUITES, "toys"))
-    few = {("toys", "cpu"): lambda: _cells.grid("pairwise_sim", [SHAPE], ["fp32"], compiled=[])}
-    monkeypatch.setitem(_registry.OPERATIONS, "pairwise_sim", dataclasses.replace(pairwise, cells=few))
-    quick(monkeypatch)
+    monkeypatch.setitem(registry.OPERATIONS, "toy_search", _search())
+    pairwise = registry.OPERATIONS["pairwise_sim"]
+    monkeypatch.setattr(registry, "SUITES", (*registry.SUITES, "toys"))
+    few = {("toys", "cpu"): grid("pairwise_sim", [SHAPE], "fp32", compiled=[])}
+    monkeypatch.setitem(registry.OPERATIONS, "pairwise_sim", dataclasses.replace(pairwise, cells=few))
     out = tmp_path / "device" / "toys.json"
     assert sweep.main(["--suite", "toys", "--device", "cpu", "--seconds", "0.01", "--out", str(out)]) == 0
     cells = json.loads(out.read_text())["cells"]
@@ -229,34 +231,34 @@ def test_operations_of_other_shapes_and_results_run_from_suite_to_readme(
 def test_integer_results_and_further_sizes_are_checked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(_registry.OPERATIONS, "toy_search", _search(off_by=1e-3))
-    (cell, *_) = _registry.custom_cells(["toy_search"], [sweep.parse_shape("8,32,16,4,k=2")], ["fp32"])
-    assert cell.shape == _cells.Shape.of(8, 32, 16, 4, k=2)
-    entries = _measure.measure(cell, torch.device("cpu"), _timing.Effort(2, 2, 0.0), seed=1, wanted=None)["contenders"]
+    monkeypatch.setitem(registry.OPERATIONS, "toy_search", _search(off_by=1e-3))
+    (cell, *_) = registry.custom_cells(["toy_search"], [sweep.parse_shape("8,32,16,4,k=2")], ["fp32"])
+    assert cell.shape == Shape.of(8, 32, 16, 4, k=2)
+    entries = measure(cell, torch.device("cpu"), SHORT, seed=1, wanted=None)["contenders"]
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "stored": "ok",
         "gssf": "wrong",
         "faiss": "ok",
     }
-    monkeypatch.setattr(_registry, "SUITES", (*_registry.SUITES, "toys"))
+    monkeypatch.setattr(registry, "SUITES", (*registry.SUITES, "toys"))
     with pytest.raises(SystemExit) as stopped:
         sweep.main(["--suite", "toys", "--device", "cpu", "--shape", "8,32,16,4,R=2"])
     assert stopped.value.code == 2 and "toy_search has no R" in capsys.readouterr().err
 
 
 SEARCHES = {
-    "topk": _cells.Shape.of(30, 900, 32, 8, k=5),
-    "ranks": _cells.Shape(30, 900, 32, 8),
-    "late_interaction": _cells.Shape.of(6, 7, 32, 8, R=5, L=4),
-    "cross_attention_sim": _cells.Shape.of(6, 7, 32, 8, R=5, L=4),
+    "topk": Shape.of(30, 900, 32, 8, k=5),
+    "ranks": Shape(30, 900, 32, 8),
+    "late_interaction": Shape.of(6, 7, 32, 8, R=5, L=4),
+    "cross_attention_sim": Shape.of(6, 7, 32, 8, R=5, L=4),
 }
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_retrieval_is_held_to_float64(name: str) -> None:
-    for mode in _registry.OPERATIONS[name].modes:
-        cell = _cells.Cell(name, mode, SEARCHES[name], "fp32", compiled=False)
-        entries = _measure.measure(cell, torch.device("cpu"), _timing.Effort(2, 2, 0.0), seed=1, wanted=None)
+    for mode in registry.OPERATIONS[name].modes:
+        cell = Cell(name, mode, SEARCHES[name], "fp32", compiled=False)
+        entries = measure(cell, torch.device("cpu"), SHORT, seed=1, wanted=None)
         found = entries["contenders"]
         assert {contender: entry["reason"] for contender, entry in found.items()} == dict.fromkeys(found)
         assert found["gssf"]["seconds"]["median"] > 0 and len(found) > 1
@@ -264,56 +266,56 @@ def test_retrieval_is_held_to_float64(name: str) -> None:
 
 def test_a_wrong_rank_is_noticed() -> None:
     """Ranks are integers that one rounding may move: they are held by the score that stands at their place."""
-    operation = _registry.OPERATIONS["ranks"]
-    cell = _cells.Cell("ranks", "forward", SEARCHES["ranks"], "fp32")
+    operation = registry.OPERATIONS["ranks"]
+    cell = Cell("ranks", "forward", SEARCHES["ranks"], "fp32")
     inputs = operation.make_inputs(cell, torch.device("cpu"), torch.Generator().manual_seed(0))
     ours = next(c for c in operation.contenders if c.ours).build(inputs).results("forward")
     (probe,) = operation.probes(inputs, "gssf_ranks", "forward")
-    assert _operation.largest_error(ours, [probe]) < 1e-6
-    assert _operation.largest_error({"ranks": ours["ranks"] + 1}, [probe]) > 1e-5
+    assert largest_error(ours, [probe]) < 1e-6
+    assert largest_error({"ranks": ours["ranks"] + 1}, [probe]) > 1e-5
 
 
 # --- no speed for a wrong result -------------------------------------------------------------------------------------
 
 
-def _with_contender(monkeypatch: pytest.MonkeyPatch, contender: _operation.Contender) -> None:
-    operation = _registry.OPERATIONS["pairwise_sim"]
+def _with_contender(monkeypatch: pytest.MonkeyPatch, contender: Contender) -> None:
+    operation = registry.OPERATIONS["pairwise_sim"]
     changed = dataclasses.replace(operation, contenders=(*operation.contenders, contender))
-    monkeypatch.setitem(_registry.OPERATIONS, "pairwise_sim", changed)
+    monkeypatch.setitem(registry.OPERATIONS, "pairwise_sim", changed)
 
 
-@pytest.mark.parametrize("mode", _cells.PASSES)
+@pytest.mark.parametrize("mode", PASSES)
 def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    ours = next(c for c in _registry.OPERATIONS["pairwise_sim"].contenders if c.name == "gssf")
+    ours = next(c for c in registry.OPERATIONS["pairwise_sim"].contenders if c.name == "gssf")
 
-    def build(inputs: _operation.Inputs) -> _operation.Program:
+    def build(inputs: Inputs) -> Program:
         program = ours.build(inputs)
         correct = program.forward
         program.forward = lambda: correct() * 1.001
         return program
 
-    _with_contender(monkeypatch, _operation.Contender("off", "off", build, mathematics="gssf", ours=True))
-    cell = _cells.Cell("pairwise_sim", mode, SHAPE, "fp32", compiled=False)
-    entries = _measure.measure(cell, torch.device("cpu"), _timing.Effort(2, 2, 0.0), seed=1, wanted=None)["contenders"]
+    _with_contender(monkeypatch, Contender("off", "off", build, mathematics="gssf", ours=True))
+    cell = Cell("pairwise_sim", mode, SHAPE, "fp32", compiled=False)
+    entries = measure(cell, torch.device("cpu"), SHORT, seed=1, wanted=None)["contenders"]
     assert entries["off"]["status"] == "wrong"
     assert "seconds" not in entries["off"]
     assert entries["gssf"]["status"] == "ok"
 
 
 def test_a_contender_that_cannot_run_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(inputs: _operation.Inputs) -> _operation.Program:
+    def build(inputs: Inputs) -> Program:
         raise MemoryError("too large for this machine")
 
-    _with_contender(monkeypatch, _operation.Contender("big", "big", build, mathematics="gssf"))
-    cell = _cells.Cell("pairwise_sim", "forward", SHAPE, "fp32", compiled=False)
-    entries = _measure.measure(cell, torch.device("cpu"), _timing.Effort(2, 2, 0.0), seed=1, wanted=None)["contenders"]
+    _with_contender(monkeypatch, Contender("big", "big", build, mathematics="gssf"))
+    cell = Cell("pairwise_sim", "forward", SHAPE, "fp32", compiled=False)
+    entries = measure(cell, torch.device("cpu"), SHORT, seed=1, wanted=None)["contenders"]
     assert entries["big"]["status"] == "failed"
     assert "too large" in entries["big"]["reason"]
     assert "seconds" in entries["gssf"]
 
 
 def test_a_nan_is_an_infinite_error() -> None:
-    assert _operation.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
 
 
 # --- time and memory -------------------------------------------------------------------------------------------------
@@ -321,8 +323,8 @@ def test_a_nan_is_an_infinite_error() -> None:
 
 def test_rounds_hold_every_contender_once() -> None:
     calls: list[str] = []
-    samples = _timing.interleave(
-        {name: lambda name=name: calls.append(name) for name in "ABC"}, _timing.CpuClock(), _timing.Effort(4, 4, 0.0)
+    samples = timing.interleave(
+        {name: lambda name=name: calls.append(name) for name in "ABC"}, timing.CpuClock(), timing.Effort(4, 4, 0.0)
     )
     assert all(len(found) == 4 for found in samples.values())
     timed = calls[-12:]
@@ -330,9 +332,9 @@ def test_rounds_hold_every_contender_once() -> None:
 
 
 def test_every_sample_starts_with_cold_caches() -> None:
-    clock = _timing.CpuClock()
+    clock = timing.CpuClock(timing.CPU_FLUSH_BYTES)
     seen: list[int] = []
-    samples = clock.round([lambda: seen.append(int(clock.flush[0]))] * 3)
+    samples = [clock.take(lambda: seen.append(int(clock.flush[0]))) for _ in range(3)]
     assert seen == [1, 2, 3] and all(sample.seconds > 0 and sample.host is None for sample in samples)
 
 
@@ -343,4 +345,4 @@ def test_peak_memory_counts_what_was_held_at_once() -> None:
         del x
         return y * 2  # 8,000 again
 
-    assert 8000 <= _timing.peak_bytes(call, torch.device("cpu")) < 9000
+    assert 8000 <= timing.peak_bytes(call, torch.device("cpu")) < 9000

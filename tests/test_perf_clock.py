@@ -6,10 +6,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import _timing
 import pytest
 import torch
 
+from bench import timing
 from gssf_triton.autotune import measure
 
 MICRO = 1e-6
@@ -58,15 +58,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
     return device
 
 
-def clock_of(device: Device) -> _timing.GpuClock:
-    clock = _timing.GpuClock(torch.device("cpu"), flush_bytes=4)
+def clock_of(device: Device) -> timing.GpuClock:
+    clock = timing.GpuClock(torch.device("cpu"), flush_bytes=4)
     clock.flush = SimpleNamespace(zero_=lambda: device.launch(5 * MICRO, 60 * MICRO))  # type: ignore[assignment]
     return clock
 
 
-def sample(device: Device, call: Callable[[], object]) -> _timing.Sample:
-    (found,) = clock_of(device).round([call])
-    return found
+def sample(device: Device, call: Callable[[], object]) -> timing.Sample:
+    return clock_of(device).take(call)
 
 
 @pytest.mark.parametrize("hertz", [2e9, 0.3e9], ids=["fast", "idle"])
@@ -91,7 +90,9 @@ def test_a_longer_spin_is_kept_for_the_calls_to_come(gpu: Device) -> None:
     clock, spins = clock_of(gpu), []
     slept = torch.cuda._sleep
     torch.cuda._sleep = lambda cycles: (spins.append(cycles), slept(cycles))  # undone by the fixture
-    clock.round([lambda: gpu.launch(3000 * MICRO, 10 * MICRO)] * 3)
+    call = lambda: gpu.launch(3000 * MICRO, 10 * MICRO)  # noqa: E731
+    for _ in range(3):
+        clock.take(call)
     assert len(spins) == 4 and spins[0] == measure.SPIN_CYCLES < spins[1] == spins[2] == spins[3]
 
 
@@ -104,11 +105,11 @@ def test_a_call_that_waits_for_the_device_is_timed_as_it_is(gpu: Device) -> None
         gpu.launch(400 * MICRO, 100 * MICRO)
 
     clock = clock_of(gpu)
-    waits, other = clock.round([reads_a_value, lambda: gpu.launch(400 * MICRO, 100 * MICRO)])
+    waits, other = clock.take(reads_a_value), clock.take(lambda: gpu.launch(400 * MICRO, 100 * MICRO))
     assert waits.exposed and waits.seconds >= 600 * MICRO
     assert not other.exposed and other.seconds == pytest.approx(100 * MICRO)
     before = gpu.now
-    clock.round([reads_a_value])
+    clock.take(reads_a_value)
     assert gpu.now - before < 2000 * MICRO  # tried behind a spin no more
 
 
@@ -123,13 +124,13 @@ def test_more_launches_than_the_queue_holds_are_exposed(gpu: Device) -> None:
 
 
 def test_results_have_the_hosts_time_in_a_column_of_its_own(gpu: Device) -> None:
-    samples = _timing.interleave(
+    samples = timing.interleave(
         {"ours": lambda: gpu.launch(400 * MICRO, 100 * MICRO), "its": lambda: gpu.launch(20 * MICRO, 100 * MICRO)},
         clock_of(gpu),
-        _timing.Effort(3, 3, 0.0),
+        timing.Effort(3, 3, 0.0),
     )
-    ours, its = (_timing.spreads(samples[name]) for name in ("ours", "its"))
+    ours, its = (timing.spreads(samples[name]) for name in ("ours", "its"))
     assert ours["seconds"]["median"] == pytest.approx(its["seconds"]["median"]) == pytest.approx(100 * MICRO)
     assert (ours["host_seconds"]["median"], its["host_seconds"]["median"]) == pytest.approx((400 * MICRO, 20 * MICRO))
     assert not ours["host_exposed"]
-    assert _timing.spreads([_timing.Sample(1.0)]).keys() == {"seconds"}
+    assert timing.spreads([timing.Sample(1.0)]).keys() == {"seconds"}

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import _loss_peers
 import pytest
 import report
 import sweep
 import torch
-from _cells import Cell, Shape, grid
-from _measure import measure
-from _registry import OPERATIONS
-from _timing import Effort
 from support.perf_kit import quick
+
+from bench.cells import Cell, Shape, grid
+from bench.measure import measure
+from bench.operations import loss_peers
+from bench.registry import OPERATIONS
+from bench.timing import BRIEF
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
 
 
 @pytest.mark.parametrize("loss", ["info_nce", "sigmoid_loss", "triplet_loss", "distillation_loss"])
@@ -22,7 +28,7 @@ def test_losses_and_their_peers_agree_with_float64(loss: str) -> None:
     shape = OPERATIONS[loss].shape(Shape.of(70, 70, 64, 16))
     for dtype in ("fp32", "bf16"):
         cell = Cell(loss, "forward+backward", shape, dtype, compiled=False, once=True)
-        contenders = measure(cell, torch.device("cpu"), Effort(1, 1, 0.0), 0, None)["contenders"]
+        contenders = measure(cell, torch.device("cpu"), BRIEF, 0, None)["contenders"]
         assert {"torch", "gssf"} <= contenders.keys()
         for name, entry in contenders.items():
             assert entry["status"] == "ok", f"{name}: {entry['reason']}"
@@ -34,8 +40,8 @@ def test_the_ideal_peer_computes_the_same_loss() -> None:
     """Its own autograd Function, without the compiler that makes it fast."""
     t, y = (torch.randn(20, 8, dtype=torch.float64, requires_grad=True) for _ in "ty")
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    ideal = _loss_peers._Shared.apply(t, y, scale, _loss_peers._log_sum_exps, _loss_peers._shared_slope)
-    stored = _loss_peers.info_nce(t, y, scale)
+    ideal = loss_peers._Shared.apply(t, y, scale, loss_peers._log_sum_exps, loss_peers._shared_slope)
+    stored = loss_peers.info_nce(t, y, scale)
     torch.testing.assert_close(ideal, stored, check_dtype=False)
     for ours, theirs in zip(*(torch.autograd.grad(loss, (t, y, scale)) for loss in (ideal, stored)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -43,18 +49,17 @@ def test_the_ideal_peer_computes_the_same_loss() -> None:
 
 def test_where_s_does_not_fit_only_those_run_that_never_store_it() -> None:
     cell = Cell("info_nce", "forward+backward", Shape.of(50, 50, 64, 16), "fp32", stored=False)
-    contenders = measure(cell, torch.device("cpu"), Effort(1, 1, 0.0), 0, None)["contenders"]
+    contenders = measure(cell, torch.device("cpu"), BRIEF, 0, None)["contenders"]
     assert list(contenders) == ["gssf"]
     assert contenders["gssf"]["seconds"]["n"] == 1 and contenders["gssf"]["peak_bytes"] > 0
 
 
 def test_errors_are_drawn_and_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From two sizes, and one where only ours runs: the pictures, and README's tables."""
-    quick(monkeypatch)
     for name in [name for name in OPERATIONS if name != "info_nce"]:
         monkeypatch.delitem(OPERATIONS, name)
-    cells = grid("info_nce", [Shape(N, N, 64, 32) for N in (48, 64)], ("fp32",), compiled=[])
-    cells += grid("info_nce", [Shape(96, 96, 64, 32)], ("fp32",), modes=("forward+backward",), stored=False)
+    cells = grid("info_nce", [Shape(N, N, 64, 32) for N in (48, 64)], "fp32", compiled=[])
+    cells += grid("info_nce", [Shape(96, 96, 64, 32)], "fp32", modes=("forward+backward",), stored=False)
     monkeypatch.setattr(sweep, "suite_cells", lambda *_: cells)
     out = tmp_path / "device" / "losses.json"
     arguments = ["--suite", "losses", "--device", "cpu", "--seconds", "0.01", "--contenders", "gssf"]

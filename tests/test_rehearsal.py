@@ -53,7 +53,7 @@ def test_public_calls_are_rehearsed_at_real_sizes() -> None:
     assert found["topk 64×1,000,000 k=10"] == ["fold_kernel", "topk_kernel"]
     assert found["ranks 64×1,000,000"] == ["fold_kernel", "rank_kernel"]
     assert {"stream_kernel", "fold_kernel"} <= set(found["info_nce 4,096 pairs"])
-    assert found["host"], "a value asked for on the host: there is none, and a GPU would have to wait"
+    assert found["host"], "reading a value on the host must fail: a GPU would have to wait for it"
 
 
 def test_the_disguise_ends_with_its_block() -> None:

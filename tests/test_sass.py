@@ -65,7 +65,7 @@ def test_a_loop_that_waits_before_it_writes_is_clean() -> None:
 
 
 def test_a_write_at_the_top_of_a_loop_while_the_bottom_still_reads() -> None:
-    """Nothing is wrong in the order of the text: only the way back shows it."""
+    """The order of the text shows no fault; only the loop's back edge does."""
     loop = code("MOV R4, R5", "LDS.128 R120, [R2]", WAIT, wgmma(120), "@P0 BRA 0x10", WAIT, "EXIT")
     (found,) = sass.hazards(loop)
     assert found.startswith("0x10 LDS.128 R120, [R2] touches R120, R121, R122, R123, which the HGMMA at 0x30 may still")
@@ -97,7 +97,7 @@ def test_a_branch_around_the_wait_and_a_predicated_write() -> None:
     assert sass.hazards(code(wgmma(120), "@P0 BRA 0x30", WAIT, "MOV R120, R4", "EXIT"))
     assert sass.hazards(code(wgmma(120), "@P0 MOV R120, R4", WAIT, "EXIT"))
     assert sass.hazards(code(wgmma(120), f"@P0 {WAIT}", "MOV R120, R4", "EXIT"))
-    # Past an unconditional jump nothing follows.
+    # Nothing runs directly after an unconditional jump.
     assert sass.hazards(code(wgmma(120), "BRA 0x30", "MOV R120, R4", WAIT, "EXIT")) == ()
 
 
@@ -125,7 +125,7 @@ def test_a_product_may_add_to_the_accumulator_of_the_one_before() -> None:
 
 
 def _unrolled(lines: list[str], start: int, rounds: int) -> set[tuple[int, int, int]]:
-    """(writer, register, reader) of a loop from `start` to the end, followed step by step and by hand."""
+    """(writer, register, reader) of a loop from `start` to the end, simulated step by step."""
     pending: list[tuple[int, int, int]] = []  # (register, reader, groups closed after it)
     found = set()
     for at in [*range(start), *list(range(start, len(lines))) * rounds]:
@@ -148,7 +148,7 @@ def test_no_hazard_of_a_random_loop_is_missed(seed: int) -> None:
     lines = [rng.choice(pick)() for _ in range(10)]
     expected = {(at, reader) for at, _, reader in _unrolled(lines, 3, 3)}
     reported = sass.hazards(code(*lines, "@P0 BRA 0x30", WAIT, "EXIT"))
-    # Of two products that read one register the younger is named, and waited for last.
+    # If two products read one register, the report names the younger, which is waited for last.
     assert {int(x.split()[0], 16) // 16 for x in reported if "may still read" in x} == {at for at, _ in expected}
 
 
@@ -171,7 +171,7 @@ NEST = (
 def test_loops_are_found_inside_one_another() -> None:
     graph = sass.blocks(code(*NEST))
     sizes = sorted(sum(len(graph[i].instructions) for i in loop) for loop in sass.loops(graph))
-    assert sizes == [2, 2, 5, 9]  # the trap behind the exit is reached by nothing
+    assert sizes == [2, 2, 5, 9]  # the trap after the exit is unreachable
 
 
 def test_the_hot_loop_has_the_products_and_the_spin_within_it() -> None:

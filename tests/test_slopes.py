@@ -10,6 +10,11 @@ import torch
 from support.reference import assert_close, tolerance
 from torch import Tensor
 
+from gssf_triton.kernels.stream_values import Operands
+from gssf_triton.streaming.driver import TorchEngine
+from gssf_triton.streaming.epilogues import EPILOGUES
+from gssf_triton.streaming.triton import TritonEngine, adds_halves_in_float32
+
 pytestmark = pytest.mark.kernels
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -20,40 +25,29 @@ SIZES = [(48, 48), (33, 47), (40, 1), (1, 130), (200, 300)]
 @pytest.fixture
 def asked() -> Iterator[None]:
     """Whether the library adds half-precision products in float32 is asked anew, and forgotten afterwards."""
-    from gssf_triton.kernels.stream import adds_halves_in_float32
-
     adds_halves_in_float32.cache_clear()
     yield
     adds_halves_in_float32.cache_clear()
-
-
-def _engine() -> Any:
-    from gssf_triton.kernels.stream import TritonEngine
-
-    return TritonEngine((4096, 16384))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize(("M", "N"), SIZES)
 def test_rows_of_a_slope_end_evenly(M: int, N: int, dtype: torch.dtype, device: str) -> None:
     """So that they are stored 16 bytes at a time whatever the batch; what is beyond N is 0, and not shown."""
-    from gssf_triton.streaming.driver import Operands, TorchEngine
-
     t, y = ((torch.randn(n, 32, device=device) / 4).to(dtype) for n in (M, N))
     # The first is the logarithm of a softmax's sum: slopes are below 2, as a loss's are.
     rows, columns = (
         torch.rand(4, n, device=device) + torch.tensor([[4.0], [0], [0], [0]], device=device) for n in (M, N)
     )
-    operands = Operands(t, y, None, None, rows, columns, None, None, torch.ones(2, device=device), 0)
-    kept = _engine().tile(operands, slice(0, M), slice(0, N), "softmax_slope_both", True)
-    slope = kept.slope
+    operands, epilogue = Operands(t, y, torch.ones(2, device=device), rows, columns), EPILOGUES["softmax_slope_both"]
+    slope = TritonEngine(operands, epilogue, True).chunk(slice(0, M), slice(0, N)).slope
     assert slope is not None and slope.shape == (M, N) and slope.stride(1) == 1
     pitch = slope.stride(0)
     assert pitch % 16 == 0 and N <= pitch < N + 16
     whole = slope.as_strided((M, pitch), (pitch, 1))
     assert torch.equal(whole[:, N:], torch.zeros_like(whole[:, N:]))
-    wide = Operands(t.float(), y.float(), None, None, rows, columns, None, None, operands.scalars, 0)
-    expected = TorchEngine((M, N)).tile(wide, slice(0, M), slice(0, N), "softmax_slope_both", True).slope
+    wide = operands._replace(t=t.float(), y=y.float())
+    expected = TorchEngine(wide, epilogue, True).chunk(slice(0, M), slice(0, N)).slope
     assert expected is not None
     scale = 2.0**14 if dtype == torch.float16 else 1.0
     assert_close(slope.float() / scale, expected, tolerance(dtype))
@@ -79,7 +73,7 @@ def test_no_product_is_rounded_before_it_is_added(
         p = p.mT.contiguous().mT
     scale = 2.0**14 if dtype == torch.float16 else 1.0
     expected = out.double() + p.double() @ x.double() / scale
-    _engine().add_product(out, p, x)
+    TritonEngine.add_product(out, p, x)
     assert_close(out, expected, tolerance(torch.float32))
 
 
@@ -97,12 +91,11 @@ def test_the_library_adds_in_float32_where_it_can(
         return out.copy_(beta * sums + alpha * (p.to(out_dtype) @ x.to(out_dtype)))
 
     monkeypatch.setattr(torch, "addmm", addmm)
-    engine = _engine()
     scale = 2.0**14 if dtype == torch.float16 else 1.0
     for M, N in SIZES:
         out, p, x = _product(M, N, dtype, device)
         expected = out.double() + p.double() @ x.double() / scale
-        engine.add_product(out, p, x)
+        TritonEngine.add_product(out, p, x)
         sums, left, right, named = calls.pop()
         assert sums is out and left is p and right is x
         assert named == {"beta": 1, "alpha": 1 / scale, "out_dtype": torch.float32, "out": out}
@@ -124,6 +117,6 @@ def test_a_library_that_cannot_is_asked_once(
     for M, N in SIZES:
         out, p, x = _product(M, N, torch.float16, device)
         expected = out.double() + p.double() @ x.double() / 2**14
-        _engine().add_product(out, p, x)
+        TritonEngine.add_product(out, p, x)
         assert_close(out, expected, tolerance(torch.float32))
     assert len(calls) == 1

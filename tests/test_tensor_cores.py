@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import _check_calls
-import _check_steps
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from bench.check import steps
+from bench.check.calls import CALLS, Call
 from gssf_triton.kernels import launch
 from gssf_triton.kernels.configs import dot_precision
 from gssf_triton.kernels.pairwise import pairwise
@@ -77,16 +77,16 @@ def test_operands_are_rounded_to_nearest(device: str) -> None:
     assert torch.equal(y.cpu().view(torch.int32), x.view(torch.int32))
 
 
-def calls() -> list[_check_calls.Call]:
-    return [call for call in _check_calls.CALLS if not call.exact and not call.fused]
+def calls() -> list[Call]:
+    return [call for call in CALLS if not call.exact and not call.fused]
 
 
 @pytest.mark.parametrize("call", calls(), ids=lambda call: call.name)
 def test_errors_stay_within_the_contract(
-    call: _check_calls.Call, dropping: None, device: str, monkeypatch: pytest.MonkeyPatch
+    call: Call, dropping: None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of values and gradients, in float32 where TF32 is allowed and in float16, whose folded gradients take it."""
-    monkeypatch.setattr(_check_steps, "CALLS", [call])
-    monkeypatch.setattr(_check_steps, "NUMERICS", [n for n in _check_steps.NUMERICS if n.name in ("tf32", "fp16")])
-    found = list(_check_steps.errors(_check_steps.Machine(torch.device(device), float("inf"))))
+    monkeypatch.setattr(steps, "CALLS", [call])
+    monkeypatch.setattr(steps, "NUMERICS", {name: steps.NUMERICS[name] for name in ("tf32", "fp16")})
+    found = list(steps.errors(steps.Machine(torch.device(device), float("inf"))))
     assert len(found) == 2 and all(f["ok"] for f in found), found

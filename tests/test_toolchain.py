@@ -1,4 +1,4 @@
-"""Kernels that the installed compiler would make wrong code for are never launched, and what runs instead is right."""
+"""Kernels that the installed compiler would compile wrongly are never launched, and what runs instead is right."""
 
 from __future__ import annotations
 
@@ -28,21 +28,23 @@ from support.tuner_kit import CPU, H100, cache, measured, pretend  # noqa: F401
 
 from gssf_triton.autotune import lookup
 from gssf_triton.autotune.cli import main
-from gssf_triton.autotune.keys import make_key
-from gssf_triton.backend import TRITON_RELEASE
-from gssf_triton.kernels import devices, toolchain
+from gssf_triton.autotune.space import make_key
+from gssf_triton.kernels import choice, devices, toolchain
+from gssf_triton.kernels.choice import force_plan
+from gssf_triton.kernels.configs import FoldConfig
 from gssf_triton.kernels.devices import Device
-from gssf_triton.kernels.plans import PlanChoice, as_compiled, force_plan
-from gssf_triton.kernels.toolchain import Assembler, Toolchain, chains_products, may_launch, takes_registers
+from gssf_triton.kernels.plans import PlanChoice, as_compiled
+from gssf_triton.kernels.release import TRITON_RELEASE
+from gssf_triton.kernels.toolchain import Assembler, Toolchain, may_launch, variant_of
 
 pytestmark = pytest.mark.kernels
 
-#: Whichever of the two the installed Triton takes for sm_90.
+#: One of the two chooses sm_90's assembler, depending on Triton's version.
 VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
 
 def a_ptxas(folder: Path, version: str) -> Path:
-    """A program that says it is a ptxas of this version."""
+    """A program that reports this version of ptxas."""
     path = folder / f"ptxas-{version}"
     path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.33'\n", encoding="utf-8")
     path.chmod(0o755)
@@ -118,14 +120,19 @@ def test_a_newer_assembler_that_triton_carries_is_used_for_us_alone(
                 inside.wait(timeout=60)
             assert dict(os.environ) == environment
 
-    arguments = {"x_ptr": torch.empty(1, dtype=HALF), "HAS_DIAG": False, "PRECISION": "ieee"}
+    from gssf_triton.kernels.args import Blocks, Matrix, Tile, Weights
+
+    blocks = Weights(None, Blocks(None, 1, 1, 1))
+    arguments = {"x": Matrix(torch.empty(1, dtype=HALF), None, 1, 1), "TILE": Tile(16)}
+
+    config = FoldConfig(16, 16, num_warps=4, num_stages=1)
 
     def fold(**more: object) -> None:
-        launch.launch(Kernel("fold_kernel"), (1,), CPU, **arguments, HAS_BLOCKS=True, **more)
+        launch.launch(Kernel("fold_kernel"), (1,), CPU, config, **arguments, weights=blocks, **more)
 
     fold()
-    launch.launch(Kernel("fold_kernel"), (1,), CPU, **arguments, HAS_BLOCKS=False)
-    launch.launch(Kernel("stream_kernel"), (1,), CPU, **arguments)
+    launch.launch(Kernel("fold_kernel"), (1,), CPU, config, **arguments, weights=Weights(None, None))
+    launch.launch(Kernel("stream_kernel"), (1,), CPU, config, **arguments)
     option = "--verbose --regAllocOptLevel=2"
     assert used == [
         ("fold_kernel", str(new), option),
@@ -141,22 +148,23 @@ def test_a_newer_assembler_that_triton_carries_is_used_for_us_alone(
     assert get_ptxas(90).path == str(old)
 
 
-#: Compiles a launch with register operands, and one without, as a GPU of sm_90 would have it.
+#: Compiles a launch with register operands, and one without, as on a GPU of sm_90.
 COMPILED = """
 import torch, gssf_triton
 from gssf_triton.autotune import stub
-from gssf_triton.kernels.plans import force_plan
+from gssf_triton.kernels.configs import FoldConfig
+from gssf_triton.kernels.choice import force_plan
 
 with stub.stub_host("sm_90"), stub.stub_driver("sm_90"):
     a, W_diag, W_blocks = torch.zeros(128, 64).bfloat16(), torch.zeros(64), torch.zeros(2, 32, 32)
-    for plan in ("one_pass", "fold_own_product"):
+    for plan in ("one_pass", "fold_product"):
         with force_plan(plan):
-            gssf_triton.pairwise_sim(a, a, W_diag, W_blocks, backend="triton")
+            gssf_triton.pairwise_sim(a, a, W_diag, W_blocks, out_dtype=torch.float32, backend="triton")
 """
 
 
 def test_compiled_kernels_with_register_operands_are_the_newer_assemblers(tmp_path: Path) -> None:
-    """Where Triton takes an old one: what reads registers is in the cache from the newer one, the rest from the old."""
+    """If Triton takes an old one, only kernels that read registers are compiled by the newer one."""
     bundled = toolchain._bundled()
     if not bundled[0].is_safe:
         assert TRITON_RELEASE < (3, 7)
@@ -167,7 +175,7 @@ def test_compiled_kernels_with_register_operands_are_the_newer_assemblers(tmp_pa
         [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    # Newer assemblers leave their name in what they make.
+    # Newer assemblers leave their name in their output.
     newer = {
         path.with_suffix(".ptx"): b"Cuda compilation tools" in path.read_bytes() for path in tmp_path.glob("*/*.cubin")
     }
@@ -201,7 +209,7 @@ def test_the_assemblers_that_triton_carries_are_found() -> None:
 
 # ------------------------------------------------------------------------------------------------------ the predicate
 
-#: Kernel, dtype, weights; whether register operands meet tensor cores, exact float32 allowed and not.
+#: Kernel, dtype, weights; whether tensor cores may read registers, with exact float32 and with TF32.
 EXPOSED = [
     ("pairwise", HALF, "", False, False),
     ("pairwise", HALF, "diag", True, True),
@@ -263,7 +271,7 @@ def test_triton_36_keeps_the_one_pass_kernel_from_any_assembler(
 
 @pytest.mark.parametrize("arch", ["sm_100", "sm_103"])
 def test_chained_products_need_a_newer_triton(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, OLD)  # which its register operands do not meet
+    install(monkeypatch, OLD)  # an old assembler does not matter here
     with pretend(monkeypatch, Device("a-blackwell", "A Blackwell", arch)):
         monkeypatch.setattr(toolchain, "TRITON_RELEASE", (3, 8))
         with pytest.warns(UserWarning, match=r"Triton 3\.8 adds chained products"):
@@ -298,9 +306,9 @@ def test_launches_are_judged_by_their_arguments(on_hopper: None, monkeypatch: py
     fake = SimpleNamespace(
         is_watched=lambda kernel: True,
         is_sound=lambda arch: False,
-        compiled=lambda kernel, arguments, arch: seen.setdefault(kernel, set()).add(
-            takes_registers(kernel, arguments)
-        ) or toolchain.compiled(kernel, arguments, arch),
+        launch_options=lambda kernel, arguments, arch: seen.setdefault(kernel, set()).add(
+            variant_of(kernel, arguments).takes_registers
+        ) or toolchain.launch_options(kernel, arguments, arch),
     )  # fmt: skip
     monkeypatch.setattr(launch, "toolchain", fake)
     install(monkeypatch, NEW)
@@ -308,8 +316,10 @@ def test_launches_are_judged_by_their_arguments(on_hopper: None, monkeypatch: py
     assert seen["fold_kernel"] == seen["pairwise_kernel"] == {True, False} and seen["paired_kernel"] == {False}
     assert True in seen["gradient_kernel"] and seen["cross_attention_kernel"] == {True}
     assert seen["late_interaction_kernel"] == seen["topk_kernel"] == seen["stream_kernel"] == {False}
-    exact = {"GRAM_PRECISION": "tf32x3", "PRECISION": "ieee"}
-    assert chains_products("cross_attention_kernel", exact) and not chains_products("topk_kernel", exact)
+    tile = SimpleNamespace(GRAM_PRECISION="tf32x3", PRECISION="ieee")
+    exact = {"x": SimpleNamespace(ptr="*fp32"), "TILE": tile}
+    assert variant_of("cross_attention_kernel", exact).chains_products
+    assert not variant_of("topk_kernel", exact).chains_products
 
 
 # --------------------------------------------------------------------------------------------- plans, and the doctor
@@ -328,23 +338,26 @@ def test_the_models_plan_is_not_one_pass_where_it_is_serialised(
         ("interpreter", (3, 6), one_pass),
     ):
         assert as_compiled(one_pass, arch, release) == expected
-    assert as_compiled(PlanChoice("fold_own_product", "fewer"), "sm_90", (3, 6)).kind == "fold_own_product"
 
-    where, shape = torch.device("cuda", 0), (1, 64, 64, 1024, 32, torch.bfloat16)
+    where = torch.device("cuda", 0)
+
+    def kind_chosen() -> str:
+        return choice.choose("plan", where, torch.bfloat16, 64, 64, 1024, 32).kind
+
     key = make_key("plan", "bf16", 64, 64, 1024, 32, 1)
     install(monkeypatch, NEW)
     for release, kind in (((3, 9), "one_pass"), ((3, 6), "fold_product")):
-        monkeypatch.setattr(lookup, "TRITON_RELEASE", release)
+        monkeypatch.setattr(choice, "TRITON_RELEASE", release)
         for mode in ("cached", "off"):
             monkeypatch.setenv("GSSF_AUTOTUNE", mode)
             with pretend(monkeypatch, H100):
-                assert lookup.plan(*shape, where).kind == kind
+                assert kind_chosen() == kind
                 with force_plan("one_pass"):
-                    assert lookup.plan(*shape, where).kind == "one_pass"
+                    assert kind_chosen() == "one_pass"
     monkeypatch.delenv("GSSF_AUTOTUNE")
     with pretend(monkeypatch, H100):
         lookup.learn(H100, {key: measured(one_pass)})
-        assert lookup.plan(*shape, where).kind == "one_pass"  # what was measured here is true here
+        assert kind_chosen() == "one_pass"  # what was measured here is true here
 
 
 @pytest.mark.parametrize(

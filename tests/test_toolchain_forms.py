@@ -1,4 +1,4 @@
-"""Where `kernels.toolchain` keeps kernels from running the operators compute the same with torch's own products."""
+"""If `kernels.toolchain` keeps kernels from running, the operators compute the same with torch's own products."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_an_old_assembler_leaves_exposed_kernels_to_torch(
         every_operator(SINGLE)
     (said,) = [str(w.message) for w in warned if "left to torch" in str(w.message)]
     assert "ptxas 12.8 (/an/old/ptxas)" in said and "triton>=3.9" in said and "_PATH" in said and "doctor" in said
-    # Own product, streaming, retrieval and late interaction stay, and the kernels where nothing comes from registers.
+    # Kernels without operands from registers still run: the product, streaming, retrieval, late interaction.
     assert {"pairwise_kernel", "stream_kernel", "topk_kernel", "late_interaction_kernel", "paired_kernel"} <= set(
         launched
     )
@@ -124,7 +124,7 @@ def test_autocast_rounds_nothing_more(on_hopper: None, monkeypatch: pytest.Monke
 
 def test_a_direct_launch_is_refused(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from gssf_triton.kernels import fold
-    from gssf_triton.kernels.launch import Metric
+    from gssf_triton.metric import Metric
 
     install(monkeypatch, OLD)
     metric = Metric(None, torch.randn(3, 8, 8))

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tuner_kit import H100, OTHER_GPU, measured
+from support.tuner_kit import measured
 
-from gssf_triton.autotune import lookup, model, ranking, space
-from gssf_triton.autotune.keys import (
+from gssf_triton.autotune import lookup, model, space
+from gssf_triton.autotune.measure import Timing
+from gssf_triton.autotune.space import (
+    DTYPES,
     NUMERICS,
     PAIR_KERNELS,
-    RANKED_ROWS,
+    SPACES,
     Key,
     bucket,
     distance,
-    dtype_of,
     make_key,
     numerics,
 )
-from gssf_triton.autotune.measure import Timing
-from gssf_triton.autotune.space import SPACES
-from gssf_triton.autotune.tuner import settle
-from gssf_triton.kernels import configs, plans
+from gssf_triton.autotune.tables import Entry
+from gssf_triton.autotune.tuner import pick
+from gssf_triton.kernels import choice, configs, plans
+from gssf_triton.kernels.choice import Config
 from gssf_triton.kernels.configs import ChunkConfig, CrossAttentionConfig, FoldConfig, GradientConfig, PairwiseConfig
 from gssf_triton.kernels.plans import PlanChoice
-from gssf_triton.kernels.stream import TritonEngine
+from gssf_triton.kernels.retrieval_configs import RANKED_ROWS
 from gssf_triton.kernels.targets import ARCHITECTURES
 from gssf_triton.streaming.chunks import chunk_shape
 from gssf_triton.streaming.driver import TorchEngine
+from gssf_triton.streaming.triton import TritonEngine
 
 TILE = Key("pairwise", "bf16", 1024, 32, 8192, 8192)
-FALLBACK = configs.pairwise_config(8192, 8192, 1024, 32, torch.bfloat16, "sm_90")
+LARGE = PairwiseConfig(128, 128, 64, num_warps=8, num_stages=3)
 TUNED = PairwiseConfig(64, 128, 32, num_warps=4, num_stages=3)
 OTHER = PairwiseConfig(64, 64, 32, num_warps=4, num_stages=4)
 
@@ -64,7 +67,7 @@ def test_all_sizes_of_a_bucket_share_a_key() -> None:
 
 @pytest.mark.parametrize("name", NUMERICS)
 def test_numerics_have_names(name: str) -> None:
-    assert numerics(dtype_of(name), tf32=name == "tf32") == name
+    assert numerics(DTYPES[name], tf32=name == "tf32") == name
 
 
 # ------------------------------------------------------------------------------------------------------- neighbours
@@ -80,28 +83,27 @@ def test_distance_grows_with_the_shape_and_stops_where_the_code_differs() -> Non
         assert distance(TILE, replace(TILE, **stranger)) is None, stranger
 
 
+def found(entries: Mapping[Key, Entry]) -> Config | None:
+    answer = lookup.find(TILE, "sm_90", entries)
+    return answer and answer.entry.config
+
+
 def test_exact_then_the_nearest_neighbour_then_the_model() -> None:
     near, far = replace(TILE, M=4096), replace(TILE, D=256, M=2048)
-    entries = {TILE: measured(TUNED), near: measured(OTHER), far: measured(FALLBACK)}
-    assert lookup.find(TILE, OTHER_GPU, entries, FALLBACK).config == TUNED
+    entries = {TILE: measured(TUNED), near: measured(OTHER), far: measured(LARGE)}
+    assert found(entries) == TUNED
     del entries[TILE]
-    answer = lookup.find(TILE, OTHER_GPU, entries, FALLBACK)
-    assert answer.config == OTHER and str(near) in answer.why
-    answer = lookup.find(TILE, OTHER_GPU, {}, FALLBACK)
-    assert answer.config == FALLBACK and answer.why.startswith("model")
-
-
-def test_a_models_entry_is_nobodys_neighbour() -> None:
-    """The model knows better what it would choose for the shape itself."""
-    entries = {replace(TILE, M=4096): lookup.Entry(OTHER, "model")}
-    assert lookup.find(TILE, OTHER_GPU, entries, FALLBACK).config == FALLBACK
+    answer = lookup.find(TILE, "sm_90", entries)
+    assert answer and answer.entry.config == OTHER and str(near) in answer.why
+    assert found({}) is None
 
 
 def test_an_illegal_entry_is_passed_over() -> None:
     too_large = PairwiseConfig(256, 256, 128, num_warps=8, num_stages=4)
     not_in_the_space = PairwiseConfig(64, 48, 32, num_warps=4, num_stages=2)
     for bad in (too_large, not_in_the_space, FoldConfig(64, 64, 4, 2)):
-        assert lookup.find(TILE, OTHER_GPU, {TILE: measured(bad)}, FALLBACK).config == FALLBACK
+        assert found({TILE: measured(bad)}) is None
+        assert found({TILE: measured(bad), replace(TILE, M=4096): measured(OTHER)}) == OTHER
 
 
 def test_equally_near_neighbours_are_settled_by_order_not_by_the_file() -> None:
@@ -109,18 +111,8 @@ def test_equally_near_neighbours_are_settled_by_order_not_by_the_file() -> None:
     answers = set()
     for _ in range(10):
         random.shuffle(sides)
-        answers.add(lookup.find(TILE, OTHER_GPU, dict(sides), FALLBACK).config)
+        answers.add(found(dict(sides)))
     assert answers == {TUNED}
-
-
-def test_only_deterministic_configurations_where_torch_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    chancy = replace(SPACES["pairwise"], is_deterministic=lambda config: config != TUNED)
-    monkeypatch.setitem(space.SPACES, "pairwise", chancy)
-    entries = {TILE: measured(TUNED), replace(TILE, M=4096): measured(OTHER)}
-    assert lookup.find(TILE, H100, entries, FALLBACK).config == TUNED
-    assert lookup.find(TILE, H100, entries, FALLBACK, deterministic=True).config == OTHER
-    assert TUNED in ranking.candidates(TILE, "sm_90")
-    assert TUNED not in ranking.candidates(TILE, "sm_90", deterministic=True)
 
 
 # -------------------------------------------------------------------------------------------------- space and model
@@ -152,11 +144,12 @@ KEYS = [
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_89", "sm_120", "gfx90a", "interpreter"])
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_candidates_start_with_the_models_choice_and_are_all_legal(key: Key, arch: str) -> None:
-    found = ranking.candidates(key, arch)
+    found = model.candidates(key, arch)
     assert found[0] == model.default(key, arch)
     assert len(found) == len(set(found))
     assert all(model.is_legal(config, key, arch) for config in found)
-    assert found[:-1] == ranking.candidates(key, arch, limit=len(found) - 1), "the same order, cut where it is told"
+    if arch == "sm_90":
+        assert found[:-1] == model.candidates(key, arch, limit=len(found) - 1), "the same order, cut where it is told"
     assert len(found) > 1, "there is something to tune on GPUs the gate does not compile for, too"
 
 
@@ -165,10 +158,10 @@ def test_a_chunk_keeps_to_the_losses_budget(arch: str) -> None:
     key = Key("chunk", "fp32", 1024, 0, 2**20, 2**20)
     device = torch.device("cpu" if arch == "cpu" else "cuda")
     entry_bytes = (TorchEngine if arch == "cpu" else TritonEngine).ARRAYS * 4
-    found = ranking.candidates(key, arch)
+    found = model.candidates(key, arch)
     assert ChunkConfig(8192, 32768) not in found and len(found) >= 10
     for config in found[1:]:
-        with lookup.use("chunk", config):
+        with choice.use(chunk=config):
             shape = chunk_shape(2**20, 2**20, 1024, torch.float32, device, entry_bytes=entry_bytes)
         assert shape == (config.rows, config.columns), "what is measured is what runs"
 
@@ -184,7 +177,7 @@ def test_retrievals_tile_is_the_same_for_every_batch_gallery_and_shard() -> None
 def test_a_pairs_key_has_a_tile_that_holds_the_pair(kernel: str, R: int, L: int, arch: str) -> None:
     key = make_key(kernel, "fp16", R, L, 512, 0)
     assert key.M >= R and key.N >= L
-    exact = model.choice(kernel, R, L, 512, 0, torch.float16, arch, tf32=False)
+    exact = choice.modelled(choice.Call(kernel, torch.device("cuda"), torch.float16, False, R, L, 512), arch)
     assert model.is_legal(exact, key, arch)
     if kernel == "cross_attention":
         assert exact == model.default(key, arch), "a table's tile is one for the pair itself"
@@ -197,7 +190,7 @@ def test_a_pair_larger_than_the_kernel_takes_has_no_tile_of_cross_attentions() -
 
 
 def test_chunks_beyond_the_matrix_are_not_measured() -> None:
-    found = ranking.candidates(Key("chunk", "fp32", 64, 0, 512, 2048), "cpu")
+    found = model.candidates(Key("chunk", "fp32", 64, 0, 512, 2048), "cpu")
     assert found[0] == ChunkConfig(512, 1024), "the model's choice"
     assert set(found) == {ChunkConfig(rows, columns) for rows in (256, 512) for columns in (1024, 2048)}
 
@@ -216,13 +209,13 @@ def test_the_models_choices_are_those_of_the_pure_functions() -> None:
     assert model.default(gradient, "sm_80") == configs.gradient_config(64, torch.float32, "sm_80", tf32=True)
     plan = model.default(Key("plan", "bf16", 1024, 32, 64, 64), "sm_90")
     assert isinstance(plan, PlanChoice)
-    assert plan.resolve(64, 64) == plans.choose_plan(1, 64, 64, 1024, 32, 2)
+    assert plan.resolve(64, 64) == plans.modelled_plan(1, 64, 64, 1024, 32, 2, tf32=False)
 
 
 def test_the_model_prefers_tiles_that_suit_the_shape() -> None:
     """Large S: large tiles that use what they load; S of one small tile: no program idles over rows that are not."""
-    large = ranking.candidates(Key("product", "bf16", 1024, 0, 8192, 8192), "sm_90")[1]
-    small = ranking.candidates(Key("product", "bf16", 1024, 0, 64, 64), "sm_90")[1]
+    large = model.candidates(Key("product", "bf16", 1024, 0, 8192, 8192), "sm_90")[1]
+    small = model.candidates(Key("product", "bf16", 1024, 0, 64, 64), "sm_90")[1]
     assert isinstance(large, PairwiseConfig) and isinstance(small, PairwiseConfig)
     assert large.BLOCK_M * large.BLOCK_N >= 128 * 128 > small.BLOCK_M * small.BLOCK_N
 
@@ -264,16 +257,16 @@ def test_noise_is_settled_by_order() -> None:
     first, second, third = (ChunkConfig(rows, 4096) for rows in (512, 1024, 2048))
     order = [first, second, third]
     timings = {first: Timing(1.015, 0.0), second: Timing(1.2, 0.0), third: Timing(1.0, 0.0)}
-    assert settle(order, timings) == first
-    assert settle(order, {**timings, first: Timing(1.05, 0.0)}) == third
-    assert settle(order, {**timings, first: Timing(1.05, 0.1)}) == first, "a spread of its own widens the noise"
-    assert settle(list(reversed(order)), timings) == third
+    assert pick(order, timings) == first
+    assert pick(order, {**timings, first: Timing(1.05, 0.0)}) == third
+    assert pick(order, {**timings, first: Timing(1.05, 0.1)}) == first, "a spread of its own widens the noise"
+    assert pick(list(reversed(order)), timings) == third
 
 
 @given(st.lists(st.floats(0.98, 1.02), min_size=2, max_size=6), st.randoms())
 def test_the_choice_does_not_depend_on_the_order_of_measuring(seconds: list[float], chance: random.Random) -> None:
     order = [ChunkConfig(256 * 2**i, 4096) for i in range(len(seconds))]
     pairs = [(config, Timing(time, 0.05)) for config, time in zip(order, seconds, strict=True)]
-    expected = settle(order, dict(pairs))
+    expected = pick(order, dict(pairs))
     chance.shuffle(pairs)
-    assert settle(order, dict(pairs)) == expected == order[0]
+    assert pick(order, dict(pairs)) == expected == order[0]

@@ -14,15 +14,17 @@ from support.tuner_kit import CPU, H100, OTHER_GPU, a_chunk, cache, measured, pr
 from torch import Tensor
 
 import gssf_triton
-from gssf_triton.autotune import lookup, mode, tuner
-from gssf_triton.autotune.chunk import stream_chunk
-from gssf_triton.autotune.keys import Key, make_key
-from gssf_triton.autotune.model import EPILOGUE_KERNELS
-from gssf_triton.autotune.ranking import candidates
-from gssf_triton.kernels.configs import ChunkConfig, PairwiseConfig, chunk_config, pairwise_config
-from gssf_triton.kernels.devices import Device, identify_for_torch
-from gssf_triton.kernels.plans import PLANS, PlanChoice, force_plan
+from gssf_triton.autotune import hook, lookup, tuner
+from gssf_triton.autotune.model import EPILOGUE_KERNELS, candidates
+from gssf_triton.autotune.space import Key, make_key
+from gssf_triton.kernels import choice, devices
+from gssf_triton.kernels.choice import force_plan
+from gssf_triton.kernels.configs import ChunkConfig, PairwiseConfig, chunk_config
+from gssf_triton.kernels.devices import Device, identify, identify_for_torch
+from gssf_triton.kernels.plans import PLANS, PlanChoice
+from gssf_triton.metric import Metric
 from gssf_triton.similarity import bilinear
+from gssf_triton.streaming.chunks import stream_chunk
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -100,19 +102,19 @@ def test_on_does_not_try_again_what_could_not_be_tuned(monkeypatch: pytest.Monke
 
 def test_an_unknown_mode_warns_once_and_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GSSF_AUTOTUNE", "sometimes")
-    mode._complain.cache_clear()
+    hook._complain.cache_clear()
     with pytest.warns(UserWarning, match="GSSF_AUTOTUNE must be one of off, cached, on, got 'sometimes'") as warned:
-        assert mode.mode() == mode.mode() == "cached"
+        assert hook.mode() == hook.mode() == "cached"
     assert len(warned) == 1
 
 
 def test_the_interpreter_is_tuned_only_when_asked(tuned_keys: list[Key], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GSSF_AUTOTUNE", "on")
-    lookup.rows(64, 64, 8, torch.float32, CPU, kernel="fold")
+    choice.choose("fold", CPU, torch.float32, 64, 0, 64, 8)
     assert not tuned_keys
     lookup.forget()
     monkeypatch.setenv("GSSF_AUTOTUNE_INTERPRETER", "1")
-    lookup.rows(64, 64, 8, torch.float32, CPU, kernel="fold")
+    choice.choose("fold", CPU, torch.float32, 64, 0, 64, 8)
     assert tuned_keys == [Key("fold", "fp32", 64, 8, 64, 0)]
 
 
@@ -124,7 +126,7 @@ def test_nothing_is_tuned_while_a_graph_is_captured(tuned_keys: list[Key], monke
     monkeypatch.setenv("GSSF_AUTOTUNE", "on")
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        patch.setattr(mode, "is_capturing", lambda where: torch.cuda.is_current_stream_capturing())
+        patch.setattr(hook, "is_capturing", lambda where: torch.cuda.is_current_stream_capturing())
         assert chunk() == chunk_config("cpu") and chunk() == chunk_config("cpu")
         assert not tuned_keys
     assert chunk() == CHUNK.config and tuned_keys == [stream_key()]
@@ -141,7 +143,7 @@ def test_capturing_is_asked_of_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert mode.is_capturing(torch.device("cuda", 1)) and not mode.is_capturing(CPU)
+    assert hook.is_capturing(torch.device("cuda", 1)) and not hook.is_capturing(CPU)
     assert asked == [torch.device("cuda", 1)]
 
 
@@ -179,7 +181,7 @@ def test_a_compiled_call_tunes_nothing_while_it_is_traced(
     seen = tuner.tune_on_first_use
 
     def tune(key: Key, where: torch.device) -> None:
-        moments.append(mode.is_tracing())
+        moments.append(hook.is_tracing())
         seen(key, where)
 
     monkeypatch.setattr(tuner, "tune_on_first_use", tune)
@@ -214,7 +216,7 @@ def test_a_graph_keeps_the_plan_it_was_traced_with(monkeypatch: pytest.MonkeyPat
     call = torch.compile(gssf_triton.pairwise_sim, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(gssf_triton.pairwise_sim(*tensors, backend="torch").square().sum(), tensors)
     for kind in PLANS:
-        with lookup.use("plan", PlanChoice(kind, "more")):
+        with choice.use(plan=PlanChoice(kind, "more")):
             found = torch.autograd.grad(call(*tensors, backend="triton").square().sum(), tensors)
         for ours, reference in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
@@ -235,7 +237,7 @@ def test_every_plan_gives_the_same_values_and_gradients(
     dS = torch.randn(rows, device=device)
     for normalize in (False, True):
         reference = gssf_triton.pairwise_sim(*tensors, normalize=normalize, backend="torch")
-        with lookup.use("plan", PlanChoice(kind, fold)):
+        with choice.use(plan=PlanChoice(kind, fold)):
             S = gssf_triton.pairwise_sim(*tensors, normalize=normalize, backend="triton")
         torch.testing.assert_close(S, reference, rtol=1e-4, atol=1e-4)
         grads = (torch.autograd.grad(x, tensors, dS) for x in (S, reference))
@@ -248,22 +250,22 @@ def test_a_forced_plan_reaches_threads_that_inherit_no_context() -> None:
     seen: list[Any] = []
 
     def ask() -> None:
-        seen.append(lookup.plan(1, 512, 8192, 256, 32, torch.float32, CPU))
+        for kernel in ("plan", "gradient_plan"):
+            seen.append(choice.choose(kernel, CPU, torch.float32, 64, 128, 256, 32).resolve(64, 128))
 
-    for fold_b in (None, True):
-        with force_plan("fold_own_product", fold_b):
+    for fold in ("fewer", "more", "a", "b"):
+        with force_plan("fold_product", fold):
             thread = threading.Thread(target=ask)
             thread.start()
             thread.join()
     ask()
-    assert [plan.kind for plan in seen[:2]] == ["fold_own_product"] * 2
-    assert [plan.fold_b for plan in seen] == [False, True, False]
-    assert seen[2].kind != "fold_own_product"
+    assert [plan.kind for plan in seen] == ["fold_product"] * 8 + ["one_pass"] * 2
+    assert [plan.fold_b for plan in seen[::2]] == [False, True, False, True, False]
 
 
 def test_forced_plans_nest_and_overlap() -> None:
     def kind() -> str:
-        return lookup.plan(1, 8, 8, 8, 4, torch.float32, CPU).kind
+        return choice.choose("plan", CPU, torch.float32, 8, 8, 8, 4).kind
 
     with force_plan("one_pass"):
         with force_plan("fold_product"):
@@ -277,12 +279,13 @@ def test_forced_plans_nest_and_overlap() -> None:
     second.__exit__(None, None, None)
 
 
-def test_a_plans_table_decides_for_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plans_table_decides_for_the_operator() -> None:
     key = Key("plan", "fp32", 16, 4, 4, 8)
-    lookup.learn(lookup.identify(CPU), {key: measured(PlanChoice("fold_own_product", "more"))})
-    a, b = torch.randn(1, 5, 16), torch.randn(1, 7, 16)
-    plan = bilinear._plan(a, b, torch.randn(4, 4, 4), normalize=False)
-    assert (plan.kind, plan.fold_b) == ("fold_own_product", True)
+    a, b, metric = torch.randn(1, 5, 16), torch.randn(1, 7, 16), Metric(None, torch.randn(4, 4, 4))
+    assert bilinear._plan(a, b, metric).kind == "one_pass"
+    lookup.learn(identify(CPU), {key: measured(PlanChoice("fold_product", "more"))})
+    plan = bilinear._plan(a, b, metric)
+    assert (plan.kind, plan.fold_b) == ("fold_product", True)
 
 
 # ------------------------------------------------------------------------------------------------- devices and memory
@@ -295,10 +298,10 @@ def test_tables_belong_to_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         with pretend(monkeypatch, device):
             lookup.learn(device, {Key("pairwise", "bf16", 256, 64, 1024, 1024): measured(tile)})
     found = {}
-    monkeypatch.setattr(lookup, "identify", lambda where: list(tiles)[where.index])
+    monkeypatch.setattr(devices, "identify", lambda where: list(tiles)[where.index])
     for index, device in enumerate(tiles):
         where = torch.device("cuda", index)
-        found[device] = lookup.tile(1000, 1000, 256, 64, torch.bfloat16, where, kernel="pairwise", batch=1)
+        found[device] = choice.choose("pairwise", where, torch.bfloat16, 1000, 1000, 256, 64)
     assert found == tiles
 
 
@@ -314,20 +317,8 @@ def test_the_number_of_threads_is_part_of_a_cpus_key() -> None:
     assert chunk() == chunk_config("cpu")
 
 
-def test_precision_and_determinism_are_part_of_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from gssf_triton.autotune import space
-
-    chancy = replace(space.SPACES["chunk"], is_deterministic=lambda config: config != CHUNK.config)
-    monkeypatch.setitem(space.SPACES, "chunk", chancy)
+def test_precision_is_part_of_what_is_remembered() -> None:
     lookup.learn(identify_for_torch(CPU), {stream_key(): CHUNK})
-    assert chunk() == CHUNK.config
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert chunk() == chunk_config("cpu")
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert chunk() == CHUNK.config
     torch.set_float32_matmul_precision("high")
     assert chunk() == chunk_config("cpu"), "TF32 is other numerics"
@@ -335,15 +326,15 @@ def test_precision_and_determinism_are_part_of_what_is_remembered(monkeypatch: p
 
 def test_a_remembered_answer_costs_no_look_at_any_table(monkeypatch: pytest.MonkeyPatch) -> None:
     first = chunk()
-    monkeypatch.setattr(lookup, "_resolve", lambda *args: pytest.fail("resolved twice"))
+    monkeypatch.setattr(choice, "_find", lambda call: pytest.fail("looked up twice"))
     assert chunk() == first
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "MOST_REMEMBERED", 10)
+    monkeypatch.setattr(choice, "MOST_REMEMBERED", 10)
     for rows in range(1, 50):
         chunk(rows)
-        assert len(lookup._remembered) <= 10
+        assert len(choice._remembered) <= 10
 
 
 def test_a_damaged_table_of_the_package_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,20 +346,11 @@ def test_a_damaged_table_of_the_package_costs_a_warning(tmp_path: Path, monkeypa
         assert chunk() == chunk_config("cpu")
 
 
-def test_a_table_that_ships_serves_its_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pretend(monkeypatch, H100):
-        config = lookup.tile(8192, 8192, 1024, 32, torch.bfloat16, CPU, kernel="pairwise", batch=1)
-        assert config == pairwise_config(8192, 8192, 1024, 32, torch.bfloat16, "sm_90")
-        assert lookup.entries_for(H100)
-    with pretend(monkeypatch, OTHER_GPU):
-        assert not lookup.entries_for(OTHER_GPU)
-
-
 def test_empty_matrices_ask_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "entries_for", lambda device: pytest.fail("a table was looked at"))
     for M, N, D in ((0, 5, 8), (5, 0, 8), (5, 5, 0)):
-        lookup.plan(1, M, N, D, 0, torch.float32, CPU)
-        lookup.tile(M, N, D, 0, torch.float32, CPU, kernel="product", batch=1)
+        for kernel in ("plan", "product"):
+            choice.choose(kernel, CPU, torch.float32, M, N, D)
 
 
 def test_stream_chunks_can_be_asked_for_inside_a_compiled_function() -> None:
@@ -417,9 +399,9 @@ def test_launchers_take_what_a_table_says(kernel: str, device: str, monkeypatch:
     where = torch.device(device, 0) if device == "cuda" else CPU
     M, N = {"late_interaction": (7, 5), "cross_attention": (7, 5)}.get(kernel, (20, 20))
     key = make_key(kernel, "fp32", M, N, 40, 0)
-    target = lookup.identify(where)
+    target = identify(where)
     answers: list[Any] = []
-    choose = lookup.choose
+    choose: Callable[..., Any] = choice.choose
 
     def recorded(asked: str, *arguments: Any, **further: Any) -> Any:
         answer = choose(asked, *arguments, **further)
@@ -427,7 +409,7 @@ def test_launchers_take_what_a_table_says(kernel: str, device: str, monkeypatch:
             answers.append(answer)
         return answer
 
-    monkeypatch.setattr(lookup, "choose", recorded)
+    monkeypatch.setattr(choice, "choose", recorded)
     call = _calls(where)[kernel]
     expected = call()
     first, other = candidates(key, target.arch)[:2]
@@ -442,14 +424,15 @@ def test_launchers_take_what_a_table_says(kernel: str, device: str, monkeypatch:
 def test_a_losses_tile_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal rows must have equal similarities in every chunk, the last and smaller one included."""
     asked: list[tuple[int, int]] = []
-    stream = lookup.stream
+    choose: Callable[..., Any] = choice.choose
 
-    def recorded(M: int, N: int, *arguments: Any, **further: Any) -> Any:
-        asked.append((M, N))
-        return stream(M, N, *arguments, **further)
+    def recorded(kernel: str, where: torch.device, dtype: torch.dtype, *shape: int) -> Any:
+        if kernel == "stream":
+            asked.append(shape[:2])
+        return choose(kernel, where, dtype, *shape)
 
-    monkeypatch.setattr(lookup, "stream", recorded)
+    monkeypatch.setattr(choice, "choose", recorded)
     x = torch.randn(70, 16)
-    with lookup.use("chunk", ChunkConfig(32, 32)):
+    with choice.use(chunk=ChunkConfig(32, 32)):
         gssf_triton.info_nce(x, x, torch.ones(16), logit_scale=1.0, backend="triton")
     assert len(asked) == 9 and set(asked) == {(70, 70)}

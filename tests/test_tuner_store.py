@@ -22,8 +22,7 @@ from support.tuner_kit import a_chunk, measured, stream_key
 
 from gssf_triton.autotune import lookup, model
 from gssf_triton.autotune import store as store_module
-from gssf_triton.autotune.keys import make_key
-from gssf_triton.autotune.space import SPACES
+from gssf_triton.autotune.space import SPACES, make_key
 from gssf_triton.autotune.store import Store
 from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render
 from gssf_triton.kernels.configs import ChunkConfig
@@ -171,7 +170,7 @@ def test_an_odd_value_anywhere_is_refused_or_does_no_harm(kernel: str) -> None:
                 continue
             for rows in (64, 2**40):
                 wanted = make_key(kernel, "bf16", rows, rows, 256, B)
-                lookup.find(wanted, Device("a-gpu", "a GPU", arch), table.entries, config)
+                lookup.find(wanted, arch, table.entries)
             assert parse(render(table)) == table
         container[place] = good
     assert refused > 200 and parse(json.dumps(data)).entries == {key: measured(config)}

@@ -1,4 +1,4 @@
-"""The tables that ship: legal, honest, covered by the compile gate; and the model beside the compiler itself."""
+"""Tables: what they may hold and whom they serve; what runs without any; and the model beside the compiler itself."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from support.tuner_kit import H100
+import torch
+from support.store_writers import DEVICE
+from support.tuner_kit import H100, a_chunk, cache, measured, pretend, stream_key  # noqa: F401
 
-from gssf_triton.autotune import model, tables
-from gssf_triton.autotune.model_tables import model_table
+from gssf_triton.autotune import lookup, model
 from gssf_triton.autotune.shapes import GPU_KERNELS, SETS, keys_for
-from gssf_triton.autotune.space import TORCH_KERNELS
-from gssf_triton.autotune.tables import Entry, Table, TableError, parse, render, shipped
+from gssf_triton.autotune.space import DTYPES, Key
+from gssf_triton.autotune.store import Store
+from gssf_triton.autotune.tables import Table, TableError, parse, render, shipped
+from gssf_triton.kernels import choice
+from gssf_triton.kernels.configs import PairwiseConfig
 from gssf_triton.kernels.devices import Device
-from gssf_triton.kernels.targets import ARCHITECTURES, SHIPPED_DEVICES
+from gssf_triton.kernels.plans import PlanChoice
+from gssf_triton.kernels.release import TRITON_RELEASE
+from gssf_triton.kernels.targets import KNOWN_CARDS
 
-GPU_TABLES = [table for table in shipped() if table.arch in ARCHITECTURES]
-tables_of_gpus = pytest.mark.parametrize("table", GPU_TABLES, ids=[table.slug for table in GPU_TABLES])
-
-
-def test_there_is_a_table_for_each_card() -> None:
-    assert [(t.slug, t.arch, t.names) for t in GPU_TABLES] == sorted(SHIPPED_DEVICES)
+TILE = Key("pairwise", "bf16", 1024, 64, 8192, 8192)
 
 
-@tables_of_gpus
-def test_a_table_covers_the_shapes_it_ships_for(table: Table) -> None:
-    assert set(keys_for(SETS["full"], GPU_KERNELS)) <= set(table.entries)
-
-
-@tables_of_gpus
-def test_no_time_is_claimed_that_nobody_measured(table: Table) -> None:
-    for key, entry in table.entries.items():
-        assert (entry.source == "model") == (entry.seconds is None)
-        if entry.source == "model":
-            assert entry.config == model.default(key, table.arch), (
-                f"{key}: the model says otherwise by now; python -m gssf_triton.autotune.model_tables writes it down"
-            )
-
-
-@tables_of_gpus
-def test_a_table_is_written_as_it_is_rendered(table: Table) -> None:
-    text = (tables.SHIPPED / f"{table.slug}.json").read_text(encoding="utf-8")
-    assert render(table) == text and parse(text) == table
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("slug", "arch", "names"), KNOWN_CARDS, ids=lambda value: value if type(value) is str else "")
+def test_without_a_measurement_the_model_chooses(
+    slug: str, arch: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tables that once shipped held these very choices, with no time beside them."""
+    card = Device(slug, names[0], arch)
+    where = torch.device("cuda", 0)
+    with pretend(monkeypatch, card):
+        assert not lookup.entries_for(card)
+        for key in keys_for(SETS["full"], GPU_KERNELS):
+            expected = model.default(key, arch)
+            if key.kernel == "plan" and arch == "sm_90" and TRITON_RELEASE < (3, 8):
+                expected = PlanChoice("fold_product", "fewer")
+            found = choice.choose(key.kernel, where, DTYPES[key.dtype], key.M, key.N, key.D, key.B, tf32=False)
+            assert found == expected, key
 
 
 def test_tables_serve_the_cards_they_name() -> None:
-    table = next(table for table in GPU_TABLES if table.arch == "sm_90")
+    table = Table("nvidia-h100", "sm_90", ("NVIDIA H100", "NVIDIA H200"))
     assert table.serves(H100) and table.serves(Device("x", "NVIDIA H200", "sm_90"))
     assert not table.serves(Device("x", "NVIDIA GH200 480GB", "sm_90"))
     assert not table.serves(Device("x", "NVIDIA H100 PCIe", "sm_80"))
@@ -56,13 +56,55 @@ def test_tables_serve_the_cards_they_name() -> None:
     assert threads.serves(Device("cpu-2", "Some CPU", "cpu")) and not threads.serves(Device("cpu-4", "Some CPU", "cpu"))
 
 
-def test_a_table_with_a_tile_too_large_for_the_target_is_refused() -> None:
-    table = next(table for table in GPU_TABLES if table.arch == "gfx942")
+def test_all_that_ships_was_measured() -> None:
+    for table in shipped():
+        assert table.entries and all(entry.seconds for entry in table.entries.values())
+
+
+def rows_of(table: Table, change: Callable[[dict], object]) -> str:
     data = json.loads(render(table))
-    row = next(row for row in data["entries"] if row["kernel"] == "pairwise" and row["dtype"] == "bf16")
-    row["config"] |= {"BLOCK_M": 256, "BLOCK_N": 256, "num_stages": 4}
+    change(data["entries"][0])
+    return json.dumps(data)
+
+
+def test_a_table_with_a_tile_too_large_for_the_target_is_refused() -> None:
+    small = PairwiseConfig(64, 64, 32, num_warps=4, num_stages=2)
+    table = Table("amd-mi300x", "gfx942", ("AMD Instinct MI300X",), {}, {TILE: measured(small)})
+    assert parse(render(table)) == table
     with pytest.raises(TableError, match="does not fit a block of gfx942"):
-        parse(json.dumps(data))
+        parse(rows_of(table, lambda row: row["config"].update(BLOCK_M=256, BLOCK_N=256, num_stages=4)))
+
+
+def unmeasure(row: dict) -> None:
+    row["source"] = "model"
+    for name in ("seconds", "spread", "torch", "triton", "commit"):
+        del row[name]
+
+
+def test_an_entry_without_a_measurement_is_refused() -> None:
+    table = Table("cpu-1", "cpu", ("a CPU",), {}, {stream_key(): a_chunk()})
+    with pytest.raises(TableError, match=r"an entry must have the fields .*seconds"):
+        parse(rows_of(table, unmeasure))
+    with pytest.raises(TableError, match="source must be one of measured, got 'model'"):
+        parse(rows_of(table, lambda row: row.update(source="model")))
+
+
+def test_rows_that_only_an_earlier_version_wrote_are_left_out_of_a_users_results(tmp_path: Path) -> None:
+    """Choices of the model, and a plan that is gone; what was measured beside them stays."""
+    store = Store(DEVICE, tmp_path / "results.json")
+    plan = Key("plan", "fp32", 256, 32, 64, 64)
+    entries = {key: measured(PlanChoice("one_pass")) for key in (plan, Key("plan", "fp32", 256, 32, 64, 128))}
+    store.add({stream_key(64): a_chunk(), **entries})
+    assert store.path is not None
+    data = json.loads(store.path.read_text("utf-8"))
+    _, gone, modelled = data["entries"]
+    gone["config"]["kind"] = "fold_own_product"
+    unmeasure(modelled)
+    store.path.write_text(json.dumps(data), "utf-8")
+    assert store.read() == {stream_key(64): a_chunk()}
+    assert set(store.add({stream_key(128): a_chunk()})) == {stream_key(64), stream_key(128)}
+    assert len(json.loads(store.path.read_text("utf-8"))["entries"]) == 2
+    assert not list(tmp_path.glob("*.broken-*"))
 
 
 # The model's verdicts beside the compiler's, in a process of its own: compiling needs decorators that compile. Tiles on
@@ -72,7 +114,7 @@ import triton
 from gssf_triton.autotune.compile_gate import table_cases
 from gssf_triton.autotune.compiled import compile_launch
 from gssf_triton.kernels.configs import PairwiseConfig
-from gssf_triton.autotune.keys import Key
+from gssf_triton.autotune.space import Key
 from gssf_triton.autotune.model import tile_usage
 from gssf_triton.autotune.tables import Entry, Table
 from gssf_triton.kernels.targets import ARCHITECTURES
@@ -88,7 +130,7 @@ CASES = [
 for arch, numerics, B, tile, expected in CASES:
     config = PairwiseConfig(*tile)
     key = Key("pairwise" if B else "product", numerics, 1024, B, 8192, 8192)
-    (made,) = table_cases(Table("x", arch, ("x",), {}, {key: Entry(config, "model")}))
+    (made,) = table_cases(Table("x", arch, ("x",), {}, {key: Entry(config, 1.0, 0.0)}))
     real = compile_launch(made.launch).facts
     guess = tile_usage(config, B, numerics, arch)
     fits = real.shared <= ARCHITECTURES[arch].shared_bytes and not real.spills and not real.error
@@ -98,21 +140,15 @@ for arch, numerics, B, tile, expected in CASES:
     assert abs(guess.shared - real.shared) <= 1024, case
 """
 
-
-@pytest.mark.kernels
-def test_the_models_verdicts_are_the_compilers() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
-
-
 # What the model passes compiles, fits and spills nothing, in the heaviest variant of each kernel that keeps something
 # of a tile in the tile's stead; its count of shared memory is never below the compiler's.
 EPILOGUES = """
-from gssf_triton.autotune import lookup, model, ranking
+from gssf_triton.autotune import model
 from gssf_triton.autotune.compile_gate import RULES, Case
 from gssf_triton.autotune.compiled import compile_launch
-from gssf_triton.autotune.keys import RANKED_ROWS, Key
+from gssf_triton.autotune.space import Key
+from gssf_triton.kernels import choice
+from gssf_triton.kernels.retrieval_configs import RANKED_ROWS
 from gssf_triton.autotune.public_calls import distillation, loss, region_words, search
 from gssf_triton.autotune.rehearsal import recording
 
@@ -128,9 +164,9 @@ CASES = [
 KERNELS = {"stream_teacher": "stream", "ranked": "topk"}
 for arch, key, call in CASES:
     # Not the model's own choice, which the gate compiles, but the one of the rest that takes most.
-    rest = ranking.candidates(key, arch)[1:]
+    rest = model.candidates(key, arch)[1:]
     config = max(rest, key=lambda c: (model.usage(c, key, arch).accumulators, model.usage(c, key, arch).shared))
-    with recording(arch) as tape, lookup.use(key.kernel, config):
+    with recording(arch) as tape, choice.use(**{key.kernel: config}):
         records = call.rehearse(tape, key.dtype)
     launched = [launch for record in records for launch in record.distinct()]
     name = KERNELS.get(key.kernel, key.kernel) + "_kernel"
@@ -144,23 +180,8 @@ for arch, key, call in CASES:
 
 
 @pytest.mark.kernels
-def test_the_model_errs_on_the_safe_side_of_the_compiler() -> None:
+def test_the_models_verdicts_are_the_compilers_and_err_on_the_safe_side() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", EPILOGUES], capture_output=True, text=True, env=environment, timeout=600
-    )
+    command = [sys.executable, "-c", COMPARE + EPILOGUES]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
-
-
-def test_model_tables_keep_what_was_measured() -> None:
-    table = GPU_TABLES[0]
-    key = next(key for key in table.entries if key.kernel == "pairwise")
-    entry = Entry(table.entries[key].config, "measured", 1.0, 0.0)
-    written = model_table(table.slug, table.arch, table.names, table.entries, {key: entry})
-    assert written.entries[key] == entry
-    assert {**written.entries, key: table.entries[key]} == table.entries
-
-
-def test_torch_kernels_have_no_place_in_a_models_table() -> None:
-    for table in GPU_TABLES:
-        assert not any(key.kernel in TORCH_KERNELS for key in table.entries)

@@ -14,15 +14,14 @@ import torch
 from support.tuner_kit import CPU, FakeClock, cache, stream_key  # noqa: F401
 
 from gssf_triton.autotune import lookup, measure, tuner, workloads
-from gssf_triton.autotune.chunk import stream_chunk
-from gssf_triton.autotune.keys import Key
 from gssf_triton.autotune.measure import Timing
-from gssf_triton.autotune.ranking import candidates
+from gssf_triton.autotune.model import candidates
+from gssf_triton.autotune.space import Key
 from gssf_triton.autotune.tuner import OutOfTime, tune, tune_key
 from gssf_triton.kernels.configs import ChunkConfig, chunk_config
 from gssf_triton.kernels.devices import identify, identify_for_torch
-from gssf_triton.streaming import chunks
-from gssf_triton.streaming import op as streaming_op
+from gssf_triton.streaming import chunks, driver
+from gssf_triton.streaming.chunks import stream_chunk
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -138,7 +137,7 @@ def test_results_are_written_down_one_by_one_and_used_at_once() -> None:
     assert report.tuned == tuple(sorted(KEYS)) and not report.failed and not report.left
     assert seen == [1, 2, 3, 4]
     entry = store.read()[KEYS[0]]
-    assert entry.source == "measured" and entry.config == BEST and entry.seconds == 0.01
+    assert entry.config == BEST and entry.seconds == 0.01
     assert entry.torch == torch.__version__ and entry.triton and entry.commit == tuner.commit()
     assert stream_chunk(5000, 5000, 256, torch.float32, CPU) == BEST
 
@@ -214,22 +213,6 @@ def test_tiles_are_tuned_before_the_plans_that_are_measured_with_them() -> None:
     assert [key.kernel for key in tuner.in_order([*work, plan])] == ["pairwise", "product", "gradient_plan", "plan"]
 
 
-def test_only_deterministic_candidates_are_measured_where_torch_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gssf_triton.autotune import space
-
-    monkeypatch.setitem(
-        space.SPACES,
-        "chunk",
-        replace(space.SPACES["chunk"], is_deterministic=lambda config: config != BEST),
-    )
-    torch.use_deterministic_algorithms(True)
-    try:
-        tune([KEY], CPU, clock=FakeClock(), build=build)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert lookup.entries_for(identify_for_torch(CPU))[KEY].config != BEST
-
-
 def test_first_use_warns_where_it_found_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GSSF_AUTOTUNE", "on")
     monkeypatch.setattr(tuner, "FIRST_USE_SECONDS", 1e-9)
@@ -287,8 +270,7 @@ def test_every_kernel_can_be_tuned(key: Key, device: str, monkeypatch: pytest.Mo
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # NumPy's word on NaN and Inf, on which a GPU is silent.
-        # So is it on the numbers that Triton 3.6's interpreter makes of arrays.
+        # NumPy warns of NaN and Inf, and of the numbers that Triton 3.6's interpreter makes of arrays; a GPU does not.
         for category in (RuntimeWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module="triton.runtime.interpreter")
         report = tune([key], where, clock=Clock(), most_candidates=3)
@@ -306,7 +288,7 @@ def test_chunks_are_measured_with_the_losses_own_loop(monkeypatch: pytest.Monkey
         asked.append(chunks.stream_chunk(*arguments))
         return shape(*arguments, **further)
 
-    monkeypatch.setattr(streaming_op, "chunk_shape", chunk_shape)
+    monkeypatch.setattr(driver, "chunk_shape", chunk_shape)
     small, large = ChunkConfig(256, 1024), ChunkConfig(1024, 2048)
     workload = workloads.build(Key("chunk", "fp32", 16, 0, 512, 2048), CPU)
     results = [workload(config)() for config in (small, large)]

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gssf_triton import checks, options
-from gssf_triton.attention.functional import (
-    add_head_weights,
-    check_head_options,
-    complete_state_dict,
-    fold_heads,
-    fold_queries,
-    repr_of_weights,
-    reset_head_weights,
-)
+from gssf_triton import checks
+from gssf_triton.attention.functional import check_attention_mask, fold_heads, fold_queries
+from gssf_triton.attention.heads import check_heads, complete_state_dict
+from gssf_triton.backend import resolve_backend
+from gssf_triton.metric import Metric
 from gssf_triton.precision import full_precision
+from gssf_triton.similarity.parameters import Learned, repr_of_weights, reset_metric
 from gssf_triton.tracing import Leaf
 
 
@@ -55,15 +51,11 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, channels: tuple[int
             raise ValueError(f"{name} must be {form} or (L, E) with E = {wanted}{like}, got {tuple(x.shape)}")
         checks.check_same_device("query", query, name, x)
     batch_dim = 0 if batch_first else 1
+    names, shapes = ("query", "key", "value"), [checks.shape_of(x) for x in (query, key, value)]
     if query.dim() == 3 and not query.shape[batch_dim] == key.shape[batch_dim] == value.shape[batch_dim]:
-        raise ValueError(
-            f"query, key and value must have the same batch size in dimension {batch_dim}: query is "
-            f"{tuple(query.shape)}, key is {tuple(key.shape)}, value is {tuple(value.shape)}"
-        )
+        raise checks.differing(f"batch size in dimension {batch_dim}", names, shapes)
     if key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(
-            f"key and value must have the same length: key is {tuple(key.shape)}, value is {tuple(value.shape)}"
-        )
+        raise checks.differing("length", names[1:], shapes[1:])
     return query.dim() == 3
 
 
@@ -83,8 +75,22 @@ def _merge(attn_mask: Tensor | None, padding: Tensor | None, num_heads: int, dty
     return added[0] if len(added) == 1 else added[0] + added[1] if added else None
 
 
+class _Layer(NamedTuple):
+    """What a layer brings to its inputs: projections, the heads' metric and how inputs are laid out."""
+
+    weights: Sequence[Tensor]
+    bias: Tensor | None
+    W_diag: Tensor | None
+    W_blocks: Tensor | None
+    channels: tuple[int, ...]
+    num_heads: int
+    batch_first: bool
+    dropout: float
+
+
 @torch.fx.wrap
 def attend_heads(
+    layer: _Layer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -93,29 +99,21 @@ def attend_heads(
     attn_mask: Tensor | None,
     average_attn_weights: bool,
     is_causal: bool,
-    *,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    W_diag: Tensor | None,
-    W_blocks: Tensor | None,
-    channels: tuple[int, ...],
-    num_heads: int,
-    batch_first: bool,
-    dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """`GSSFAttention.forward` up to the heads' output, of query's form, which its `out_proj` takes."""
-    options.check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
-    batched = _check_inputs(query, key, value, channels, batch_first)
-    batch_dim = 0 if batch_first or not batched else 1
+    """`GSSFAttention.forward` without `out_proj`: the heads' output, of query's shape, and the weights or None."""
+    checks.check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
+    num_heads, dropout, metric = layer.num_heads, layer.dropout, Metric(layer.W_diag, layer.W_blocks)
+    batched = _check_inputs(query, key, value, layer.channels, layer.batch_first)
+    batch_dim = 0 if layer.batch_first or not batched else 1
     inputs = [query] if query is key and key is value else [query, key, value]
     inputs = [x.unsqueeze(0) if not batched else x.transpose(0, batch_dim) for x in inputs]
     N, L, S = inputs[0].shape[0], inputs[0].shape[1], inputs[-1].shape[1]
     padding_shape = (N, S) if batched else (S,)
-    checks.check_mask("key_padding_mask", key_padding_mask, "query", query, [padding_shape])
-    checks.check_mask("attn_mask", attn_mask, "query", query, [(L, S), (N * num_heads, L, S)])
+    check_attention_mask("key_padding_mask", key_padding_mask, "query", query, [padding_shape])
+    check_attention_mask("attn_mask", attn_mask, "query", query, [(L, S), (N * num_heads, L, S)])
 
-    q, k, v = (_split(x, num_heads) for x in _project(inputs, weights, bias))
-    q, k = fold_queries(q, k, W_diag, W_blocks)
+    q, k, v = (_split(x, num_heads) for x in _project(inputs, layer.weights, layer.bias))
+    q, k = fold_queries(q, k, metric, backend=resolve_backend("auto", q, layer.W_blocks))
     flag = is_causal and key_padding_mask is None and not need_weights
     if is_causal and not flag and attn_mask is None:
         attn_mask = torch.ones(L, S, dtype=torch.bool, device=query.device).triu(1)
@@ -136,13 +134,13 @@ def attend_heads(
 
 
 class GSSFAttention(Leaf, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with GSSF similarities as its scores, a metric a head, the identity at the start.
+    """`nn.MultiheadAttention` with GSSF similarities as its scores: one metric a head, the identity at the start.
 
-    A drop-in: the same arguments, the same parameters under the same names, the same output until the metric is
-    trained; `load_state_dict` takes `nn.MultiheadAttention`'s state dict as it is, and sets the metric to the identity
-    then, not where the state dict holds only a part of the layer's weights. With `need_weights=False` the
-    attention is PyTorch's scaled_dot_product_attention; `need_weights=True`, the default as there, computes and returns
-    the weights and is slower, as there. Not taken over: `add_bias_kv`, `add_zero_attn` and nested tensors.
+    A drop-in: the same arguments, parameters, names and, until the metric is trained, the same output.
+    `load_state_dict` takes the state dict of an `nn.MultiheadAttention` and then sets the metric to the identity; one
+    that holds only some of the layer's weights leaves the metric as it is. With `need_weights=False` the attention is
+    PyTorch's scaled_dot_product_attention. `need_weights=True`, the default, also returns the weights and is slower.
+    Not supported: `add_bias_kv`, `add_zero_attn` and nested tensors.
 
     Args:
         embed_dim: Channels of the model.
@@ -199,64 +197,50 @@ class GSSFAttention(Leaf, nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        options.check_count("embed_dim", embed_dim, 1)
-        options.check_count("num_heads", num_heads, 1)
+        checks.check_count("embed_dim", embed_dim, 1)
+        checks.check_count("num_heads", num_heads, 1)
         for name, channels in (("kdim", kdim), ("vdim", vdim)):
             if channels is not None:
-                options.check_count(name, channels, 1)
-        options.check_probability("dropout", dropout)
-        options.check_flags(bias=bias, batch_first=batch_first)
+                checks.check_count(name, channels, 1)
+        checks.check_probability("dropout", dropout)
+        checks.check_flags(bias=bias, batch_first=batch_first)
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim = {embed_dim}, got {num_heads}")
-        check_head_options(num_heads, embed_dim // num_heads, block_size, diag, blocks, device, dtype)
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias,
-            kdim=kdim,
-            vdim=vdim,
-            batch_first=batch_first,
-            device=device,
-            dtype=dtype,
-        )
+        learned = Learned(diag, blocks, block_size, device, dtype)
+        check_heads(num_heads, embed_dim // num_heads, learned)
+        layout = {"kdim": kdim, "vdim": vdim, "batch_first": batch_first}
+        super().__init__(embed_dim, num_heads, dropout, bias, **layout, device=device, dtype=dtype)
         self._packed_projection = self._qkv_same_embed_dim
-        # nn.TransformerEncoder's fast path would compute plain attention from the projections and never call forward;
-        # it stays away from modules that say their projections are not packed.
+        # nn.TransformerEncoder's fast path would compute plain attention and never call forward. It is not taken for
+        # modules whose projections are not packed.
         self._qkv_same_embed_dim = False
-        add_head_weights(self, num_heads, self.head_dim, block_size, diag, blocks, device, dtype)
+        learned.add_to(self, self.head_dim, num_heads)
 
     def reset_parameters(self) -> None:
-        """All parameters as at the start, those made on the meta device too: drawn anew, the metric the identity."""
+        """Draw all parameters anew, with the metric the identity; also initialises what was made on the meta device."""
         self.out_proj.reset_parameters()
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """`nn.MultiheadAttention`'s name for it; its own constructor calls this before the metric is there."""
+        """Called by the constructor of `nn.MultiheadAttention` before the metric exists."""
         said, self._qkv_same_embed_dim = self._qkv_same_embed_dim, self.in_proj_weight is not None
         super()._reset_parameters()
         self._qkv_same_embed_dim = said
         if "W_diag" in self._parameters:
-            reset_head_weights(self)
+            reset_metric(self)
 
     def reset_metric(self) -> None:
         """Back to plain attention: the metric is the identity again."""
-        reset_head_weights(self)
+        reset_metric(self)
 
     @torch.no_grad()
     def merged(self) -> nn.MultiheadAttention:
-        """The same attention as a plain `nn.MultiheadAttention`, for serving: T is folded into the query projection."""
-        plain = nn.MultiheadAttention(
-            self.embed_dim,
-            self.num_heads,
-            self.dropout,
-            self.in_proj_bias is not None,
-            kdim=self.kdim,
-            vdim=self.vdim,
-            batch_first=self.batch_first,
-            device=self.out_proj.weight.device,
-            dtype=self.out_proj.weight.dtype,
-        ).train(self.training)
+        """A plain `nn.MultiheadAttention` of the same output, for serving: T is folded into the query projection."""
+        weight, biased = self.out_proj.weight, self.in_proj_bias is not None
+        layout = {"kdim": self.kdim, "vdim": self.vdim, "batch_first": self.batch_first}
+        place = {"device": weight.device, "dtype": weight.dtype}
+        plain = nn.MultiheadAttention(self.embed_dim, self.num_heads, self.dropout, biased, **layout, **place)
+        plain.train(self.training)
         state = {name: x.clone() for name, x in self.state_dict().items() if not name.startswith("W_")}
         E = self.embed_dim
         # T(x W_qᵀ + b_q) = x T(W_qᵀ) + T(b_q), T on the rows of W_qᵀ.
@@ -271,8 +255,9 @@ class GSSFAttention(Leaf, nn.MultiheadAttention):
     def _fold_rows(self, rows: Tensor) -> Tensor:
         """T on rows (n, E) that hold the heads side by side."""
         heads = _split(rows, self.num_heads)
-        with full_precision(rows):  # weights, which autocast would round
-            return fold_heads(heads, self.W_diag, self.W_blocks).transpose(-3, -2).flatten(-2)
+        with full_precision(rows):  # autocast would round the weights
+            metric, backend = Metric(self.W_diag, self.W_blocks), resolve_backend("auto", heads, self.W_blocks)
+            return fold_heads(heads, metric, backend=backend).transpose(-3, -2).flatten(-2)
 
     def forward(
         self,
@@ -303,12 +288,13 @@ class GSSFAttention(Leaf, nn.MultiheadAttention):
         weights: list[Any] = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         if self._packed_projection:
             weights = [self.in_proj_weight]
+        channels, dropout = (self.embed_dim, self.kdim, self.vdim), self.dropout if self.training else 0.0
+        layer = _Layer(
+            weights, self.in_proj_bias, self.W_diag, self.W_blocks, channels, self.num_heads, self.batch_first, dropout
+        )
         heads, attention = attend_heads(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal,
-            weights=weights, bias=self.in_proj_bias, W_diag=self.W_diag, W_blocks=self.W_blocks,
-            channels=(self.embed_dim, self.kdim, self.vdim), num_heads=self.num_heads, batch_first=self.batch_first,
-            dropout=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+            layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
         return self.out_proj(heads), attention
 
     def _load_from_state_dict(

@@ -1,7 +1,7 @@
 """`gssf-triton`: evaluate and search features on disk, without a line of Python.
 
-`main` reads the arguments; `evaluate` and `search` are its commands; `files` reads what they are given, `results` and
-`sheet` write what they found; `usage` is what a command that makes no sense gets.
+`main` parses the arguments; `evaluate` and `search` are the commands; `files` reads their inputs, `results` and `sheet`
+write their outputs; `usage` holds what command lines share.
 """
 
 from gssf_triton.command.main import main

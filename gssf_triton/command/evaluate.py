@@ -173,8 +173,6 @@ def add_evaluate(commands: Any) -> None:
         metavar="N",
         help="mean of N runs of images; 5 is COCO's 1K protocol (1)",
     )
-    add_metric(parser)
-    add_output(parser)
 
     parser = add("reid", _reid, "mAP, mINP, CMC in Market-1501's protocol", REID, (1, 5, 10))
     npy(parser, "queries", "query features, .npy (Q, D): the metric's left side")
@@ -182,11 +180,11 @@ def add_evaluate(commands: Any) -> None:
     for side, rows in (("query", "(Q,)"), ("gallery", "(N,)")):
         npy(parser, f"--{side}-ids", f"identities, integers {rows}")
         npy(parser, f"--{side}-cams", f"cameras, integers {rows}")
-    add_metric(parser)
-    add_output(parser)
 
     parser = add("retrieval", _retrieval, "Recall@K, MAP@R, R-precision within one set", RETRIEVAL, (1, 2, 4, 8))
     npy(parser, "embeddings", "features, .npy (N, D)")
     npy(parser, "--labels", "classes, integers (N,)")
-    add_metric(parser)
-    add_output(parser)
+
+    for parser in protocols.choices.values():
+        add_metric(parser)
+        add_output(parser)

@@ -1,13 +1,13 @@
 """What the commands read: features and labels in `.npy`, weights in `.npz`, lists of images and of texts.
 
-Every error names the option, the file, what was expected and what came. Nothing is unpickled.
+Every error names the option, the file, what was expected and what was found. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +17,11 @@ from torch import Tensor
 from gssf_triton.command.usage import UsageError
 from gssf_triton.data.files import LARGEST, DataError, image_file, numbered_lines, visible_files
 from gssf_triton.integrations.arrays import load_arrays
+from gssf_triton.metric import Metric
 from gssf_triton.storage import reason
 
 FEATURE_DTYPES = ("float16", "float32", "float64")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-
-class Weights(NamedTuple):
-    """The metric, on the CPU."""
-
-    W_diag: Tensor | None
-    W_blocks: Tensor | None
 
 
 def _existing(option: str, path: Path, what: str) -> None:
@@ -41,7 +35,7 @@ def load_array(option: str, path: Path, what: str) -> NDArray[Any]:
     _existing(option, path, what)
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    # Whatever the first damaged field of the header leads to.
+    # A damaged header can raise almost any exception.
     except Exception as fault:
         why = reason(fault)
         raise UsageError(f"{option}: {path}: expected {what}, got a file that NumPy cannot read ({why})") from None
@@ -52,7 +46,7 @@ def load_array(option: str, path: Path, what: str) -> NDArray[Any]:
 
 
 def load_features(option: str, path: Path) -> NDArray[Any]:
-    """(rows, D) floats, in whatever byte order the file has them: who takes rows turns them."""
+    """(rows, D) floats, in the file's byte order."""
     what = f"an .npy array of shape (rows, D) and dtype {', '.join(FEATURE_DTYPES[:-1])} or {FEATURE_DTYPES[-1]}"
     array = load_array(option, path, what)
     if array.ndim != 2 or array.dtype.name not in FEATURE_DTYPES:
@@ -61,7 +55,7 @@ def load_features(option: str, path: Path) -> NDArray[Any]:
 
 
 def load_labels(option: str, path: Path, rows: int, of: str) -> Tensor:
-    """One whole number for each of the `rows` rows of `of`."""
+    """One integer for each of the `rows` rows of `of`."""
     what = f"an .npy array of {rows} integers, one for each row of {of}"
     array = load_array(option, path, what)
     if array.shape != (rows,) or array.dtype.kind not in "iu":
@@ -71,21 +65,21 @@ def load_labels(option: str, path: Path, rows: int, of: str) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def load_weights(option: str, path: Path) -> Weights:
-    """`W_diag` and `W_blocks`, at least one of them, of a file as `save_arrays` writes it."""
+def load_weights(option: str, path: Path) -> Metric:
+    """`W_diag`, `W_blocks` or both, on the CPU, from a file as `save_arrays` writes it."""
     what = "an .npz archive (or .safetensors) with W_diag (D,) or W_blocks (G, B, B), or both"
     _existing(option, path, what)
     try:
         arrays = load_arrays(path)
     except (ValueError, OSError) as fault:
         raise UsageError(f"{option}: {path}: expected {what}, got a file that cannot be read ({fault})") from None
-    found = {name: arrays[name] for name in Weights._fields if name in arrays}
+    found = {name: arrays[name] for name in ("W_diag", "W_blocks") if name in arrays}
     if not found:
         raise UsageError(f"{option}: {path}: expected {what}, got {', '.join(arrays) or 'nothing'}")
     for name, array in found.items():
         if array.dtype.name not in FEATURE_DTYPES:
             raise UsageError(f"{option}: {path}: expected floats in {name}, got {array.dtype}")
-    return Weights(*(torch.from_numpy(found[name]) if name in found else None for name in Weights._fields))
+    return Metric(**{name: torch.from_numpy(array) for name, array in found.items()})
 
 
 def load_texts(option: str, path: Path, rows: int, of: str) -> list[str]:

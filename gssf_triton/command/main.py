@@ -1,6 +1,6 @@
 """`gssf-triton`, and `python -m gssf_triton`.
 
-Exit status: 0 done, 2 a command that makes no sense, 130 stopped by Ctrl-C.
+Exit status: 0 success, 2 bad usage or bad input, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status."""
+    """Run a command and return its exit status."""
     console.ready()
     args = build_parser().parse_args(argv)
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.prog}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the results has seen enough.
+        # The results' reader has closed the pipe.
         console.give_up_output()
         return 0
     except OSError as fault:

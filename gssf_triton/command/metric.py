@@ -1,4 +1,4 @@
-"""The options that say which metric, and where it is computed."""
+"""The options that choose the metric and the device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from gssf_triton.backend import BACKENDS, resolve_backend
 from gssf_triton.checks import check_weights
-from gssf_triton.command.files import Weights, load_weights
+from gssf_triton.command.files import load_weights
 from gssf_triton.command.usage import UsageError, default_device, parse_device, refusals
+from gssf_triton.metric import Metric
 from gssf_triton.retrieval.scoring import ARRAY_DTYPES
 from gssf_triton.storage import native
 
 
-class Metric(NamedTuple):
-    """Keyword arguments of every function that is called, and the device."""
+class MetricOptions(NamedTuple):
+    """Keyword arguments of the functions that the commands call, and the device of their tensors."""
 
     options: dict[str, Any]
     device: torch.device
@@ -35,27 +36,26 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
 
 
-def load_metric(args: argparse.Namespace, features: NDArray[Any], transpose: bool = False) -> Metric:
+def load_metric(args: argparse.Namespace, features: NDArray[Any], transpose: bool = False) -> MetricOptions:
     """The metric for features of its left side, or, with `transpose`, of its right one."""
     device = parse_device(args.device)
     if args.cosine:
-        weights = Weights(torch.ones(features.shape[1], dtype=ARRAY_DTYPES[features.dtype.newbyteorder("=")]), None)
+        metric = Metric(torch.ones(features.shape[1], dtype=ARRAY_DTYPES[features.dtype.newbyteorder("=")]))
     else:
-        weights = load_weights("--weights", args.weights)
-    W_diag, W_blocks = (None if weight is None else weight.to(device) for weight in weights)
+        metric = load_weights("--weights", args.weights)
+    metric = metric.map(lambda weight: weight.to(device))
     sample = as_tensor(features[:0], device)
     with refusals():
-        check_weights("the features", sample, W_diag, W_blocks)
-    if transpose and W_blocks is not None:
-        W_blocks = W_blocks.mT
+        check_weights("the features", sample, metric.W_diag, metric.W_blocks)
+    metric = metric.mT if transpose else metric
     try:
-        resolve_backend(args.backend, sample, W_blocks)
+        resolve_backend(args.backend, sample, metric.W_blocks)
     except (ValueError, RuntimeError) as fault:
         raise UsageError(f"--backend: {fault}") from None
-    options = {"W_diag": W_diag, "W_blocks": W_blocks, "normalize": not args.raw, "backend": args.backend}
-    return Metric(options, device)
+    options = {**vars(metric), "normalize": not args.raw, "backend": args.backend}
+    return MetricOptions(options, device)
 
 
 def as_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array's memory itself on the CPU, unless its bytes must be turned; a copy on a GPU."""
+    """The array as a tensor; on the CPU it shares memory, unless the byte order must change."""
     return torch.from_numpy(native(array)).to(device)

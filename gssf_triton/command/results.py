@@ -1,4 +1,4 @@
-"""Where results go: JSON or CSV, to standard output or to a file that is replaced in one step."""
+"""Writing results: JSON or CSV, to standard output or to a file that is replaced in one step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gssf_triton.command.usage import UsageError
 from gssf_triton.storage import replacing
 
 FORMATS = ("json", "csv")
-#: What a spreadsheet takes for a formula's beginning; the last four are = + - @ of East Asian keyboards.
+#: What a formula begins with in a spreadsheet; the last four are the full-width = + - @.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
@@ -32,9 +32,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(args: argparse.Namespace, option: str = "--out", inputs: Iterable[Path] = ()) -> None:
-    """Whether what is found can be written: said before the work, not after it.
+    """Check, before the work, that the results can be written.
 
-    Nothing that the command reads may be overwritten: no file of its arguments, and none of `inputs`.
+    No file that the command reads may be overwritten: none of its arguments, none of `inputs`.
     """
     path: Path | None = getattr(args, option.lstrip("-"))
     if path is None:
@@ -48,29 +48,26 @@ def check_output(args: argparse.Namespace, option: str = "--out", inputs: Iterab
 
 
 def form_of(args: argparse.Namespace) -> str:
-    """The format asked for, or that of --out's ending."""
+    """The format asked for, else that of --out's suffix, else JSON."""
     ending = args.out.suffix.lstrip(".").lower() if args.out else ""
     return str(args.format or (ending if ending in FORMATS else FORMATS[0]))
 
 
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def as_json(results: Any) -> str:
-    """Results with what is not finite as null."""
+    """Results as JSON; numbers that are not finite become null."""
 
     def clean(x: Any) -> Any:
         if isinstance(x, Mapping):
             return {name: clean(value) for name, value in x.items()}
-        return [clean(value) for value in x] if isinstance(x, list) else _plain(x)
+        if isinstance(x, list):
+            return [clean(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
 
     return json.dumps(clean(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _cell(value: Any) -> Any:
-    """A text that a spreadsheet neither computes, which a ' before it prevents, nor takes for two lines."""
+    """A text that a spreadsheet shows as it is: ' before what it would compute, and no line break."""
     if not isinstance(value, str):
         return value
     text = value.replace("\r", " ")
@@ -86,7 +83,7 @@ def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def replace_file(option: str, path: Path, content: bytes) -> None:
-    """Whole, or not at all."""
+    """Replace a file whole, or not at all."""
     try:
         with replacing(path) as file:
             file.write(content)
@@ -96,7 +93,7 @@ def replace_file(option: str, path: Path, content: bytes) -> None:
 
 def write_results(args: argparse.Namespace, text: str) -> None:
     if args.out is not None:
-        # Half a surrogate, as in file names that are no UTF-8, is written \udcff, which is JSON, too.
+        # A lone surrogate, from a file name that is not UTF-8, is written \udcff, which is valid JSON.
         replace_file("--out", args.out, text.encode(errors="backslashreplace"))
         note(args, f"results: {args.out}")
         return
@@ -113,13 +110,13 @@ def write_results(args: argparse.Namespace, text: str) -> None:
 
 
 def note(args: argparse.Namespace, text: str) -> None:
-    """A line for whoever sits before the screen."""
+    """Print a line about the work, unless --quiet."""
     if not args.quiet:
         console.say(text, args.out)
 
 
 def bar_wanted(args: argparse.Namespace) -> bool:
-    """A progress bar is for a terminal, and needs tqdm."""
+    """Whether to show a progress bar: on a terminal, if tqdm is installed."""
     if args.quiet or not sys.stderr.isatty() or console.leads_to(sys.stderr, args.out):
         return False
     try:

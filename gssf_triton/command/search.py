@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from gssf_triton.command.files import load_features, load_images, load_labels, load_texts
 from gssf_triton.command.metric import add_metric, as_tensor, load_metric
@@ -26,7 +26,9 @@ from gssf_triton.command.results import (
 from gssf_triton.command.sheet import FORMS, Cell, Row, check_requirements, draw_sheet
 from gssf_triton.command.usage import Help, UsageError, positive, refusals
 from gssf_triton.retrieval import topk
-from gssf_triton.retrieval.checks import warn_of_bad_rows
+from gssf_triton.retrieval.finite import warn_of_bad_rows
+
+T = TypeVar("T")
 
 DEFAULT_K = 10
 
@@ -44,54 +46,34 @@ examples:
 
 
 class Shown:
-    """What stands for the rows of one side: image files, texts, ids, each of them or none."""
+    """What is known of the rows of one side: image files, texts and ids, each optional."""
 
     def __init__(self, args: argparse.Namespace, side: str, rows: int) -> None:
-        prefix = "query_" if side == "query" else ""
-        of = "QUERIES" if side == "query" else "GALLERY"
+        prefix, of = ("query_", "QUERIES") if side == "query" else ("", "GALLERY")
 
-        def given(name: str) -> tuple[str, Path | None]:
-            return "--" + f"{prefix}{name}".replace("_", "-"), getattr(args, prefix + name)
+        def given(name: str, load: Callable[[str, Path, int, str], T]) -> T | None:
+            source: Path | None = getattr(args, name)
+            return None if source is None else load("--" + name.replace("_", "-"), source, rows, of)
 
-        self.images, self.texts = None, None
-        option, source = given("images")
-        if source is not None:
-            self.images = load_images(option, source, rows, of)
-        option, source = given("texts")
-        if source is not None:
-            self.texts = load_texts(option, source, rows, of)
-        self.ids: Tensor | None = None
-        source = getattr(args, f"{side}_ids")
-        if source is not None:
-            self.ids = load_labels(f"--{side}-ids", source, rows, of)
+        self.images = given(f"{prefix}images", load_images)
+        self.texts = given(f"{prefix}texts", load_texts)
+        ids = given(f"{side}_ids", load_labels)
+        self.ids: list[int] | None = None if ids is None else ids.tolist()
 
     @property
     def visible(self) -> bool:
         return self.images is not None or self.texts is not None
 
-    def columns(self) -> list[str]:
-        """The names that `of` gives, in its order."""
-        given = {"id": self.ids, "image": self.images, "text": self.texts}
-        return [name for name, values in given.items() if values is not None]
-
-    def of(self, row: int) -> dict[str, Any]:
-        """What is known of a row, by name."""
-        found: dict[str, Any] = {}
-        if self.ids is not None:
-            found["id"] = int(self.ids[row])
-        if self.images is not None:
-            found["image"] = str(self.images[row])
-        if self.texts is not None:
-            found["text"] = self.texts[row]
-        return found
+    @property
+    def columns(self) -> dict[str, Sequence[Any]]:
+        """What is given, by name."""
+        paths = None if self.images is None else [str(path) for path in self.images]
+        named: dict[str, Sequence[Any] | None] = {"id": self.ids, "image": paths, "text": self.texts}
+        return {name: values for name, values in named.items() if values is not None}
 
     def cell(self, row: int, caption: str, right: bool | None = None) -> Cell:
-        return Cell(
-            None if self.images is None else self.images[row],
-            None if self.texts is None else self.texts[row],
-            caption,
-            right,
-        )
+        image = None if self.images is None else self.images[row]
+        return Cell(image, None if self.texts is None else self.texts[row], caption, right)
 
 
 def _check_sheet(args: argparse.Namespace, gallery: Shown, images: list[Path]) -> None:
@@ -148,20 +130,25 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(form: str, found: list[list[tuple[int, float]]], queries: Shown, gallery: Shown) -> str:
     """The results of every query: a list of objects, or a line a match."""
+    asked, known = queries.columns, gallery.columns
+
+    def of(columns: dict[str, Sequence[Any]], row: int) -> dict[str, Any]:
+        return {name: values[row] for name, values in columns.items()}
+
     if form == "json":
         return as_json(
             [
                 {
                     "query": query,
-                    **queries.of(query),
-                    "matches": [{"index": index, "score": score, **gallery.of(index)} for index, score in row],
+                    **of(asked, query),
+                    "matches": [{"index": index, "score": score, **of(known, index)} for index, score in row],
                 }
                 for query, row in enumerate(found)
             ]
         )
-    header = ["query", *(f"query_{name}" for name in queries.columns()), "rank", "index", "score", *gallery.columns()]
+    header = ["query", *(f"query_{name}" for name in asked), "rank", "index", "score", *known]
     lines = (
-        [query, *queries.of(query).values(), rank, index, score, *gallery.of(index).values()]
+        [query, *of(asked, query).values(), rank, index, score, *of(known, index).values()]
         for query, row in enumerate(found)
         for rank, (index, score) in enumerate(row, start=1)
     )
@@ -169,13 +156,12 @@ def _text(form: str, found: list[list[tuple[int, float]]], queries: Shown, galle
 
 
 def _sheet_rows(found: list[list[tuple[int, float]]], queries: Shown, gallery: Shown) -> list[Row]:
+    asked, known = queries.ids, gallery.ids
     rows = []
     for query, row in enumerate(found):
         cells = []
         for index, score in row:
-            right = None
-            if queries.ids is not None and gallery.ids is not None:
-                right = bool(queries.ids[query] == gallery.ids[index])
+            right = None if asked is None or known is None else asked[query] == known[index]
             cells.append(gallery.cell(index, f"{index}: {score:.3f}", right))
         rows.append(Row(queries.cell(query, f"query {query}"), cells))
     return rows

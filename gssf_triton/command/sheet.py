@@ -17,15 +17,15 @@ from typing import Any
 
 from gssf_triton.command.usage import UsageError
 
-#: What draws each form.
+#: The modules that draw each format.
 FORMS = {".html": ("PIL.Image",), ".png": ("PIL.Image", "matplotlib.figure")}
 #: Pixels of a thumbnail's longer side.
 THUMBNAIL = 192
 #: Inches of a cell of the picture, and dots an inch.
 CELL_INCHES, DPI = 1.7, 110
-#: Letters of a text in a cell of the picture.
+#: Characters in a line, and lines, of a text in a cell of the picture.
 LINE_LETTERS, LINES = 22, 7
-#: Green that colour-blind readers tell from the grey; right matches have a tick and a wide frame, too.
+#: A green that colour-blind readers can tell from the grey; right matches also have a tick and a wide frame.
 RIGHT, WRONG = "#00725A", "#8A8A8A"
 
 STYLE = """
@@ -43,7 +43,7 @@ figcaption { font-variant-numeric: tabular-nums; opacity: .75; }
 
 @dataclass(frozen=True)
 class Cell:
-    """An item: its image, its text, or both; `right` says whether it matches the query, where that is known."""
+    """An item: its image, its text, or both. `right`: whether it matches the query, None if that is unknown."""
 
     image: Path | None
     text: str | None
@@ -60,7 +60,7 @@ class Row:
 
 
 def check_requirements(form: str) -> None:
-    """Raises: UsageError, where a library is missing."""
+    """Raises a UsageError if a library is missing."""
     for module in FORMS[form]:
         try:
             importlib.import_module(module)
@@ -68,12 +68,12 @@ def check_requirements(form: str) -> None:
             raise UsageError(
                 f'--sheet: a {form} sheet needs {fault.name}: pip install "gssf_triton[command]"'
             ) from None
-        except OSError as fault:  # Matplotlib's, where there is no folder that it may write to
+        except OSError as fault:  # Matplotlib without a writable folder
             raise UsageError(f"--sheet: {module} cannot be used ({fault})") from None
 
 
 def _thumbnail(path: Path) -> Any:
-    """The image, small, upright, on white."""
+    """A small copy of the image, upright, on white."""
     from PIL import Image, ImageOps
 
     try:
@@ -117,7 +117,7 @@ def _page(title: str, rows: list[Row]) -> bytes:
 
 
 def drawable(text: str) -> str:
-    """Text that can be drawn: control characters, and bytes of a file's name that are no UTF-8, are escaped."""
+    """The text with control characters, and bytes of file names that are not UTF-8, escaped."""
     text = text.encode(errors="backslashreplace").decode()
     return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)
 
@@ -162,7 +162,7 @@ def _picture(title: str, rows: list[Row]) -> bytes:
 
 
 def draw_sheet(form: str, title: str, rows: list[Row]) -> bytes:
-    """The sheet's file, of one of FORMS.
+    """The content of the sheet's file, in one of FORMS.
 
     Raises:
         UsageError: an image that cannot be read.

@@ -1,4 +1,4 @@
-"""What this package's command lines share: one clear line for a command that makes no sense, and devices by name."""
+"""What the package's command lines share: errors of one line, help, devices and numbers as arguments."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gssf_triton.storage import check_target
 
 
 class UsageError(Exception):
-    """A command that makes no sense, in one line."""
+    """Bad usage or bad input, described in one line."""
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Around one call of the package: a ValueError is how its checks refuse what does not fit."""
+    """Turns a ValueError of the package's checks into a UsageError."""
     try:
         yield
     except ValueError as fault:
@@ -27,7 +27,7 @@ def refusals() -> Iterator[None]:
 
 
 def check_output(option: str, path: Path, *inputs: Path | None) -> None:
-    """Whether an output can be written, and is none of the inputs: said before the work, not after it."""
+    """Check, before the work, that an output can be written and is none of the inputs."""
     try:
         check_target(path, *inputs)
     except OSError as fault:
@@ -37,7 +37,7 @@ def check_output(option: str, path: Path, *inputs: Path | None) -> None:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions and examples as they are written, options in one column."""
+    """Keeps the line breaks of descriptions and examples; options in one column."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)

@@ -1,4 +1,4 @@
-"""What the readers share: lines and files that are looked at before they are trusted, and the errors about them."""
+"""What the readers share: checked lines and files, and the errors about them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gssf_triton.options import check_path
+from gssf_triton.checks import check_path
 
-#: Of int64, in which ids lie.
+#: The largest int64, the type of ids.
 LARGEST = 2**63 - 1
 
 
 class DataError(ValueError):
-    """A data set's file is truncated, malformed or at odds with another; names the file, the line and what was wanted.
+    """A data set's file is truncated, malformed or contradicts another; names the file, the line and what was expected.
 
-    A file or folder that is not there raises FileNotFoundError.
+    A missing file or folder raises FileNotFoundError.
     """
 
 
@@ -41,13 +41,13 @@ class LabelledImages:
 
 
 def fault(path: Path, line: int | None, expected: str, got: str) -> DataError:
-    """The error about one line of a file, or about all of it where `line` is None."""
+    """The error about one line of a file, or about the whole file if `line` is None."""
     where = f"{path}" if line is None else f"{path}, line {line}"
     return DataError(f"{where}: expected {expected}, got {got}")
 
 
 def existing_folder(root: str | Path, usual_name: str, holds: str) -> Path:
-    """`root` itself, or the folder of the data set's usual name in it: the one that has `holds`."""
+    """`root`, or the folder `usual_name` in it: the first that contains `holds`."""
     check_path("root", root)
     root = Path(root)
     if not root.is_dir():
@@ -68,16 +68,16 @@ def existing_file(path: Path, what: str) -> Path:
 
 
 def visible_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """What in a folder ends so, in capitals or not, by name; hidden files, `._a.jpg` of macOS say, are none of it."""
+    """A folder's files with these suffixes, in either case, sorted by name, without hidden ones (macOS's `._a.jpg`)."""
     return sorted(
         path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
 
 
 def inside(path: Path, number: int, folder: Path, name: str) -> Path:
-    """The file of `folder` that a line of a data set's list names; a list may name none outside it.
+    """The file in `folder` that a line of a data set's list names; names that lead out of it are refused.
 
-    The folder's own links may lead anywhere: they are the user's.
+    Links in the folder may lead anywhere: the user made them.
     """
     if Path(name).anchor or ".." in Path(name).parts:
         raise fault(path, number, f"the path of a file in {folder}", f"{name!r}, which may lie outside it")
@@ -85,9 +85,9 @@ def inside(path: Path, number: int, folder: Path, name: str) -> Path:
 
 
 def numbered_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
-    """(1-based number, text without its surrounding space) of each line; no line may be blank or anything but UTF-8.
+    """(1-based number, stripped text) of each line, all of them UTF-8 and none blank.
 
-    A byte order mark before the first is no part of it.
+    A byte order mark at the start is skipped.
 
     Raises:
         FileNotFoundError: no such file.
@@ -108,7 +108,7 @@ def numbered_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
 
 
 def fields_of(path: Path, number: int, text: str, names: str) -> list[str]:
-    """The fields of a line, as many as `names` has words; the last one may hold spaces."""
+    """The fields of a line, one for each word of `names`; the last one may contain spaces."""
     wanted = len(names.split())
     fields = text.split(maxsplit=wanted - 1)
     if len(fields) != wanted:
@@ -121,11 +121,11 @@ def whole_number(path: Path, number: int, name: str, text: str, smallest: int, l
     expected = f"{name}, an integer of at least {smallest}"
     if largest is not None:
         expected = f"{name}, an integer from {smallest} to {largest}"
-    # isascii: int() and isdecimal() take every script's digits.
+    # isascii: int() and isdecimal() accept the digits of all scripts.
     if not (text.isascii() and text.isdecimal()):
         raise fault(path, number, expected, repr(text))
     digits = text.lstrip("0") or "0"
-    # Python itself refuses to read thousands of digits.
+    # int() refuses thousands of digits.
     if len(digits) > len(str(LARGEST)) or int(digits) > LARGEST:
         shown = text if len(text) <= 40 else f"{text[:20]}…, {len(text)} digits"
         raise fault(path, number, f"{name}, an integer from {smallest} to {largest or LARGEST}", shown)
@@ -136,7 +136,7 @@ def whole_number(path: Path, number: int, name: str, text: str, smallest: int, l
 
 
 def image_file(path: Path, number: int | None, image: Path) -> Path:
-    """An image that a line of `path` names, or that lies in the folder `path`: a file, and not empty."""
+    """The image that a line of `path` names, or that lies in the folder `path`, checked to be a file and not empty."""
     try:
         size = image.stat().st_size if image.is_file() else None
         exists = size is not None or image.exists()

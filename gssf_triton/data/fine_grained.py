@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from gssf_triton.data.files import (
-    DataError,
     LabelledImages,
     existing_folder,
     fault,
@@ -34,7 +33,7 @@ class RetrievalSplits:
 
 
 def _column(path: Path, names: str, read: Callable[[int, str], str | int]) -> dict[int, tuple[int, str | int]]:
-    """image id → (line, value) of a file of two columns `names`, whose second `read` checks."""
+    """image id → (line, value) of a file with two columns, `names`; `read` checks the second."""
     column: dict[int, tuple[int, str | int]] = {}
     for number, text in numbered_lines(path, f"'{names}'"):
         first, second = fields_of(path, number, text, names)
@@ -60,7 +59,7 @@ def load_cub200(root: str | Path) -> RetrievalSplits:
         The images in the order of `images.txt`, labelled 1 to 200.
 
     Raises:
-        FileNotFoundError: a list or folder that is not there.
+        FileNotFoundError: a list or folder is missing.
         DataError: a malformed line, an image id twice or in one list only, a class out of range or other than its
             folder's, an image that lies outside the folder, does not exist or is empty, a split without images; file
             and line are named.
@@ -147,7 +146,7 @@ def load_sop(root: str | Path) -> RetrievalSplits:
         The images in the files' order, labelled by `class_id`.
 
     Raises:
-        FileNotFoundError: a list that is not there.
+        FileNotFoundError: a list is missing.
         DataError: another header, a malformed line, an image id twice, an image that lies outside the folder, does not
             exist or is empty, a class in both lists; file and line are named.
 
@@ -174,8 +173,5 @@ def load_sop(root: str | Path) -> RetrievalSplits:
     trained = {label for _, label, _ in train}
     for _, label, number in test:
         if label in trained:
-            raise DataError(
-                f"{folder / 'Ebay_test.txt'}, line {number}: expected a class_id that Ebay_train.txt does not have, "
-                f"got {label}"
-            )
+            raise fault(folder / "Ebay_test.txt", number, "a class_id that Ebay_train.txt does not have", str(label))
     return RetrievalSplits(*(_images([(path, label) for path, label, _ in rows]) for rows in (train, test)))

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gssf_triton.integrations import require
-from gssf_triton.options import check_count, check_flags
+from gssf_triton.checks import check_count, check_flags
+from gssf_triton.optional import require
 from gssf_triton.progress import bar
 from gssf_triton.storage import CACHE_VARIABLE, cache_folder, read_npz, replacing, unusable, warn_once
 
 IMAGE_SIZE = 32
-#: Point size at 72 dpi: leaves capitals about 15 of the 32 pixels and room for accents; the few larger are scaled down.
+#: Point size at 72 dpi: capitals take about 15 of the 32 pixels, which leaves room for accents. Larger ones are scaled.
 FONT_SIZE = 20
-#: Raised whenever the rendering or the file's layout changes, so that an old cache is not taken for a new one.
+#: To be increased whenever the rendering or the file's layout changes, so that old cache files are not used.
 FORMAT = 1
 TYPEFACES = ("DejaVu", "STIXGeneral")
 
@@ -71,7 +71,7 @@ class Glyphs:
 
 
 def _centred(bitmap: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The inked part of a bitmap in the middle of a 32×32 image, scaled down where it is larger."""
+    """The inked part of a bitmap in the middle of a 32×32 image, scaled down if it is larger."""
     rows, columns = np.flatnonzero(bitmap.any(1)), np.flatnonzero(bitmap.any(0))
     ink = bitmap[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     if max(ink.shape) > IMAGE_SIZE:
@@ -99,7 +99,7 @@ def render(progress: bool = True) -> Glyphs:
         font.set_size(FONT_SIZE, 72)
         for code, glyph in sorted(font.get_charmap().items()):
             name = unicodedata.name(chr(code), None)
-            if name is None or glyph == 0:  # no name (private use), or the box that stands for a missing glyph
+            if name is None or glyph == 0:  # no name (private use), or the missing glyph's box
                 continue
             font.set_text(chr(code))
             font.draw_glyphs_to_bitmap()
@@ -120,14 +120,14 @@ def render(progress: bool = True) -> Glyphs:
 
 
 def cache_path() -> Path | None:
-    """Where the rendered set is kept, a file in `storage.cache_folder`; None where there is no such folder."""
+    """The file of the rendered set in `storage.cache_folder`; None if there is no such folder."""
     matplotlib = require("matplotlib", "data")
     folder = cache_folder()
     return folder and folder / f"glyphs-v{FORMAT}-mpl{matplotlib.__version__}-ucd{unicodedata.unidata_version}.npz"
 
 
 def _read(path: Path) -> Glyphs:
-    """Read a cache file; anything but a whole one raises ValueError or OSError."""
+    """Read a cache file. ValueError or OSError if it is not whole."""
     arrays = read_npz(path)
     expected = "a whole glyph set"
     keys = ("images", "name_ids", "typeface_ids", "names", "typefaces")
@@ -167,8 +167,8 @@ def _write(path: Path, glyphs: Glyphs) -> None:
 def load_glyphs(progress: bool = True) -> Glyphs:
     """The glyph–name set, from the cache, or rendered and cached at the first call.
 
-    A cache file that cannot be read is set aside (`….bad`) with a warning and rebuilt; a cache directory that cannot be
-    written to costs a warning and the rendering, nothing else.
+    A cache file that cannot be read is renamed to `….bad` and rebuilt, with a warning. If the cache directory cannot be
+    written to, the set is rendered at each call, with one warning.
 
     Example:
         >>> from gssf_triton.data.glyphs import load_glyphs
@@ -183,7 +183,7 @@ def load_glyphs(progress: bool = True) -> Glyphs:
             "glyphs", f"this user has no cache directory, the glyph set is not kept: {CACHE_VARIABLE} chooses one"
         )
         return render(progress)
-    # Not path.exists(), which raises where the folder may not be searched.
+    # Not path.exists(), which raises if the folder may not be searched.
     if os.path.exists(path):
         try:
             return _read(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gssf_triton.data.files import DataError, existing_folder, fault, image_file, visible_files
+from gssf_triton.data.files import existing_folder, fault, image_file, visible_files
 
 #: identity, camera, sequence, frame, box: 0002_c1s1_000451_03.jpg. Identity −1 is junk, 0000 a distractor.
 FILE_NAME = re.compile(r"(-1|\d{4})_c([1-6])s(\d+)_(\d+)_(\d+)(?i:\.jpg)+", re.ASCII)
@@ -74,10 +74,10 @@ def load_market1501(root: str | Path) -> Market1501:
 
     Args:
         root: The folder that has `bounding_box_train`, `bounding_box_test` and `query`, or the one above it
-            (`Market-1501-v15.09.15`). Files that are not .jpg are passed over.
+            (`Market-1501-v15.09.15`). Other files than .jpg are ignored.
 
     Raises:
-        FileNotFoundError: a folder that is not there.
+        FileNotFoundError: a folder is missing.
         DataError: a folder without images, a name of another form, an empty file, junk or distractors among the
             training images or the queries, an identity in training and in test.
 
@@ -109,5 +109,5 @@ def load_market1501(root: str | Path) -> Market1501:
     for part in (market.gallery, market.query):
         for path, identity in zip(part.paths, part.ids.tolist(), strict=True):
             if identity in trained:
-                raise DataError(f"{path}: expected an identity that {FOLDERS['train']} does not have, got {identity}")
+                raise fault(path, None, f"an identity that {FOLDERS['train']} does not have", str(identity))
     return market

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gssf_triton.checks import check_choice
 from gssf_triton.data.files import DataError, existing_file, existing_folder, fault, numbered_lines
-from gssf_triton.options import check_choice
 from gssf_triton.storage import native
 
 NAMES = ("f30k", "coco")
 SPLITS = ("train", "dev", "test", "testall")
 CAPTIONS_PER_IMAGE = 5
-#: Groups of rows that are looked at for whether images are repeated, and how far the rows of one may lie apart, of the
-#: largest value and of what groups lie apart: an encoder that saw an image in five batches does not give the same bits.
+#: How many groups of rows `is_repeated` compares, and how far the rows of one group may differ: as a share of the
+#: largest value, and of the distance between groups. The same image in five batches gives slightly different rows.
 LOOKED_AT, OF_LARGEST, OF_DISTANCE = 16, 4e-3, 0.05
 
 
@@ -31,7 +31,7 @@ class PrecomputedFeatures:
 
     Attributes:
         images: (n, R, D) float features of each image's R regions, memory-mapped: rows are read when they are used. A
-            file in another byte order than this machine's is read whole.
+            file in a foreign byte order is read whole.
         captions: The captions.
         image_ids: (len(captions),) int64, the row in `images` of each caption's image.
     """
@@ -39,14 +39,14 @@ class PrecomputedFeatures:
     images: NDArray[np.floating]
     captions: tuple[str, ...]
     image_ids: NDArray[np.int64]
-    #: The file of `images` and every how many of its rows, where it is one: what a process that is sent this opens.
+    #: The file of `images` and the step between its rows, for the process that unpickles this; None without a file.
     _file: tuple[Path, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A data loader's spawned workers map the file too, rather than being sent gigabytes."""
+        """Spawned workers of a data loader map the file, instead of being sent gigabytes."""
         if self._file is None:
             return PrecomputedFeatures, (self.images, self.captions, self.image_ids)
         return _mapped, (*self._file, self.captions, self.image_ids)
@@ -64,9 +64,9 @@ def _features(path: Path) -> NDArray[np.floating]:
     existing_file(path, expected)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    # Whatever the first damaged field of the header leads to.
+    # A damaged header can raise almost any exception.
     except Exception as error:
-        # NumPy says of a file cut short that the map is larger than it, of a cut header that it cannot be parsed.
+        # The size helps: NumPy's message about a truncated file does not say that it is truncated.
         raise fault(path, None, f"{expected}, whole", f"a file of {path.stat().st_size} bytes ({error})") from None
     if not isinstance(array, np.ndarray):
         array.close()
@@ -77,14 +77,14 @@ def _features(path: Path) -> NDArray[np.floating]:
 
 
 def _apart(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """|a - b|; NaN and Inf lie 0 from themselves and ∞ from all else."""
+    """|a - b|, with distance 0 of NaN and Inf from themselves and ∞ from all else."""
     with np.errstate(invalid="ignore"):
         distance = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
     return np.nan_to_num(distance, nan=np.inf, posinf=np.inf)
 
 
 def is_repeated(images: NDArray[np.floating]) -> bool:
-    """Whether each image's row stands five times, one a caption, as VSE++ has them; some groups of five tell."""
+    """Whether each image's row is repeated five times, once a caption, as in VSE++; compares a few groups of five."""
     groups, rest = divmod(len(images), CAPTIONS_PER_IMAGE)
     if rest or not groups:
         return False
@@ -108,11 +108,11 @@ def load_precomputed(root: str | Path, name: str, split: str) -> PrecomputedFeat
         split: "train", "dev", "test" or "testall" (COCO's 5,000 images).
 
     Returns:
-        The split. Five captions an image, or one; where a copy of the set repeats each image's row five times, one a
-        caption, every fifth row is kept.
+        The split, with five captions an image or one. If each image's row is repeated five times, once a caption, every
+        fifth row is kept.
 
     Raises:
-        FileNotFoundError: a file or folder that is not there.
+        FileNotFoundError: a file or folder is missing.
         DataError: a file cut short, of another shape or type, a blank or undecodable caption (file and line are named),
             counts of images and captions that do not agree, or the folder of another set.
         ValueError: an unknown name or split.

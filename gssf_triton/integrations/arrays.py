@@ -1,6 +1,6 @@
 """GSSF for any vector database: plain float32 arrays whose inner products are the similarities.
 
-The metric is folded into the queries and the gallery is left as it is, so the weights can change with no re-indexing.
+The metric is folded into the queries and the gallery is unchanged, so new weights need no re-indexing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gssf_triton import checks, options
-from gssf_triton.integrations import as_tensor, require
+from gssf_triton import checks
+from gssf_triton.integrations import as_tensor
+from gssf_triton.metric import IDENTITY, Metric
+from gssf_triton.optional import require
 from gssf_triton.precision import full_precision
 from gssf_triton.similarity import functional, torch_backend
 from gssf_triton.storage import check_target, read_npz, reason, regular, replacing, unusable
@@ -28,20 +30,18 @@ def _matrix(name: str, x: Features) -> Tensor:
         if x.dtype.kind != "f" or x.dtype.itemsize > 8:
             raise ValueError(f"{name} must be {checks.FLOAT_NAMES}, got an array of {x.dtype}")
         x = as_tensor(x)
-    elif not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or a numpy.ndarray, got {type(x).__name__}")
-    checks.check_features(name, x)
-    if x.dim() != 2:
-        raise ValueError(f"{name} must have shape (n, D), got {tuple(x.shape)}")
+    checks.check_kind(name, x, Tensor, "a torch.Tensor or a numpy.ndarray")
+    x = checks.check_features(name, x)
+    checks.check_matrix(name, x, "(n, D)")
+    return _float(x)
+
+
+def _float(x: Tensor) -> Tensor:
     return x.detach().float()
 
 
 def _plain(x: Tensor) -> NDArray[np.float32]:
     return np.ascontiguousarray(x.cpu().numpy())
-
-
-def _weight(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.detach().float()
 
 
 def folded_queries(
@@ -72,11 +72,12 @@ def folded_queries(
         >>> folded_queries(queries, torch.tensor([1.0, 10.0])) @ gallery_rows(gallery).T
         array([[ 83., 125.]], dtype=float32)
     """
-    options.check_flags(normalize=normalize)
+    checks.check_flags(normalize=normalize)
     x = _matrix("queries", queries)
     checks.check_weights("queries", x, W_diag, W_blocks)
     with full_precision(x):
-        return _plain(functional.transform(x, _weight(W_diag), _weight(W_blocks), normalize=normalize))
+        metric = Metric(W_diag, W_blocks).map(_float)
+        return _plain(functional.transform(x, metric.W_diag, metric.W_blocks, normalize=normalize))
 
 
 def gallery_rows(gallery: Features, *, normalize: bool = False) -> NDArray[np.float32]:
@@ -88,12 +89,12 @@ def gallery_rows(gallery: Features, *, normalize: bool = False) -> NDArray[np.fl
         >>> gallery_rows(torch.tensor([[3.0, 4.0]]), normalize=True)
         array([[0.6, 0.8]], dtype=float32)
     """
-    options.check_flags(normalize=normalize)
-    return _plain(torch_backend.fold(_matrix("gallery", gallery), None, None, normalize))
+    checks.check_flags(normalize=normalize)
+    return _plain(torch_backend.fold(_matrix("gallery", gallery), IDENTITY, normalize))
 
 
 def _form(path: str | PathLike[str]) -> str:
-    options.check_path("path", path)
+    checks.check_path("path", path)
     suffix = Path(path).suffix.lower()
     if suffix not in (".npz", ".safetensors"):
         raise ValueError(f"path must end in .npz or .safetensors, got {str(path)!r}")
@@ -136,17 +137,16 @@ def save_arrays(
     """
     form = _form(path)
     check_target(Path(path))
-    options.check_flags(normalize=normalize)
+    checks.check_flags(normalize=normalize)
     checks.check_metric(W_diag, W_blocks)
-    arrays: dict[str, NDArray[np.float32]] = {}
-    for name, weight in (("W_diag", _weight(W_diag)), ("W_blocks", _weight(W_blocks))):
-        if weight is not None:
-            arrays[name] = _plain(weight)
+    weights = {"W_diag": W_diag, "W_blocks": W_blocks}
+    arrays = {name: _plain(_float(weight)) for name, weight in weights.items() if weight is not None}
     if queries is not None:
         arrays["queries"] = folded_queries(queries, W_diag, W_blocks, normalize=normalize)
     if gallery is not None:
         rows = _matrix("gallery", gallery)
-        checks.check_weights("gallery", rows.cpu(), *(None if w is None else w.cpu() for w in (W_diag, W_blocks)))
+        metric = Metric(W_diag, W_blocks).map(Tensor.cpu)
+        checks.check_weights("gallery", rows.cpu(), metric.W_diag, metric.W_blocks)
         arrays["gallery"] = gallery_rows(rows, normalize=normalize)
     if form == ".npz":
         with replacing(Path(path)) as file:

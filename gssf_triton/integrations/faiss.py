@@ -1,6 +1,6 @@
-"""GSSF served by FAISS: the metric rides in the queries, the index holds the gallery as it is.
+"""GSSF served by FAISS: the metric is folded into the queries, the index holds the gallery unchanged.
 
-s(x, y) = ⟨T(x), y⟩, so any inner-product index serves GSSF, and new weights need no re-indexing.
+s(x, y) = ⟨T(x), y⟩, so any inner-product index works, and new weights need no re-indexing.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gssf_triton.integrations import require
+from gssf_triton import checks
 from gssf_triton.integrations.arrays import Features, folded_queries, gallery_rows
-from gssf_triton.options import check_count
-from gssf_triton.retrieval.checks import bad_rows
+from gssf_triton.optional import require
+from gssf_triton.retrieval.finite import bad_rows
 
-#: Results that are asked for at a time, 12 bytes each, of queries with more ties than k.
+#: Results asked for at a time, 12 bytes each, for queries with more ties than k.
 MOST_RESULTS = 1 << 24
 
 
 def build_index(gallery: Features, factory: str = "Flat", *, normalize: bool = False) -> Any:
-    """An inner-product index of the gallery; no weight takes part in it.
+    """An inner-product index of the gallery. It does not depend on the weights.
 
     Args:
         gallery: (N, D), a tensor or an array (a memory-mapped one too).
@@ -54,8 +54,7 @@ def build_index(gallery: Features, factory: str = "Flat", *, normalize: bool = F
         tensor([[0]])
     """
     faiss = require("faiss", "faiss")
-    if not isinstance(factory, str):
-        raise TypeError(f"factory must be a str, got {type(factory).__name__}")
+    checks.check_kind("factory", factory, str, "a str")
     rows = gallery_rows(gallery, normalize=normalize)
     try:
         index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
@@ -83,9 +82,9 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """The k best gallery items of each query under the metric, as `gssf_triton.topk` returns them.
 
-    A flat index gives `topk`'s answer, equal scores by the lower index included. FAISS breaks ties as it likes, so of
-    queries whose k-th score goes on (one of zeros, say) more results are fetched until it ends, and sorted. Only NaN
-    differs: FAISS finds no such item, and nothing for such a query; a warning counts them.
+    A flat index gives `topk`'s answer, ties by the lower index included. FAISS breaks ties in any order, so for queries
+    with more results of the k-th score than were fetched, twice as many are fetched, and sorted. Only NaN differs:
+    FAISS finds no such item, and nothing for such a query; a warning counts them.
 
     Args:
         index: An inner-product index of the gallery, as `build_index` makes it.
@@ -104,11 +103,10 @@ def search(
         ValueError: shapes that do not agree, no weight, an index of another metric, or k beyond the gallery.
     """
     faiss = require("faiss", "faiss")
-    if not isinstance(index, faiss.Index):
-        raise TypeError(f"index must be a faiss.Index, got {type(index).__name__}")
+    checks.check_kind("index", index, faiss.Index, "a faiss.Index")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise ValueError("index must be one for inner products (faiss.METRIC_INNER_PRODUCT), got another metric")
-    check_count("k", k, 1)
+    checks.check_count("k", k, 1)
     if k > index.ntotal:
         raise ValueError(f"k must be from 1 to the gallery's size, {index.ntotal}, got {k}")
     folded = folded_queries(queries, W_diag, W_blocks, normalize=normalize)
@@ -122,11 +120,11 @@ def search(
 
 
 def _best(index: Any, folded: NDArray[np.float32], k: int, fetched: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(values, indices), (Q, k), of `fetched` results a query; of twice as many for those whose k-th score goes on."""
+    """(values, indices), (Q, k), of `fetched` results a query, or of more where all after the k-th tie with it."""
     values, indices = index.search(folded, fetched)
     missing = indices < 0
     values[missing] = -np.inf
-    # Where FAISS found fewer than it was asked for, there is nothing behind them.
+    # Where FAISS found fewer than it was asked for, there are no more.
     goes_on = (values[:, k - 1] == values[:, -1]) & ~missing[:, -1] if fetched < index.ntotal else ()
     # Score first, then index; what was not found comes last.
     order = np.lexsort((np.where(missing, index.ntotal, indices), -values), axis=-1)[:, :k]

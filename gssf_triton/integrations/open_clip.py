@@ -1,8 +1,7 @@
 """GSSF in open_clip: the metric in the logits of any of its losses.
 
-Nothing here imports the library: its losses take image and text features and multiply them, in either order, so the
-metric folded into the image side is in the logits of both: T(x) yᵀ is S, and y T(x)ᵀ is Sᵀ, not the transposed metric's
-similarities.
+Nothing here imports the library. Its losses multiply image and text features, in either order. So the metric folded
+into the image side is in both logits: T(x) yᵀ is S and y T(x)ᵀ is Sᵀ.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gssf_triton.checks import check_pair, check_same_dtype
+from gssf_triton import checks
+from gssf_triton.metric import IDENTITY
 from gssf_triton.nn import GSSF
-from gssf_triton.options import check_module
 from gssf_triton.precision import joined
 from gssf_triton.similarity import torch_backend
 from gssf_triton.tracing import Leaf
@@ -22,10 +21,10 @@ from gssf_triton.tracing import Leaf
 class GSSFLoss(Leaf):
     """An open_clip loss (`ClipLoss`, `SigLipLoss`, `CoCaLoss`, `DistillClipLoss`) on GSSF similarities.
 
-    Called as the loss itself; gathering across devices stays the loss's own. `parameters()` has the metric: give it to
-    the optimizer beside the model's, open_clip's training script optimises the model alone. With several processes give
-    the loss `gather_with_grad=True` and wrap this module in DistributedDataParallel, as the model is: then the metric's
-    gradient is that of the whole batch.
+    Called as the loss itself, which still gathers across devices. Give `parameters()`, the metric, to the optimizer:
+    open_clip's training script optimises the model alone. With several processes give the loss `gather_with_grad=True`
+    and wrap this module in DistributedDataParallel, as the model is: then the metric's gradient is that of the whole
+    batch.
 
     Args:
         loss: The loss.
@@ -47,22 +46,21 @@ class GSSFLoss(Leaf):
 
     def __init__(self, loss: nn.Module, metric: GSSF) -> None:
         super().__init__()
-        check_module("loss", loss)
-        if not isinstance(metric, GSSF):
-            raise TypeError(f"metric must be a gssf_triton.nn.GSSF, got {type(metric).__name__}")
+        checks.check_module("loss", loss)
+        checks.check_kind("metric", metric, GSSF, "a gssf_triton.nn.GSSF")
         self.loss = loss
         self.metric = metric
 
     def fold(self, image_features: Tensor) -> Tensor:
-        """T(image_features): times text features, or a zero-shot classifier's weights, they give the similarities."""
+        """T(image_features): its products with text features or zero-shot classifier weights are the similarities."""
         return self.metric.transform(image_features)
 
     def forward(self, image_features: Tensor, text_features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the loss returns; further arguments, `logit_scale` first, are the loss's."""
+        """What the loss returns; further arguments (`logit_scale` first) are passed on to it."""
         names = ("image_features", "text_features")
-        check_pair(image_features, text_features, names)
+        checks.check_pair(image_features, text_features, names)
         images, texts = joined(image_features, text_features)
-        check_same_dtype(images, texts, names)
+        checks.check_same_dtype(images, texts, names)
         if self.metric.normalize:
-            text_features = torch_backend.fold(text_features, None, None, normalize=True)
+            text_features = torch_backend.fold(text_features, IDENTITY, normalize=True)
         return self.loss(self.fold(image_features), text_features, *args, **kwargs)

@@ -12,27 +12,28 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
-from gssf_triton import checks, options
+import gssf_triton
+from gssf_triton import checks
 from gssf_triton.integrations import as_tensor
+from gssf_triton.metric import Metric
 from gssf_triton.nn import GSSF
 from gssf_triton.similarity import functional
 from gssf_triton.tracing import Leaf
 
 
 class GSSFDistance(Leaf, BaseDistance):
-    """A learned similarity in the place of PML's `CosineSimilarity`, which it is at the start.
+    """A learned similarity that replaces PML's `CosineSimilarity` and equals it at the start.
 
-    The metric is not symmetric: the query is its left side and the reference its right side, everywhere in PML. Where a
-    loss compares a batch with itself, mat[i, j] and mat[j, i] therefore differ once trained; `symmetric=True` learns a
-    metric for which they do not.
+    The metric is not symmetric: everywhere in PML the query is its left side and the reference its right side. Where a
+    loss compares a batch with itself, mat[i, j] and mat[j, i] differ once trained, unless `symmetric=True`.
 
-    Its parameters are learned if they are given to an optimizer: `loss_func.parameters()` has them.
+    Give its parameters to an optimizer: `loss_func.parameters()` has them.
 
     Eleven of PML's losses are defined by a distance of their own and refuse any other: `AngularLoss`, `CircleLoss`,
-    `DynamicSoftMarginLoss`, `FastAPLoss`, `InstanceLoss`, `LargeMarginSoftmaxLoss` (so too its kinds, `ArcFaceLoss`,
+    `DynamicSoftMarginLoss`, `FastAPLoss`, `InstanceLoss`, `LargeMarginSoftmaxLoss` (and its kinds `ArcFaceLoss`,
     `CosFaceLoss`, `SphereFaceLoss` and `SubCenterArcFaceLoss`), `PNPLoss`, `SignalToNoiseRatioContrastiveLoss`,
-    `SmoothAPLoss`, `ThresholdConsistentMarginLoss`, `TupletMarginLoss`. `VICRegLoss` takes none, and `P2SGradLoss`
-    does not look at the one it is given: it learns no metric.
+    `SmoothAPLoss`, `ThresholdConsistentMarginLoss`, `TupletMarginLoss`. `VICRegLoss` takes no distance, and
+    `P2SGradLoss` ignores the one it is given.
 
     Args:
         dim: Channels D of the embeddings.
@@ -71,7 +72,7 @@ class GSSFDistance(Leaf, BaseDistance):
         symmetric: bool = False,
         **kwargs: Any,
     ) -> None:
-        options.check_flags(symmetric=symmetric)
+        checks.check_flags(symmetric=symmetric)
         super().__init__(is_inverted=True, **kwargs)
         self.metric = GSSF(dim, block_size, diag, blocks, normalize=False)
         self.symmetric = symmetric
@@ -95,8 +96,8 @@ class GSSFDistance(Leaf, BaseDistance):
 class GSSFKNN:
     """Exact nearest neighbours under a trained `GSSFDistance`, for `AccuracyCalculator` and `InferenceModel`.
 
-    A query that is among the references is left out by its index, not because it comes first: under a learned metric an
-    item is often not its own best match.
+    A query among the references is left out by its index, not by rank: under a learned metric an item is often not its
+    own best match.
 
     Args:
         distance: The distance; its weights are read at every call.
@@ -109,17 +110,16 @@ class GSSFKNN:
     """
 
     def __init__(self, distance: GSSFDistance) -> None:
-        if not isinstance(distance, GSSFDistance):
-            raise TypeError(f"distance must be a GSSFDistance, got {type(distance).__name__}")
+        checks.check_kind("distance", distance, GSSFDistance, "a GSSFDistance")
         self.distance = distance
         self.reference: Tensor | None = None
 
     def train(self, embeddings: Tensor) -> None:
-        """Take these references in the place of those before."""
+        """Replace the references."""
         self.reference = as_tensor(embeddings)
 
     def add(self, embeddings: Tensor) -> None:
-        """Take these references too."""
+        """Add references."""
         added = as_tensor(embeddings)
         self.reference = added if self.reference is None else torch.cat([self.reference, added])
 
@@ -133,7 +133,7 @@ class GSSFKNN:
             query: (Q, D).
             k: References a query.
             reference: (R, D); those of `train` and `add` where None.
-            ref_includes_query: reference[i] is query[i], and no answer to it.
+            ref_includes_query: reference[i] is query[i] and is left out of its answers.
 
         Returns:
             (similarities, indices), (Q, k), best first.
@@ -141,24 +141,23 @@ class GSSFKNN:
         Raises:
             ValueError: no references, or k beyond them.
         """
-        from gssf_triton import topk
-
-        options.check_count("k", k, 0)
-        options.check_flags(ref_includes_query=ref_includes_query)
+        checks.check_count("k", k, 0)
+        checks.check_flags(ref_includes_query=ref_includes_query)
         reference = self.reference if reference is None else reference
         if reference is None:
             raise ValueError("reference must be given where train() or add() was not called before, got None")
         for name, x in (("query", query), ("reference", reference)):
             checks.check_features(name, x)
         reference = reference.to(query)
-        checks.check_batches(("query", "reference"), query, reference, paired=False)
+        checks.check_batches(query, reference, ("query", "reference"), paired=False)
         distance: Any = self.distance
-        W_diag, W_blocks = (None if w is None else w.detach().to(query.device) for w in distance.weights())
+        metric = Metric(*distance.weights()).map(lambda w: w.detach().to(query.device))
         query, reference = (distance.maybe_normalize(x) for x in (query, reference))
-        values, indices = topk(query, reference, W_diag, W_blocks, k=k + 1 if ref_includes_query else k)
+        k_found = k + 1 if ref_includes_query else k
+        values, indices = gssf_triton.topk(query, reference, metric.W_diag, metric.W_blocks, k=k_found)
         if not ref_includes_query:
             return values, indices
         itself = indices == torch.arange(len(query), device=indices.device)[:, None]
-        # A query that is not among its own k + 1 best gives up the last of them.
+        # If a query is not among its own k + 1 best, the last of them is dropped.
         itself[:, -1] |= ~itself.any(1)
         return values[~itself].view(-1, k), indices[~itself].view(-1, k)

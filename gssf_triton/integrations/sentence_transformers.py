@@ -1,12 +1,12 @@
 """GSSF in sentence-transformers: the similarity of its ranking losses and evaluators, and a fused loss.
 
-Nothing here imports the library: it takes any callable of two batches of embeddings as a similarity. In one process its
-Trainer learns the metric as a parameter of the loss with no more ado; save it with
-`torch.save(similarity.state_dict(), …)`, the model does not hold it.
+Nothing here imports the library, which takes any callable of two batches of embeddings as a similarity. In one process
+its Trainer learns the metric as a parameter of the loss. The model does not hold it: save it with
+`torch.save(similarity.state_dict(), …)`.
 
-The Trainer wraps the model alone. A metric in the loss is therefore not averaged over processes, and a cached loss does
-not divide its gradient by the steps of gradient accumulation: 4 steps make it 4 times as large. In both cases put the
-metric into the model, `gssf_triton.integrations.sentence_transformers_model.QueryMetric`.
+The Trainer wraps only the model. So a metric in the loss is not averaged over processes, and a cached loss does not
+divide its gradient by the steps of gradient accumulation: 4 steps make it 4 times as large. In both cases put the
+metric into the model: `gssf_triton.integrations.sentence_transformers_model.QueryMetric`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch.fx
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import gssf_triton
+from gssf_triton import checks
 from gssf_triton.integrations import as_tensor
 from gssf_triton.nn import GSSF
-from gssf_triton.options import check_flags, check_module, check_positive
 from gssf_triton.tracing import Leaf
 
 Embeddings = Tensor | NDArray[np.floating] | list[Any]
@@ -32,9 +33,8 @@ Embeddings = Tensor | NDArray[np.floating] | list[Any]
 
 @torch.fx.wrap
 def _batch(name: str, x: Embeddings, weight: Tensor) -> Tensor:
-    """Embeddings as the library hands them over: tensors, arrays, lists of them; one embedding is a batch of 1."""
-    if not isinstance(x, (Tensor, np.ndarray, list)):
-        raise TypeError(f"{name} must be a torch.Tensor, a numpy.ndarray or a list of them, got {type(x).__name__}")
+    """Embeddings as the library passes them (tensors, arrays, lists of them) as one batch; one embedding is one row."""
+    checks.check_kind(name, x, (Tensor, np.ndarray, list), "a torch.Tensor, a numpy.ndarray or a list of them")
     try:
         if isinstance(x, list) and x and isinstance(x[0], (Tensor, np.ndarray)):
             x = torch.stack([as_tensor(row) for row in x])
@@ -52,10 +52,10 @@ def _batch(name: str, x: Embeddings, weight: Tensor) -> Tensor:
 class GSSFSimilarity(GSSF):
     """A learned `similarity_fct`, called as `sentence_transformers.util.cos_sim` is; the cosine at the start.
 
-    The first batch is the metric's left side: give a loss or an evaluator queries first, as they do by themselves.
+    The first batch is the metric's left side: losses and evaluators pass queries first.
 
-    In a loss it is learned by the Trainer of one process, with other than cached losses or without gradient
-    accumulation; elsewhere take `QueryMetric`, see the top of this file.
+    With several processes, or with a cached loss and gradient accumulation, use `QueryMetric`: see the top of this
+    file.
 
     Args:
         dim: Channels D of the embeddings.
@@ -87,7 +87,7 @@ class GSSFSimilarity(GSSF):
         return super().forward(_batch("a", a, weight), _batch("b", b, weight))
 
     def pairwise(self, a: Embeddings, b: Embeddings) -> Tensor:
-        """(N,) similarities of a[i] and b[i]; a loss learns the metric where it is given `PairwiseSimilarity`."""
+        """(N,) similarities of a[i] and b[i]. For a loss that should learn the metric, use `PairwiseSimilarity`."""
         _warn_of_many_processes(self)
         weight = next(self.parameters())
         return self.paired(_batch("a", a, weight), _batch("b", b, weight))
@@ -96,11 +96,11 @@ class GSSFSimilarity(GSSF):
         """`forward` without a gradient: for evaluators' `score_functions` and `util.semantic_search`."""
         with torch.no_grad():
             scores: Tensor = self(a, b)
-        return scores.detach()  # torch.fx does not see no_grad
+        return scores.detach()  # torch.fx does not trace no_grad
 
 
 def _warn_of_many_processes(similarity: GSSFSimilarity) -> None:
-    """The Trainer of several processes leaves each with a metric of its own, and says nothing."""
+    """With several processes the Trainer would silently leave each with a metric of its own."""
     learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in similarity.parameters())
     if learns and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(
@@ -112,12 +112,11 @@ def _warn_of_many_processes(similarity: GSSFSimilarity) -> None:
 
 
 def _check_similarity(similarity: object) -> None:
-    if not isinstance(similarity, GSSFSimilarity):
-        raise TypeError(f"similarity must be a GSSFSimilarity, got {type(similarity).__name__}")
+    checks.check_kind("similarity", similarity, GSSFSimilarity, "a GSSFSimilarity")
 
 
 class PairwiseSimilarity(Leaf):
-    """`GSSFSimilarity.pairwise` as a module, for the losses over pairs (`CoSENTLoss`): they learn its metric.
+    """`GSSFSimilarity.pairwise` as a module, for losses over pairs (`CoSENTLoss`), which then learn the metric.
 
     Args:
         similarity: Holds the metric.
@@ -138,7 +137,7 @@ class PairwiseSimilarity(Leaf):
 class FusedRankingLoss(Leaf):
     """`MultipleNegativesRankingLoss` on GSSF similarities without the matrix of scores: `gssf_triton.info_nce`.
 
-    For pairs (anchor, positive), every other positive of the batch a negative; hard-negative columns are for
+    For pairs (anchor, positive); every other positive of the batch is a negative. With hard-negative columns use
     `MultipleNegativesRankingLoss(model, similarity_fct=similarity)`.
 
     Args:
@@ -159,24 +158,22 @@ class FusedRankingLoss(Leaf):
         self, model: nn.Module, similarity: GSSFSimilarity, scale: float = 20.0, symmetric: bool = False
     ) -> None:
         super().__init__()
-        check_module("model", model)
+        checks.check_module("model", model)
         _check_similarity(similarity)
-        check_positive("scale", scale)
-        check_flags(symmetric=symmetric)
+        checks.check_positive("scale", scale)
+        checks.check_flags(symmetric=symmetric)
         self.model = model
         self.similarity = similarity
         self.scale = scale
         self.symmetric = symmetric
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch: two columns of tokenized sentences; `labels` are not looked at."""
+        """The loss of a batch: two columns of tokenized sentences; `labels` are ignored."""
         embeddings = [self.model(features)["sentence_embedding"] for features in sentence_features]
         return self.compute_loss_from_embeddings(embeddings, labels)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of (anchors, positives), each (N, D)."""
-        from gssf_triton import info_nce
-
         if len(embeddings) != 2:
             raise ValueError(
                 f"sentence_features must have two columns, anchors and positives, got {len(embeddings)}: hard "
@@ -185,7 +182,7 @@ class FusedRankingLoss(Leaf):
         metric = self.similarity
         _warn_of_many_processes(metric)
         anchors, positives = embeddings
-        return info_nce(
+        return gssf_triton.info_nce(
             anchors,
             positives,
             metric.W_diag,

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from gssf_triton.nn import GSSF
 from gssf_triton.tracing import Leaf
 
-#: What the library calls the two sides.
+#: The library's names of the two sides.
 TASKS = ("query", "document")
 
 
 class QueryMetric(Leaf, Module):
     """The last module of a model: it folds the metric into queries, so that dot products are GSSF similarities.
 
-    Queries become T(q), documents are put on the unit sphere alone: what `encode_query` and `encode_document` return
-    goes into any vector database of inner products. Which is which the library says by its task: in training by
-    `router_mapping`, without which there is an error; plain `encode` takes a text for a document.
+    Queries become T(q), documents are only normalised: what `encode_query` and `encode_document` return goes into any
+    vector database of inner products. The library's task says which is which: `router_mapping` sets it in training (it
+    is an error to leave it out), and plain `encode` takes every text as a document.
 
-    The metric is a part of what the Trainer wraps: with several processes it is averaged as the model is, and a cached
-    loss divides its gradient by the steps of accumulation. A loss takes `similarity_fct=util.dot_score`. Loading the
-    saved model wants `trust_remote_code=True`, as for every module that is not the library's own.
+    The metric is part of what the Trainer wraps: with several processes it is averaged as the model is, and a cached
+    loss divides its gradient by the steps of accumulation. Give losses `similarity_fct=util.dot_score`. To load the
+    saved model pass `trust_remote_code=True`, as for every module that is not the library's own.
 
     Args:
         dim: Channels D of the embeddings.
@@ -61,7 +61,7 @@ class QueryMetric(Leaf, Module):
         self.dim, self.block_size, self.diag, self.blocks, self.normalize = dim, block_size, diag, blocks, normalize
 
     def forward(self, features: dict[str, Any], task: str | None = None, **_: Any) -> dict[str, Any]:
-        """`features` with the embeddings as their task wants them."""
+        """`features` with T(q) or normalised documents as embeddings, by the task."""
         task = features.get("task") if task is None else task
         if task not in TASKS and (task is not None or self.training):
             raise ValueError(
@@ -74,21 +74,21 @@ class QueryMetric(Leaf, Module):
         else:
             if self.normalize:
                 embeddings = nn.functional.normalize(embeddings, dim=-1)
-            # Every forward pass has to use every parameter: DistributedDataParallel waits for their gradients. Of no
-            # values the sum is 0, whatever they are.
+            # DistributedDataParallel waits for the gradient of every parameter, so every pass must use them all. The
+            # sum of no values is 0.
             nothing = sum(weight.flatten()[:0].sum() for weight in self.parameters())
             features["sentence_embedding"] = embeddings + nothing
         return features
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Configuration and weights into a folder."""
+        """Write configuration and weights to a folder."""
         module: Any = self
         module.save_config(output_path)
         module.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> QueryMetric:
-        """From a folder or the hub, as the library asks for it."""
+        """Load from a folder or the hub; called by the library."""
         hub = {key: kwargs[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in kwargs}
         module = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
         cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)

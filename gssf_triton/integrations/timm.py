@@ -1,8 +1,8 @@
 """GSSF attention in timm's vision transformers: their `attn_layer`.
 
 `timm.create_model("vit_base_patch16_224", attn_layer=GSSFAttention)`: pretrained weights load and give the same output
-until the metric is trained. What holds no plain attention layer whole, an adapter's state dict, leaves the metric as
-it is; a layer whose plain weights are all there, and no metric, gets the identity.
+until the metric is trained. A layer whose plain weights are all in the state dict, without a metric, gets the identity.
+A state dict that holds only some of them (an adapter's) leaves the metric as it is.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from gssf_triton.attention.functional import HeadMetric, complete_state_dict
-from gssf_triton.options import check_count, check_terms
+from gssf_triton.attention.heads import HeadMetric, complete_state_dict
+from gssf_triton.checks import check_count, check_terms
 
 
 class NormThenMetric(HeadMetric):
@@ -70,16 +70,9 @@ class GSSFAttention(Attention):
             check_count("block_size", block_size, 1)
         super().__init__(dim, num_heads, *args, **kwargs)
         weight = self.qkv.weight
-        self.q_norm = NormThenMetric(
-            self.q_norm,
-            num_heads=num_heads,
-            head_dim=self.head_dim,
-            block_size=block_size,
-            diag=diag,
-            blocks=blocks,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        form = {"block_size": block_size, "diag": diag, "blocks": blocks}
+        place = {"device": weight.device, "dtype": weight.dtype}
+        self.q_norm = NormThenMetric(self.q_norm, num_heads=num_heads, head_dim=self.head_dim, **form, **place)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any

@@ -1,7 +1,7 @@
 """GSSF attention in Hugging Face transformers, through its attention interface and its mask interface.
 
-Both are needed: an attention registered without a mask function is called without masks, padding included. Scores,
-masks, caches and grouped keys stay the library's own `sdpa`; it is given T(q).
+Both are needed: an attention registered without a mask function gets no masks, not even for padding. The library's own
+`sdpa` computes scores, masks, caches and grouped keys, from T(q).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from gssf_triton.attention.functional import HeadMetric, complete_state_dict
-from gssf_triton.options import check_count, check_path, check_terms
+from gssf_triton import checks
+from gssf_triton.attention.heads import HeadMetric, complete_state_dict
 
 #: The attention's name, for `attn_implementation`; also the name of the metric in each attention layer.
 NAME = "gssf"
 
-#: Where a model's config says which layers have a metric, of what form: what `save_pretrained` writes into config.json.
-#: The configs of a model's parts (CLIP's vision model) say it too, of their own layers.
+#: The config's entry that says which layers have a metric and of what form; `save_pretrained` writes it to config.json.
+#: The configs of a model's parts (CLIP's vision model) have one for their own layers.
 RECORD = "gssf_metric"
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
 class _Written(dict[str, Any]):
-    """The record of a metric that is in memory; a config that was read from a file has a plain dict."""
+    """A record written by this process. A config read from a file has a plain dict."""
 
 
 def gssf_attention(
@@ -53,7 +53,7 @@ def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor 
 
 
 def _head_sizes(model: PreTrainedModel, example_inputs: Mapping[str, Any]) -> dict[nn.Module, tuple[int, int]]:
-    """(H, D) of every layer that attends through the interface, seen in one forward pass."""
+    """(H, D) of every layer that attends through the interface, found by one forward pass."""
     sizes: dict[nn.Module, tuple[int, int]] = {}
 
     def look(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -81,10 +81,10 @@ def _metrics(model: nn.Module) -> dict[str, HeadMetric]:
 
 
 def _attach(model: PreTrainedModel, name: str, metric: HeadMetric) -> None:
-    """The metric as a layer's submodule; state dicts of plain attention still load, see `complete_state_dict`."""
+    """Make the metric a layer's submodule. State dicts of plain attention still load: see `complete_state_dict`."""
     owner = name
     while owner and next(model.get_submodule(owner).parameters(), None) is None:
-        owner = owner.rpartition(".")[0]  # such a layer's weights are those of the module around it
+        owner = owner.rpartition(".")[0]  # the module around the layer holds its weights
     model.get_submodule(name).add_module(NAME, metric)
     model.get_submodule(owner).register_load_state_dict_pre_hook(complete_state_dict)
 
@@ -96,7 +96,7 @@ def _place(model: PreTrainedModel, name: str) -> dict[str, Any]:
 
 
 def _parts(model: nn.Module) -> dict[str, PreTrainedModel]:
-    """The outermost model of each config, by name, the whole one first: the layers that the config's record names."""
+    """The outermost model of each config, by name, the whole one first. A config's record names layers below it."""
     parts: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and all(module.config is not part.config for part in parts.values()):
@@ -118,9 +118,9 @@ def _write_record(model: PreTrainedModel) -> None:
 
 
 def _read_record(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """What a model's config or its parts' configs say, by the parts' names: its layers' names here, and their forms.
+    """The records of a model's config or its parts' configs, by part: layers' names in this model, and their forms.
 
-    Layers that the model has not got (another part's, those beyond a smaller `num_hidden_layers`) are left out.
+    Layers that the model lacks (another part's, those beyond a smaller `num_hidden_layers`) are left out.
     """
     found: dict[str, dict[str, Any]] = {}
     for start, part in _parts(model).items():
@@ -140,11 +140,11 @@ def _read_record(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 
 def from_pretrained(model_class: type[_Model], folder: str | Path, *args: Any, **kwargs: Any) -> _Model:
-    """A model that was saved after `add_metric`, its trained metric included: `model_class.from_pretrained` for it.
+    """Load a model that was saved after `add_metric`, with its trained metric.
 
-    The library builds a model before it loads the weights and does not know of the metric; its own `from_pretrained`
-    leaves the metric out and lists its weights as unexpected. `add_metric` brings it back after that too, by loading
-    a local folder once more. A part of a saved model (CLIP's vision model) loads with its metric too.
+    The library's own `model_class.from_pretrained` leaves the metric out and lists its weights as unexpected.
+    `add_metric` can still bring it back, by loading a local folder once more. A part of a saved model (CLIP's vision
+    model) loads with its metric too.
 
     Args:
         model_class: The model's class; an Auto class names it as `architectures` in the folder's config.json.
@@ -168,7 +168,7 @@ def from_pretrained(model_class: type[_Model], folder: str | Path, *args: Any, *
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         came = f"{type(model_class).__name__} {model_class!r}"
         raise TypeError(f"model_class must be a transformers.PreTrainedModel class, got {came}")
-    check_path("folder", folder)
+    checks.check_path("folder", folder)
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super(built, self).__init__(config, *args, **kwargs)
@@ -183,7 +183,7 @@ def from_pretrained(model_class: type[_Model], folder: str | Path, *args: Any, *
             for name, (heads, channels, *form) in record.items():
                 _attach(self, name, HeadMetric(heads, channels, *form, **_place(self, name)))
 
-    # Of the same name in the same module: the library looks up how to read a model's weights by both.
+    # The library looks up how to read a model's weights by the class's name and module.
     built: Any = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = built.from_pretrained(folder, *args, output_loading_info=True, **kwargs)
@@ -191,7 +191,7 @@ def from_pretrained(model_class: type[_Model], folder: str | Path, *args: Any, *
     lost = []
     for name, metric in _metrics(model).items():
         if any(key.startswith(f"{name}.{NAME}.") for key in info["missing_keys"]):
-            metric.reset_metric()  # the library leaves what it does not know uninitialised
+            metric.reset_metric()  # the library leaves missing weights uninitialised
             lost.append(name)
     if lost:
         warnings.warn(
@@ -230,7 +230,7 @@ def _saved_metrics(model: PreTrainedModel) -> dict[str, HeadMetric]:
     if there is not None and _records(there) == _records(model.config):
         try:
             saved = from_pretrained(kind, folder, config=model.config)
-        except OSError:  # the weights' files have other names: the model was loaded with variant=…
+        except OSError:  # other file names: the model was loaded with variant=…
             saved = None
         if saved is not None:
             if not _same_weights(saved, model):
@@ -269,15 +269,15 @@ def add_metric(
     diag: bool = True,
     blocks: bool = True,
 ) -> dict[str, HeadMetric]:
-    """Let every attention layer of a model score with GSSF, a metric a head; nothing changes until it is trained.
+    """Let every attention layer of a model score with GSSF, one metric a head. Nothing changes until it is trained.
 
     One forward pass finds the layers and their heads. The metrics are the layers' submodules `gssf`: in `parameters()`,
-    in `state_dict()` and in what `save_pretrained` writes. `from_pretrained` of this module loads such a folder. Of a
-    model that its class's own `from_pretrained` loaded from one, which leaves the metric out, this brings the trained
-    metric back, from a local folder; where it cannot (a repository, a subfolder, a part of a loaded model), it warns.
-    A state dict needs the metric to be there: build the model, call this, then `load_state_dict`. A layer (here the
-    module that the metric is in, BERT's `attention.self` with its query, key and value) whose plain weights are all in
-    the state dict, and no metric, gets the identity; one that lacks any of them, an adapter's, leaves it as it is.
+    in `state_dict()` and in what `save_pretrained` writes. `from_pretrained` of this module loads such a folder. If the
+    library's own `from_pretrained` loaded the model from one, without the metric, this call brings the trained metric
+    back from a local folder; where it cannot (a repository, a subfolder, a part of a loaded model), it warns.
+    To load a state dict, build the model, call this, then `load_state_dict`. A layer (the module around the metric:
+    BERT's `attention.self` with its query, key and value) whose plain weights are all in the state dict, without a
+    metric, gets the identity; a state dict with only some of them (an adapter's) leaves the metric as it is.
 
     Args:
         model: Any model that attends through the library's attention interface.
@@ -308,13 +308,12 @@ def add_metric(
         ...     print(name, tuple(metric.W_diag.shape))
         encoder.layer.0.attention.self (2, 16)
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
-    if example_inputs is not None and not isinstance(example_inputs, Mapping):
-        raise TypeError(f"example_inputs must be a mapping of names to inputs, got {type(example_inputs).__name__}")
-    check_terms(diag, blocks)
+    checks.check_kind("model", model, PreTrainedModel, "a transformers.PreTrainedModel")
+    if example_inputs is not None:
+        checks.check_kind("example_inputs", example_inputs, Mapping, "a mapping of names to inputs")
+    checks.check_terms(diag, blocks)
     if block_size is not None:
-        check_count("block_size", block_size, 1)
+        checks.check_count("block_size", block_size, 1)
     if any(isinstance(module, HeadMetric) for module in model.modules()):
         raise ValueError(f"model must be one without a metric, got a {type(model).__name__} that has one already")
     metrics = _saved_metrics(model)
@@ -330,7 +329,7 @@ def add_metric(
     before = model.config._attn_implementation
     _use(model)
     try:
-        if not (metrics and getattr(model.config, RECORD, None)):  # none, or only a part's
+        if not (metrics and getattr(model.config, RECORD, None)):  # no metric yet, or only a part's
             if example_inputs is None:
                 example_inputs = {name: x.to(model.device) for name, x in model.dummy_inputs.items()}
             sizes = _head_sizes(model, example_inputs)

@@ -8,22 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gssf_triton import checks, options
-from gssf_triton.losses.common import (
-    Loss,
-    check_inputs,
-    check_reduction,
-    described,
-    fold_sides,
-    incoming,
-    of_inputs,
-    operands,
-    reduce,
-    scalar,
-)
-from gssf_triton.losses.ranks import gather_rows, spread
+from gssf_triton import checks
+from gssf_triton.losses.common import Batch, Loss, Product, check_features
+from gssf_triton.metric import Metric
 from gssf_triton.streaming.epilogues import log_sum_exp
-from gssf_triton.streaming.op import stream_op
 
 
 @dataclass(frozen=True)
@@ -33,32 +21,20 @@ class _Distillation(Loss):
     NAME = "distillation_loss"
     GRADIENTS = 3
 
-    def forward(
-        self, t: Tensor, y: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor, unit_y: Tensor,
-        teacher_rows: Tensor, teacher_columns: Tensor, teacher_unit_t: Tensor, teacher_unit_y: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        scalars = scale * torch.stack((unit_t * unit_y, (teacher_unit_t * teacher_unit_y).to(unit_t.dtype)))
-        nothing = t.new_empty((0, t.shape[0])), t.new_empty((0, y.shape[0]))
-        row, _, _, _, _ = stream_op(
-            "distillation", rows, columns, teacher_rows, teacher_columns, *nothing, None, None, scalars, 0, False,
-            self.backend,
-        )  # fmt: skip
+    def values(self, x: Product, scale: Tensor) -> tuple[Tensor, ...]:
+        assert x.teacher_unit is not None
+        scalars = scale * torch.stack((x.unit_t * x.unit_y, x.teacher_unit))
+        row = self.stream("distillation", x, scalars).rows
         # Like terms first: the difference of two log-sum-exps of 100 would have lost three digits.
-        loss = row[4] / row[3] + (row[0] - row[2]) + (row[1].log() - row[3].log()) if y.shape[0] else row[4]
-        return self.total(loss), scalars, torch.stack((log_sum_exp(row[0:2]), log_sum_exp(row[2:4])))
+        loss = row[4] / row[3] + (row[0] - row[2]) + (row[1].log() - row[3].log()) if x.y.shape[0] else row[4]
+        return loss, scalars, torch.stack((log_sum_exp(row[0:2]), log_sum_exp(row[2:4])))
 
-    def backward(
-        self, grad: Tensor, scale: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor, teacher_t: Tensor,
-        teacher_y: Tensor, _: Tensor, __: Tensor, scalars: Tensor, lse: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        factor, weight = incoming(grad, scale, self.ranks)
-        rows = torch.cat((lse, weight.expand(t.shape[0])[None]))
-        _, _, totals, d_t, d_y = stream_op(
-            "distillation_slope", t, y, teacher_t, teacher_y, rows, rows.new_empty((0, y.shape[0])), None, None,
-            scalars, 0, True, self.backend,
-        )  # fmt: skip
-        d_scale = totals[0] * unit_t * unit_y * factor
-        return d_t.mul_(factor * scale * unit_y), d_y.mul_(factor * scale * unit_t), d_scale
+    def slopes(
+        self, x: Product, weight: Tensor, scale: Tensor, scalars: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.cat((lse, weight[None]))
+        slope = self.stream("distillation_slope", x, scalars, rows, wants_slope=True)
+        return slope.d_t, slope.d_y, slope.totals
 
 
 def distillation_loss(
@@ -117,11 +93,10 @@ def distillation_loss(
         >>> gssf_triton.distillation_loss(a, a, torch.ones(3), teacher_a=a, teacher_b=a.flip(0), logit_scale=1.0)
         tensor(0.2428)
     """
-    check_reduction(reduction, group)
-    inputs = check_inputs(a, b, W_diag, W_blocks, normalize, backend, paired=False)
-    taught = check_inputs(
-        teacher_a, teacher_b, teacher_W_diag, teacher_W_blocks, normalize, backend,
-        names=("teacher_a", "teacher_b"), weight_prefix="teacher_", paired=False, may_lack_weights=True,
+    student = check_features(a, b, Metric(W_diag, W_blocks), normalize, backend, paired=False)
+    teacher = check_features(
+        teacher_a, teacher_b, Metric(teacher_W_diag, teacher_W_blocks), normalize, backend,
+        paired=False, prefix="teacher_",
     )  # fmt: skip
     for name, x, like, of in (("teacher_a", teacher_a, a, "a"), ("teacher_b", teacher_b, b, "b")):
         checks.check_same_device(of, like, name, x)
@@ -129,21 +104,4 @@ def distillation_loss(
             raise ValueError(
                 f"{name} must have {like.shape[0]} rows, as {of} {tuple(like.shape)} has, got {tuple(x.shape)}"
             )
-    options.check_scalar("logit_scale", logit_scale, "a", a)
-    sides = fold_sides(inputs)
-    with torch.no_grad():
-        teacher = fold_sides(taught)
-    scale = scalar(logit_scale, sides.t)
-    same = described(
-        "distillation_loss", inputs, sides, scale, teacher=of_inputs(taught), logit_scale=logit_scale,
-        reduction=reduction,
-    )  # fmt: skip
-    ranks, columns = spread(group, (a.shape[0], b.shape[0]), a.device, same)
-    y, teacher_t = gather_rows(sides.y, columns), teacher.t.to(sides.t.dtype)
-    teacher_y = columns.gather(teacher.y).to(sides.t.dtype)
-    op = _Distillation(reduction != "none", ranks, sides.backend)
-    (loss,) = op(
-        sides.t, y, scale, *operands(sides.t, y, sides.half, sides.backend),
-        *operands(teacher_t, teacher_y, teacher.half, sides.backend),
-    )  # fmt: skip
-    return reduce(loss, reduction, ranks.pairs)
+    return Batch(student, reduction, group, None, {"logit_scale": logit_scale}, teacher).run(_Distillation)[0]

@@ -8,22 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gssf_triton import options
-from gssf_triton.losses.common import (
-    Loss,
-    check_ids,
-    check_inputs,
-    check_reduction,
-    described,
-    fold_sides,
-    incoming,
-    operands,
-    reduce,
-    scalar,
-)
-from gssf_triton.losses.ranks import gather_rows, spread
+from gssf_triton import checks
+from gssf_triton.losses.common import Batch, Loss, Product, check_features
+from gssf_triton.metric import Metric
 from gssf_triton.streaming.epilogues import log_sum_exp, merge_softmax
-from gssf_triton.streaming.op import stream_op
 
 
 @dataclass(frozen=True)
@@ -38,65 +26,55 @@ class _InfoNCE(Loss):
     GRADIENTS = 3
 
     symmetric: bool
-    smoothing: float
+    label_smoothing: float
 
-    def forward(
-        self, t: Tensor, y: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor, unit_y: Tensor,
-        row_ids: Tensor | None, column_ids: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        own = self.ranks.own
-        kind = f"softmax_{'sums_' if self.smoothing else ''}{'both' if self.symmetric else 'rows'}"
-        scalars = (scale * (unit_t * unit_y))[None]
-        nothing = t.new_empty((0, t.shape[0])), t.new_empty((0, y.shape[0]))
-        row, column, _, _, _ = stream_op(
-            kind, rows, columns, None, None, *nothing, row_ids, column_ids, scalars, own.start, False, self.backend
-        )
-        match = row[-1].clone()
-        z = match * scalars[0]
+    @property
+    def directions(self) -> str:
+        return "both" if self.symmetric else "rows"
+
+    def values(self, x: Product, scale: Tensor) -> tuple[Tensor, ...]:
+        alpha, smoothing = scale * (x.unit_t * x.unit_y), self.label_smoothing
+        kept = self.stream(f"softmax_{'sums_' if smoothing else ''}{self.directions}", x, alpha[None])
+        match, column = kept.rows[-1].clone(), kept.columns
+        z = match * alpha
 
         def loss_of(state: Tensor) -> Tensor:
             loss = log_sum_exp(state, z)
-            return loss + self.smoothing * (z - state[2] / state[3]) if self.smoothing else loss
+            return loss + smoothing * (z - state[2] / state[3]) if smoothing else loss
 
-        loss = loss_of(row)
+        loss = loss_of(kept.rows)
         if self.symmetric:
-            column = self.ranks.merge(column, merge_softmax)
-            loss = (loss + loss_of(column[:, own])) / 2
-        return self.total(loss), match, row, column
+            column = self.parts.merge(column, merge_softmax)
+            loss = (loss + loss_of(column[:, self.parts.own])) / 2
+        return loss, match, kept.rows, column
 
-    def backward(
-        self, grad: Tensor, scale: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor,
-        row_ids: Tensor | None, column_ids: Tensor | None, match: Tensor, row: Tensor, column: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        ranks, wide = self.ranks, match.dtype
-        own = ranks.own
-        alpha = scale * unit_t * unit_y
-        factor, weight = incoming(grad, match, ranks)
-        weight = weight.expand(t.shape[0]) * (0.5 if self.symmetric else 1.0)
+    def slopes(
+        self, x: Product, weight: Tensor, scale: Tensor, match: Tensor, row: Tensor, column: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts, wide = self.parts, match.dtype
+        alpha = scale * (x.unit_t * x.unit_y)
+        weight = weight * (0.5 if self.symmetric else 1.0)
 
         def vectors(state: Tensor, weights: Tensor, matches: Tensor) -> Tensor:
             """(log-sum-exp, weight, what smoothing takes off every softmax, match) as the slope's epilogue reads."""
             lse = log_sum_exp(state)
-            uniform = self.smoothing / state[3] if self.smoothing else torch.zeros_like(lse)
+            uniform = self.label_smoothing / state[3] if self.label_smoothing else torch.zeros_like(lse)
             return torch.stack((lse, weights, uniform, matches))
 
-        rows = vectors(row, weight, match)
-        columns = y.new_empty((0, y.shape[0]), dtype=wide)
+        rows, columns = vectors(row, weight, match), None
+        sides = [rows]
         if self.symmetric:
-            weights = ranks.gather(weight) if grad.dim() == 1 else weight.new_full((y.shape[0],), 0.5)
-            columns = vectors(column, weights, ranks.gather(match))
-        _, _, totals, d_t, d_y = stream_op(
-            f"softmax_slope_{'both' if self.symmetric else 'rows'}", t, y, None, None, rows, columns, row_ids,
-            column_ids, alpha[None], own.start, True, self.backend,
-        )  # fmt: skip
+            weights = weight.new_full((x.y.shape[0],), 0.5) if self.summed else parts.gather(weight)
+            columns = vectors(column, weights, parts.gather(match))
+            sides.append(columns[:, parts.own])
+        slope = self.stream(f"softmax_slope_{self.directions}", x, alpha[None], rows, columns, wants_slope=True)
         z = match * alpha
         at_match = torch.zeros_like(z)
-        for lse, w, uniform, _ in (rows, columns[:, own])[: 2 if self.symmetric else 1]:
-            at_match += w * (torch.expm1(z - lse) + self.smoothing - uniform)
-        d_t = d_t.addcmul_(at_match[:, None], y[own].to(wide))
-        d_y[own].addcmul_(at_match[:, None], t.to(wide))
-        d_scale = totals[0] * unit_t * unit_y * factor
-        return d_t.mul_(factor * scale * unit_y), d_y.mul_(factor * scale * unit_t), d_scale
+        for lse, w, uniform, _ in sides:
+            at_match += w * (torch.expm1(z - lse) + self.label_smoothing - uniform)
+        slope.d_t.addcmul_(at_match[:, None], x.y[parts.own].to(wide))
+        slope.d_y[parts.own].addcmul_(at_match[:, None], x.t.to(wide))
+        return slope.d_t, slope.d_y, slope.totals
 
 
 def info_nce(
@@ -160,22 +138,8 @@ def info_nce(
         >>> gssf_triton.info_nce(a, a, torch.ones(3), logit_scale=0.0, reduction="none")
         tensor([1.0986, 1.0986, 1.0986])
     """
-    check_reduction(reduction, group)
-    options.check_flags(symmetric=symmetric)
-    options.check_fraction("label_smoothing", label_smoothing)
-    inputs = check_inputs(a, b, W_diag, W_blocks, normalize, backend)
-    check_ids(ids, a)
-    options.check_scalar("logit_scale", logit_scale, "a", a)
-    sides = fold_sides(inputs)
-    scale = scalar(logit_scale, sides.t)
-    same = described(
-        "info_nce", inputs, sides, scale, logit_scale=logit_scale, ids=ids is not None, symmetric=symmetric,
-        label_smoothing=label_smoothing, reduction=reduction,
-    )  # fmt: skip
-    (ranks,) = spread(group, (a.shape[0],), a.device, same)
-    ids = None if ids is None else ids.to(torch.int64)
-    column_ids = None if ids is None else ranks.gather(ids)
-    y = gather_rows(sides.y, ranks)
-    op = _InfoNCE(reduction != "none", ranks, sides.backend, symmetric, float(label_smoothing))
-    (loss,) = op(sides.t, y, scale, *operands(sides.t, y, sides.half, sides.backend), ids, column_ids)
-    return reduce(loss, reduction, ranks.pairs)
+    checks.check_flags(symmetric=symmetric)
+    checks.check_fraction("label_smoothing", label_smoothing)
+    student = check_features(a, b, Metric(W_diag, W_blocks), normalize, backend)
+    batch = Batch(student, reduction, group, ids, {"logit_scale": logit_scale})
+    return batch.run(_InfoNCE, symmetric=symmetric, label_smoothing=float(label_smoothing))[0]

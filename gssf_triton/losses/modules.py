@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import torch.fx
 from torch import Tensor, nn
 
-from gssf_triton import options
+from gssf_triton import checks
 from gssf_triton.backend import BACKENDS
 from gssf_triton.losses.common import check_reduction
 from gssf_triton.losses.distillation import distillation_loss
@@ -49,7 +50,7 @@ class _MetricLoss(Leaf):
         super().__init__()
         check_metric_module("metric", metric)
         check_reduction(reduction, group)
-        options.check_choice("backend", backend, BACKENDS)
+        checks.check_choice("backend", backend, BACKENDS)
         self.metric = metric
         self.reduction = reduction
         self.group = group
@@ -64,12 +65,12 @@ class _MetricLoss(Leaf):
     def group(self, group: dist.ProcessGroup | None) -> None:
         self._group = Held(group)
 
-    def _metric(self) -> dict[str, Any]:
-        metric: Any = self.metric
-        return {"W_diag": metric.W_diag, "W_blocks": metric.W_blocks, "normalize": metric.normalize}
-
-    def _common(self) -> dict[str, Any]:
-        return {"reduction": self.reduction, "group": self.group, "backend": self.backend}
+    def _loss(self, function: Callable[..., Any], *features: Tensor, **options: Any) -> Any:
+        metric = self.metric
+        return function(
+            *features, W_diag=metric.W_diag, W_blocks=metric.W_blocks, normalize=metric.normalize,
+            reduction=self.reduction, group=self.group, backend=self.backend, **options,
+        )  # fmt: skip
 
 
 class _ScaledLoss(_MetricLoss):
@@ -81,19 +82,12 @@ class _ScaledLoss(_MetricLoss):
     """
 
     def __init__(
-        self,
-        metric: Metric,
-        logit_scale: float,
-        learn_scale: bool,
-        max_logit_scale: float,
-        reduction: str,
-        group: dist.ProcessGroup | None,
-        backend: str,
+        self, metric: Metric, logit_scale: float, learn_scale: bool, max_logit_scale: float, **common: Any
     ) -> None:
-        super().__init__(metric, reduction, group, backend)
-        options.check_positive("logit_scale", logit_scale)
-        options.check_positive("max_logit_scale", max_logit_scale, finite=False)
-        options.check_flags(learn_scale=learn_scale)
+        super().__init__(metric, **common)
+        checks.check_positive("logit_scale", logit_scale)
+        checks.check_positive("max_logit_scale", max_logit_scale, finite=False)
+        checks.check_flags(learn_scale=learn_scale)
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(logit_scale)]), requires_grad=learn_scale)
         self.max_logit_scale = max_logit_scale
 
@@ -139,18 +133,19 @@ class InfoNCELoss(_ScaledLoss):
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        options.check_flags(symmetric=symmetric)
-        options.check_fraction("label_smoothing", label_smoothing)
-        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
+        checks.check_flags(symmetric=symmetric)
+        checks.check_fraction("label_smoothing", label_smoothing)
+        common = {"reduction": reduction, "group": group, "backend": backend}
+        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, **common)
         self.symmetric = symmetric
         self.label_smoothing = label_smoothing
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:
         """The loss of a (N, D) against b (N, D), b[i] matching a[i]."""
-        return info_nce(
-            a, b, **self._metric(), logit_scale=self.logit_scale, ids=ids, symmetric=self.symmetric,
-            label_smoothing=self.label_smoothing, **self._common(),
-        )  # fmt: skip
+        smoothing = self.label_smoothing
+        return self._loss(
+            info_nce, a, b, logit_scale=self.logit_scale, ids=ids, symmetric=self.symmetric, label_smoothing=smoothing
+        )
 
 
 class SigmoidLoss(_ScaledLoss):
@@ -186,16 +181,14 @@ class SigmoidLoss(_ScaledLoss):
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
-        options.check_number("logit_bias", logit_bias)
-        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, reduction, group, backend)
+        checks.check_number("logit_bias", logit_bias)
+        common = {"reduction": reduction, "group": group, "backend": backend}
+        super().__init__(metric, logit_scale, learn_scale, max_logit_scale, **common)
         self.logit_bias = nn.Parameter(torch.tensor([float(logit_bias)]), requires_grad=learn_scale)
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:
         """The loss of a (N, D) against b (N, D), b[i] matching a[i]."""
-        return sigmoid_loss(
-            a, b, **self._metric(), logit_scale=self.logit_scale, logit_bias=self.logit_bias, ids=ids,
-            **self._common(),
-        )  # fmt: skip
+        return self._loss(sigmoid_loss, a, b, logit_scale=self.logit_scale, logit_bias=self.logit_bias, ids=ids)
 
 
 class TripletLoss(_MetricLoss):
@@ -240,8 +233,8 @@ class TripletLoss(_MetricLoss):
         backend: str = "auto",
     ) -> None:
         super().__init__(metric, reduction, group, backend)
-        options.check_number("margin", margin)
-        options.check_flags(hardest=hardest)
+        checks.check_number("margin", margin)
+        checks.check_flags(hardest=hardest)
         self.margin = margin
         self.hardest = hardest
         # No buffer: DistributedDataParallel writes into those, which it may not where the last call was made under
@@ -250,10 +243,9 @@ class TripletLoss(_MetricLoss):
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:
         """The loss of a (N, D) against b (N, D), b[i] matching a[i]."""
-        loss, violations = triplet_loss(
-            a, b, **self._metric(), margin=self.margin, hardest=self.hardest, ids=ids, return_violations=True,
-            **self._common(),
-        )  # fmt: skip
+        loss, violations = self._loss(
+            triplet_loss, a, b, margin=self.margin, hardest=self.hardest, ids=ids, return_violations=True
+        )
         # A transform's tensors end with it, and an exported or traced graph has no module to remember them.
         forgets = torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
         if isinstance(violations, Tensor) and not forgets:
@@ -294,16 +286,13 @@ class DistillationLoss(_MetricLoss):
         super().__init__(metric, reduction, group, backend)
         if teacher is not None:
             check_metric_module("teacher", teacher)
-        options.check_positive("logit_scale", logit_scale)
+        checks.check_positive("logit_scale", logit_scale)
         self.teacher = teacher
         self.logit_scale = logit_scale
 
     def forward(self, a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor) -> Tensor:
         """The loss of the student's a (M, D), b (N, D) given the teacher's (M, E), (N, E)."""
-        teacher: Any = self.teacher
-        return distillation_loss(
-            a, b, **self._metric(), teacher_a=teacher_a, teacher_b=teacher_b,
-            teacher_W_diag=None if teacher is None else teacher.W_diag,
-            teacher_W_blocks=None if teacher is None else teacher.W_blocks,
-            logit_scale=self.logit_scale, **self._common(),
-        )  # fmt: skip
+        teacher: dict[str, Tensor | None] = {"teacher_a": teacher_a, "teacher_b": teacher_b}
+        if self.teacher is not None:
+            teacher |= {"teacher_W_diag": self.teacher.W_diag, "teacher_W_blocks": self.teacher.W_blocks}
+        return self._loss(distillation_loss, a, b, logit_scale=self.logit_scale, **teacher)

@@ -33,8 +33,8 @@ class _BoundedExp(torch.autograd.Function):
 def bounded_exp(log: Tensor, bound: float) -> Tensor:
     """min(exp(log), bound), with a gradient past the bound too.
 
-    There it is that of the bound, grad · bound, as if nothing were cut, so that whatever lowers the loss by a smaller
-    value has its way; what points further out is dropped, or the logarithm would drift away and be long in coming back.
+    There it is grad · bound, as if nothing were cut, where it makes the value smaller. A gradient that points further
+    out is dropped: the logarithm would drift away, and take long to come back.
     """
     bounded: Tensor = _BoundedExp.apply(log, bound)
     return bounded

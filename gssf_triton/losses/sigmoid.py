@@ -9,22 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gssf_triton import options
-from gssf_triton.losses.common import (
-    Loss,
-    check_ids,
-    check_inputs,
-    check_reduction,
-    described,
-    fold_sides,
-    incoming,
-    operands,
-    reduce,
-    scalar,
-    wants_gradient,
-)
-from gssf_triton.losses.ranks import gather_rows, spread
-from gssf_triton.streaming.op import stream_op
+from gssf_triton.losses.common import Batch, Loss, Product, check_features
+from gssf_triton.metric import Metric
+from gssf_triton.streaming.driver import Result
 
 
 @dataclass(frozen=True)
@@ -33,52 +20,39 @@ class _Sigmoid(Loss):
 
     There is no normaliser to wait for: of a summed loss the gradients come out of the forward pass (`at_once`), up
     to the factor that comes in backward, so S is computed once. A loss a pair has weights that are known only backward,
-    and recomputes. `links` say that a gradient made at once is one of t and y, and hold none of their memory.
+    and recomputes.
     """
 
     NAME = "sigmoid_loss"
     GRADIENTS = 4
 
-    at_once: bool
+    def links(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """Saved in the operands' place: gradients made at once depend on t and y, and need none of their memory."""
+        return (t[:0].clone(), y[:0].clone()) if self.at_once else ()
 
-    def forward(
-        self, t: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor,
-        unit_y: Tensor, row_ids: Tensor | None, column_ids: Tensor | None, *links: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        weight = t.new_ones((1, t.shape[0]))
-        row, *gradients = self._stream(
-            scale, bias, rows, columns, unit_t, unit_y, row_ids, column_ids, weight, self.at_once
-        )
-        return self.total(row[0]), *(gradients if self.at_once else ())
+    def values(self, x: Product, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        weight = scale.new_ones(x.t.shape[0])
+        kept = self._stream(x, weight, scale, bias, self.at_once)
+        return kept.rows[0], *((kept.d_t, kept.d_y, kept.totals) if self.at_once else ())
 
     def saved(self, *inputs: Any) -> tuple[Tensor | None, ...]:
-        """Nothing of the product's where its gradients are made already."""
-        return (*inputs[2:4], None, None, *inputs[6:]) if self.at_once else inputs[2:]
-
-    def backward(
-        self, grad: Tensor, scale: Tensor, bias: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor,
-        row_ids: Tensor | None, column_ids: Tensor | None, *made: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        factor, weight = incoming(grad, scale, self.ranks)
-        gradients = made[2:]
         if not self.at_once:
-            weight = weight.expand(t.shape[0])[None]
-            gradients = self._stream(scale, bias, t, y, unit_t, unit_y, row_ids, column_ids, weight, True)[1:]
-        totals, d_t, d_y = gradients
-        d_scale, d_bias = totals * factor
-        return d_t * (factor * scale * unit_y), d_y * (factor * scale * unit_t), d_scale * unit_t * unit_y, d_bias
+            return inputs[2:]
+        scale, bias, _, _, *others, link_t, link_y = inputs[2:]
+        return scale, bias, link_t, link_y, *others
 
-    def _stream(
-        self, scale: Tensor, bias: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor,
-        row_ids: Tensor | None, column_ids: Tensor | None, weight: Tensor, wants_slope: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """(row state, totals, slope @ y, slopeᵀ @ t)."""
-        scalars = torch.stack((scale * unit_t * unit_y, bias))
-        row, _, totals, d_t, d_y = stream_op(
-            "sigmoid", t, y, None, None, weight, weight.new_empty((0, y.shape[0])), row_ids, column_ids, scalars,
-            self.ranks.own.start, wants_slope, self.backend,
-        )  # fmt: skip
-        return row, totals, d_t, d_y
+    def slopes(
+        self, x: Product, weight: Tensor, scale: Tensor, bias: Tensor, *made: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.at_once:
+            slope = self._stream(x, weight, scale, bias, True)
+            made = slope.d_t, slope.d_y, slope.totals
+        d_t, d_y, totals = made
+        return d_t, d_y, totals
+
+    def _stream(self, x: Product, weight: Tensor, scale: Tensor, bias: Tensor, wants_slope: bool) -> Result:
+        scalars = torch.stack((scale * x.unit_t * x.unit_y, bias))
+        return self.stream("sigmoid", x, scalars, weight[None], wants_slope=wants_slope)
 
 
 def sigmoid_loss(
@@ -131,23 +105,6 @@ def sigmoid_loss(
         >>> gssf_triton.sigmoid_loss(a, a, torch.ones(3), logit_scale=10.0, logit_bias=-5.0)
         tensor(0.0201)
     """
-    check_reduction(reduction, group)
-    inputs = check_inputs(a, b, W_diag, W_blocks, normalize, backend)
-    check_ids(ids, a)
-    options.check_scalar("logit_scale", logit_scale, "a", a)
-    options.check_scalar("logit_bias", logit_bias, "a", a)
-    sides = fold_sides(inputs)
-    scale, bias = scalar(logit_scale, sides.t), scalar(logit_bias, sides.t)
-    same = described(
-        "sigmoid_loss", inputs, sides, scale, bias, logit_scale=logit_scale, logit_bias=logit_bias,
-        ids=ids is not None, reduction=reduction,
-    )  # fmt: skip
-    (ranks,) = spread(group, (a.shape[0],), a.device, same)
-    ids = None if ids is None else ids.to(torch.int64)
-    column_ids = None if ids is None else ranks.gather(ids)
-    y, summed = gather_rows(sides.y, ranks), reduction != "none"
-    at_once = summed and wants_gradient(sides.t, y, scale, bias)
-    links = [x[:0].clone() for x in (sides.t, y)] if at_once else []
-    op = _Sigmoid(summed, ranks, sides.backend, at_once)
-    (loss,) = op(sides.t, y, scale, bias, *operands(sides.t, y, sides.half, sides.backend), ids, column_ids, *links)
-    return reduce(loss, reduction, ranks.pairs)
+    student = check_features(a, b, Metric(W_diag, W_blocks), normalize, backend)
+    batch = Batch(student, reduction, group, ids, {"logit_scale": logit_scale, "logit_bias": logit_bias})
+    return batch.run(_Sigmoid, at_once=True)[0]

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gssf_triton import options
-from gssf_triton.losses.common import (
-    Loss,
-    check_ids,
-    check_inputs,
-    check_reduction,
-    described,
-    fold_sides,
-    incoming,
-    operands,
-    reduce,
-    wants_gradient,
-)
-from gssf_triton.losses.ranks import gather_rows, spread
+from gssf_triton import checks
+from gssf_triton.losses.common import Batch, Loss, Product, check_features
+from gssf_triton.metric import Metric
+from gssf_triton.streaming.driver import Result
 from gssf_triton.streaming.epilogues import index_bits, merge_hardest, merge_sums
-from gssf_triton.streaming.op import stream_op
 
 
 def add_rows(out: Tensor, at: Tensor, rows: Tensor) -> None:
@@ -36,50 +25,47 @@ def add_rows(out: Tensor, at: Tensor, rows: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _HardestHinge(Loss):
+class _Hinge(Loss):
+    NAME = "triplet_loss"
+    RESULTS = 2
+
+    margin: float
+    hardest: bool
+
+    def match(self, x: Product) -> Tensor:
+        """The matching pairs' similarities, (M,)."""
+        wide = x.unit_t.dtype
+        return (x.t.to(wide) * x.y[self.parts.own].to(wide)).sum(1) * (x.unit_t * x.unit_y)
+
+
+@dataclass(frozen=True)
+class _HardestHinge(_Hinge):
     """max(0, m + max_j S_ij − S_ii) of every row, and of every column.
 
     One product keeps the value and the index of the hardest negative each way. The gradient has at most two entries a
     row and a column: a gather and a segment sum, no product.
     """
 
-    NAME = "triplet_loss"
-    RESULTS = 2
-
-    margin: float
-
-    def forward(
-        self, t: Tensor, y: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor, unit_y: Tensor,
-        row_ids: Tensor | None, column_ids: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        unit, ranks = unit_t * unit_y, self.ranks
-        own = ranks.own
-        nothing = t.new_empty((0, t.shape[0])), t.new_empty((0, y.shape[0]))
-        row, column, _, _, _ = stream_op(
-            "hinge_hardest", rows, columns, None, None, *nothing, row_ids, column_ids, unit[None], own.start, False,
-            self.backend,
-        )  # fmt: skip
-        if ranks.group is not None:
+    def values(self, x: Product) -> tuple[Tensor, ...]:
+        own = self.parts.own
+        row, column, *_ = self.stream("hinge_hardest", x, (x.unit_t * x.unit_y)[None])
+        if self.parts.group is not None:
             index_bits(column[1]).add_(own.start)
-            column = ranks.merge(column, merge_hardest)
-        match = (rows.to(t.dtype) * columns[own].to(t.dtype)).sum(1) * unit
-        losses = (self.margin + (torch.stack((row[0], column[0, own])) - match)).clamp_min(0)
+            column = self.parts.merge(column, merge_hardest)
+        losses = (self.margin + (torch.stack((row[0], column[0, own])) - self.match(x))).clamp_min(0)
         violated = losses > 0
         hardest = torch.stack((index_bits(row[1]), index_bits(column[1, own]))).long()
-        return self.total(losses.sum(0)), ranks.sum(violated.sum(1)), violated, hardest
+        return losses.sum(0), self.parts.sum(violated.sum(1)), violated, hardest
 
-    def backward(
-        self, grad: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor, row_ids: Tensor | None,
-        column_ids: Tensor | None, violated: Tensor, hardest: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        ranks, wide = self.ranks, unit_t.dtype
-        t, y = t.to(wide) * unit_t, y.to(wide) * unit_y
-        own = ranks.own
-        factor, weight = incoming(grad, t, ranks)
+    def backward(self, grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+        _, x, (violated, hardest) = self.unpacked(saved)
+        parts, own, wide = self.parts, self.parts.own, x.unit_t.dtype
+        t, y = x.t.to(wide) * x.unit_t, x.y.to(wide) * x.unit_y
+        factor, weight = self.incoming(grad, t)
         # Not a product: an infinite weight times no violation is 0.
         by_row, by_column = torch.where(violated, factor * weight, 0)
         # A column's hardest row may lie in another process: all of them gather every process's rows and columns.
-        all_t = ranks.gather(t)
+        all_t = parts.gather(t)
         at_column, at_row = hardest.clamp_min(0)
         d_t, d_y = torch.zeros_like(all_t), torch.zeros_like(y)
         match = -(by_row + by_column)[:, None]
@@ -87,65 +73,41 @@ class _HardestHinge(Loss):
         add_rows(d_t, at_row, by_column[:, None] * y[own])
         d_y[own] = by_column[:, None] * all_t[at_row] + match * t
         add_rows(d_y, at_column, by_row[:, None] * t)
-        return ranks.sum_own(d_t), d_y
+        return parts.sum_own(d_t), d_y
 
 
 @dataclass(frozen=True)
-class _AllHinge(Loss):
+class _AllHinge(_Hinge):
     """Σ_j max(0, m + S_ij − S_ii) of every row, and of every column; one product each way, S computed once.
 
-    `at_once`: the gradients of a summed loss come out of the forward pass, up to a factor.
+    The gradients of a summed loss come out of the forward pass (`at_once`), up to a factor.
     """
 
-    NAME = "triplet_loss"
-    RESULTS = 2
-
-    margin: float
-    at_once: bool
-
-    def forward(
-        self, t: Tensor, y: Tensor, rows: Tensor, columns: Tensor, unit_t: Tensor, unit_y: Tensor,
-        row_ids: Tensor | None, column_ids: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        own = self.ranks.own
-        room = self.margin - (rows.to(t.dtype) * columns[own].to(t.dtype)).sum(1) * (unit_t * unit_y)
-        row, column, *gradients = self._stream(
-            rows, columns, unit_t, unit_y, row_ids, column_ids, room, torch.ones_like(room), self.at_once
-        )
-        column = self.ranks.merge(column, merge_sums)[:, own]
+    def values(self, x: Product) -> tuple[Tensor, ...]:
+        own = self.parts.own
+        room = self.margin - self.match(x)
+        kept = self._stream(x, room, torch.ones_like(room), self.at_once)
+        row, column = kept.rows, self.parts.merge(kept.columns, merge_sums)[:, own]
         losses, counts = row + column
-        violations = self.ranks.sum(torch.stack((row[1], column[1])).long().sum(1))
-        return self.total(losses), violations, room, counts, *(gradients if self.at_once else ())
+        violations = self.parts.sum(torch.stack((row[1], column[1])).long().sum(1))
+        return losses, violations, room, counts, *((kept.d_t, kept.d_y) if self.at_once else ())
 
-    def backward(
-        self, grad: Tensor, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor, row_ids: Tensor | None,
-        column_ids: Tensor | None, room: Tensor, counts: Tensor, *gradients: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        factor, weight = incoming(grad, room, self.ranks)
-        if not self.at_once:
-            weights = weight.expand(t.shape[0])
-            gradients = self._stream(t, y, unit_t, unit_y, row_ids, column_ids, room, weights, True)[2:]
-        d_t, d_y = gradients
-        own, wide = self.ranks.own, room.dtype
+    def slopes(
+        self, x: Product, weight: Tensor, room: Tensor, counts: Tensor, *made: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        own, wide = self.parts.own, room.dtype
+        d_t, d_y = made if self.at_once else self._stream(x, room, weight, True)[3:]
         # Not a product: an infinite weight times no violation is 0.
         at_match = torch.where(counts > 0, -counts * weight, 0)
-        d_t = torch.addcmul(d_t, at_match[:, None], y[own].to(wide))
+        d_t = torch.addcmul(d_t, at_match[:, None], x.y[own].to(wide))
         d_y = d_y.clone()
-        d_y[own].addcmul_(at_match[:, None], t.to(wide))
-        return d_t * (factor * unit_y), d_y * (factor * unit_t)
+        d_y[own].addcmul_(at_match[:, None], x.t.to(wide))
+        return d_t, d_y, room.new_empty(0)
 
-    def _stream(
-        self, t: Tensor, y: Tensor, unit_t: Tensor, unit_y: Tensor, row_ids: Tensor | None, column_ids: Tensor | None,
-        room: Tensor, weight: Tensor, wants_slope: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """(row state, column state, slope @ y, slopeᵀ @ t)."""
+    def _stream(self, x: Product, room: Tensor, weight: Tensor, wants_slope: bool) -> Result:
         rows = torch.stack((room, weight))
-        columns = self.ranks.gather(rows.mT).mT.contiguous() if self.ranks.group is not None else rows
-        row, column, _, d_t, d_y = stream_op(
-            "hinge_all", t, y, None, None, rows, columns, row_ids, column_ids, (unit_t * unit_y)[None],
-            self.ranks.own.start, wants_slope, self.backend,
-        )  # fmt: skip
-        return row, column, d_t, d_y
+        columns = self.parts.gather(rows.mT).mT.contiguous() if self.parts.group is not None else rows
+        return self.stream("hinge_all", x, (x.unit_t * x.unit_y)[None], rows, columns, wants_slope=wants_slope)
 
 
 @overload
@@ -241,21 +203,9 @@ def triplet_loss(
         >>> gssf_triton.triplet_loss(a, b, torch.ones(2), margin=0.2, return_violations=True)
         (tensor(0.2000), tensor([1, 1]))
     """
-    check_reduction(reduction, group)
-    options.check_number("margin", margin)
-    options.check_flags(hardest=hardest, return_violations=return_violations)
-    inputs = check_inputs(a, b, W_diag, W_blocks, normalize, backend)
-    check_ids(ids, a)
-    sides = fold_sides(inputs)
-    same = described(
-        "triplet_loss", inputs, sides, ids=ids is not None, margin=margin, hardest=hardest, reduction=reduction
-    )
-    (ranks,) = spread(group, (a.shape[0],), a.device, same)
-    ids = None if ids is None else ids.to(torch.int64)
-    column_ids = None if ids is None else ranks.gather(ids)
-    y, summed = gather_rows(sides.y, ranks), reduction != "none"
-    common = summed, ranks, sides.backend, float(margin)
-    op = _HardestHinge(*common) if hardest else _AllHinge(*common, summed and wants_gradient(sides.t, y))
-    loss, violations = op(sides.t, y, *operands(sides.t, y, sides.half, sides.backend), ids, column_ids)
-    loss = reduce(loss, reduction, ranks.pairs)
+    checks.check_number("margin", margin)
+    checks.check_flags(hardest=hardest, return_violations=return_violations)
+    student = check_features(a, b, Metric(W_diag, W_blocks), normalize, backend)
+    batch, options = Batch(student, reduction, group, ids, {}), {"margin": float(margin), "hardest": hardest}
+    loss, violations = batch.run(_HardestHinge if hardest else _AllHinge, at_once=not hardest, **options)
     return (loss, violations) if return_violations else loss

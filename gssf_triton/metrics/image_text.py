@@ -10,14 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gssf_triton import checks, options
+from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
 from gssf_triton.kernels.retrieval_configs import stream_chunks
+from gssf_triton.metric import Metric
 from gssf_triton.metrics.common import BELOW_CALLER, recalls, to_host
 from gssf_triton.progress import progress_bar
-from gssf_triton.retrieval import checks as row_checks
 from gssf_triton.retrieval import ranks
-from gssf_triton.retrieval.scoring import slices
+from gssf_triton.retrieval.finite import warn_of_bad_rows
+from gssf_triton.slices import slices
 
 
 @torch.no_grad()
@@ -84,24 +85,24 @@ def image_text(
     """
     names = ("images", "texts")
     checks.check_pair(images, texts, names)
-    row_checks.check_matrix("images", images, "(I, D)")
-    row_checks.check_matrix("texts", texts, "(T, D)")
+    checks.check_matrix("images", images, "(I, D)")
+    checks.check_matrix("texts", texts, "(T, D)")
     checks.check_same_dtype(images, texts, names)
     checks.check_weights("images", images, W_diag, W_blocks)
-    image_ids = row_checks.check_labels("image_ids", image_ids, images.shape[0], "images", images)
-    text_ids = row_checks.check_labels("text_ids", text_ids, texts.shape[0], "texts", texts)
-    row_checks.check_ks(ks)
-    options.check_count("folds", folds, 1, max(images.shape[0], 1))
-    options.check_flags(normalize=normalize, progress=progress)
+    image_ids = checks.check_labels("image_ids", image_ids, images.shape[0], "images", images)
+    text_ids = checks.check_labels("text_ids", text_ids, texts.shape[0], "texts", texts)
+    checks.check_ks(ks)
+    checks.check_count("folds", folds, 1, max(images.shape[0], 1))
+    checks.check_flags(normalize=normalize, progress=progress)
     resolve_backend(backend, images, W_blocks)
-    row_checks.warn_of_bad_rows(BELOW_CALLER, images=images, texts=texts)
-    transposed = None if W_blocks is None else W_blocks.mT
+    warn_of_bad_rows(BELOW_CALLER, images=images, texts=texts)
+    metric = Metric(W_diag, W_blocks)
     parts = _folds(image_ids, text_ids, folds)
     results = []
     for number, (image_part, text_part) in enumerate(parts):
         sides = [(images[image_part], image_ids[image_part]), (texts[text_part], text_ids[text_part])]
         result: dict[str, float] = {}
-        for name, blocks, order in (("i2t", W_blocks, 1), ("t2i", transposed, -1)):
+        for name, side, order in (("i2t", metric, 1), ("t2i", metric.mT, -1)):
             (queries, query_ids), (gallery, gallery_ids) = sides[::order]
             bar = progress_bar(progress, name if folds == 1 else f"{name} fold {number + 1}/{folds}")
             rows = stream_chunks(
@@ -109,8 +110,8 @@ def image_text(
             ).rows
             batches = [
                 ranks(
-                    queries[batch], gallery, W_diag, blocks, query_ids=query_ids[batch], gallery_ids=gallery_ids,
-                    normalize=normalize, backend=backend,
+                    queries[batch], gallery, side.W_diag, side.W_blocks, query_ids=query_ids[batch],
+                    gallery_ids=gallery_ids, normalize=normalize, backend=backend,
                 )
                 for batch in bar(slices(0, queries.shape[0], rows))
             ]  # fmt: skip

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, options
+from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
 from gssf_triton.metrics.common import BELOW_CALLER, are_matches, average_precision, percent, recalls, to_host
 from gssf_triton.progress import progress_bar
-from gssf_triton.retrieval import checks as row_checks
+from gssf_triton.retrieval.finite import warn_of_bad_rows
 from gssf_triton.retrieval.match_ranks import match_ranks
-from gssf_triton.retrieval.scoring import Scores
-from gssf_triton.retrieval.search import check_call, make_exclusions
+from gssf_triton.retrieval.query import Query, checked
+from gssf_triton.retrieval.search import SEARCHES
 
 #: The id of gallery items that are neither right nor wrong: they are not ranked.
 JUNK = -1
@@ -84,19 +84,22 @@ def reid(
         ... )
         {'map': 50.0, 'minp': 50.0, 'cmc1': 0.0, 'cmc2': 100.0}
     """
-    Q, N = check_call(queries, gallery, W_diag, W_blocks, arrays=False)
-    for name, cams in (("query_cams", query_cams), ("gallery_cams", gallery_cams)):
-        checks.check_tensor(name, cams)
-    row_checks.check_ks(ks)
-    options.check_flags(normalize=normalize, progress=progress)
-    exclusions = make_exclusions(queries, N, None, None, (query_ids, gallery_ids), (query_cams, gallery_cams))
+    query = checked(
+        Query(
+            queries, gallery, W_diag, W_blocks, normalize, backend, query_ids=query_ids, gallery_ids=gallery_ids,
+            query_cams=query_cams, gallery_cams=gallery_cams,
+        ),
+        "query_ids", "gallery_ids", "query_cams", "gallery_cams", arrays=False,
+    )  # fmt: skip
+    checks.check_ks(ks)
+    checks.check_flags(progress=progress)
     backend = resolve_backend(backend, queries, W_blocks)
-    row_checks.warn_of_bad_rows(BELOW_CALLER, queries=queries, gallery=gallery)
-    assert exclusions.gallery_ids is not None
-    exclusions = replace(exclusions, mask=(exclusions.gallery_ids != JUNK).expand(Q, N))
-    scores = Scores(queries, N, W_diag, W_blocks, normalize, backend)
+    warn_of_bad_rows(BELOW_CALLER, queries=queries, gallery=gallery)
+    assert query.gallery_ids is not None
+    ranked = (query.gallery_ids != JUNK).expand(query.shape)
+    scores = SEARCHES[backend](replace(query, backend=backend, mask=ranked))
     first, precision, penalty = [], [np.zeros(0)], [np.zeros(0)]
-    for _, ranks, counts in match_ranks(scores, gallery.detach(), exclusions, progress_bar(progress, "re-id")):
+    for _, ranks, counts in match_ranks(scores, progress_bar(progress, "re-id")):
         matched = counts > 0
         ranks, counts = ranks[matched], counts[matched]
         if counts.numel() == 0:

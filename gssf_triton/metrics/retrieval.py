@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, options
+from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
 from gssf_triton.metrics.common import BELOW_CALLER, are_matches, average_precision, percent, recalls, to_host
 from gssf_triton.progress import progress_bar
-from gssf_triton.retrieval import checks as row_checks
+from gssf_triton.retrieval.finite import warn_of_bad_rows
 from gssf_triton.retrieval.match_ranks import match_ranks
-from gssf_triton.retrieval.scoring import Scores
-from gssf_triton.retrieval.search import make_exclusions
+from gssf_triton.retrieval.query import Query
+from gssf_triton.retrieval.search import SEARCHES
 
 
 @torch.no_grad()
@@ -70,19 +70,22 @@ def retrieval(
         {'r1': 0.0, 'r2': 75.0, 'map_at_r': 0.0, 'r_precision': 0.0}
     """
     checks.check_features("embeddings", embeddings)
-    row_checks.check_matrix("embeddings", embeddings, "(N, D)")
+    checks.check_matrix("embeddings", embeddings, "(N, D)")
     checks.check_weights("embeddings", embeddings, W_diag, W_blocks)
     N = embeddings.shape[0]
-    labels = row_checks.check_labels("labels", labels, N, "embeddings", embeddings)
-    row_checks.check_ks(ks)
-    options.check_flags(normalize=normalize, progress=progress)
+    labels = checks.check_labels("labels", labels, N, "embeddings", embeddings)
+    checks.check_ks(ks)
+    checks.check_flags(normalize=normalize, progress=progress)
     backend = resolve_backend(backend, embeddings, W_blocks)
-    row_checks.warn_of_bad_rows(BELOW_CALLER, embeddings=embeddings)
+    warn_of_bad_rows(BELOW_CALLER, embeddings=embeddings)
     itself = torch.arange(N, device=embeddings.device)
-    exclusions = make_exclusions(embeddings, N, itself, None, (labels, labels))
-    scores = Scores(embeddings, N, W_diag, W_blocks, normalize, backend)
+    query = Query(
+        embeddings, embeddings, W_diag, W_blocks, normalize, backend,
+        exclude=itself, query_ids=labels, gallery_ids=labels,
+    )  # fmt: skip
+    scores = SEARCHES[backend](query)
     first, average, precision = [], [np.zeros(0)], [np.zeros(0)]
-    for _, ranks, counts in match_ranks(scores, embeddings.detach(), exclusions, progress_bar(progress, "retrieval")):
+    for _, ranks, counts in match_ranks(scores, progress_bar(progress, "retrieval")):
         if ranks.shape[1] == 0:
             first.append(counts - 1)
             continue

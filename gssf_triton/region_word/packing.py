@@ -1,7 +1,7 @@
-"""Items of many rows (an image's regions, a caption's words) in chunks that leave the padding out.
+"""Items of many rows (an image's regions, a caption's words) in batches that leave the padding out.
 
 A mask is any pattern of booleans. Packed, an item's valid rows come first, in their order, and the items come longest
-first: then a chunk of neighbours needs only as many rows as its longest item has. On the CPU padding therefore costs
+first: then a batch of neighbours needs only as many rows as its longest item has. On the CPU padding therefore costs
 nothing; on a GPU reading the lengths would wait for the device, so there the rows are only put in order.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Batch:
     """Items start … stop - 1 of a packing, `extent` rows of each."""
 
     start: int
@@ -49,44 +49,44 @@ class Packing:
         if x.device.type == "cpu":
             self.extents = lengths.tolist()
 
-    def chunks(self, rows: int) -> Iterator[Chunk]:
-        """Chunks of about `rows` rows each, one item at least; items without a valid row are left out."""
+    def batches(self, rows: int) -> Iterator[Batch]:
+        """Batches of about `rows` rows each, one item at least; items without a valid row are left out."""
         start = 0
         while start < self.count:
             extent = self.rows if self.extents is None else self.extents[start]
             if extent == 0:
                 return
             stop = min(self.count, start + max(1, rows // extent))
-            yield Chunk(start, stop, extent)
+            yield Batch(start, stop, extent)
             start = stop
 
-    def load(self, x: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-        """The chunk's rows (items, extent, D) in `dtype`; padding is zeroed, so that what it holds reaches nothing."""
+    def load(self, x: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """The batch's rows (items, extent, D) in `dtype`; padding is zeroed, so that its content has no effect."""
         if self.order is None:
-            return x[chunk.items].to(dtype)
+            return x[batch.items].to(dtype)
         assert self.slots is not None and self.valid is not None
-        slots = self.slots[chunk.items, : chunk.extent]
-        rows = x[self.order[chunk.items, None], slots].to(dtype)
-        return rows.masked_fill_(self.valid[chunk.items, : chunk.extent, None].logical_not(), 0)
+        slots = self.slots[batch.items, : batch.extent]
+        rows = x[self.order[batch.items, None], slots].to(dtype)
+        return rows.masked_fill_(self.valid[batch.items, : batch.extent, None].logical_not(), 0)
 
-    def store(self, out: Tensor, chunk: Chunk, values: Tensor) -> None:
-        """Write the chunk's rows where they belong in `out` (items, rows, D), padding as zeros."""
+    def store(self, out: Tensor, batch: Batch, values: Tensor) -> None:
+        """Write the batch's rows where they belong in `out` (items, rows, D), padding as zeros."""
         if self.order is None:
-            out[chunk.items] = values.to(out.dtype)
+            out[batch.items] = values.to(out.dtype)
             return
         assert self.slots is not None and self.valid is not None
-        values = values.masked_fill(self.valid[chunk.items, : chunk.extent, None].logical_not(), 0)
-        out[self.order[chunk.items, None], self.slots[chunk.items, : chunk.extent]] = values.to(out.dtype)
+        values = values.masked_fill(self.valid[batch.items, : batch.extent, None].logical_not(), 0)
+        out[self.order[batch.items, None], self.slots[batch.items, : batch.extent]] = values.to(out.dtype)
 
-    def padding(self, chunk: Chunk) -> Tensor | None:
-        """True where a row of the chunk is padding, (items, extent); None where none can be."""
-        return None if self.valid is None else self.valid[chunk.items, : chunk.extent].logical_not()
+    def padding(self, batch: Batch) -> Tensor | None:
+        """True where a row of the batch is padding, (items, extent); None where none can be."""
+        return None if self.valid is None else self.valid[batch.items, : batch.extent].logical_not()
 
-    def shares(self, chunk: Chunk, like: Tensor, mean: bool) -> Tensor:
+    def shares(self, batch: Batch, like: Tensor, mean: bool) -> Tensor:
         """What each row counts in the sum or the mean over its item, (items, extent), in like's dtype; padding 0."""
         if self.valid is None:
-            return like.new_full((len(chunk), chunk.extent), 1 / self.rows if mean else 1.0)
-        valid = self.valid[chunk.items, : chunk.extent].to(like.dtype)
+            return like.new_full((len(batch), batch.extent), 1 / self.rows if mean else 1.0)
+        valid = self.valid[batch.items, : batch.extent].to(like.dtype)
         return valid / valid.sum(1, keepdim=True).clamp_min(1) if mean else valid
 
 

@@ -5,65 +5,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gssf_triton import checks, options
+from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
-from gssf_triton.kernels.configs import (
-    CROSS_ATTENTION_REGIONS,
-    CROSS_ATTENTION_WORDS,
-    cross_attention_fits,
-)
+from gssf_triton.kernels.configs import CROSS_ATTENTION_REGIONS, CROSS_ATTENTION_WORDS, cross_attention_fits
+from gssf_triton.metric import IDENTITY, Metric
 from gssf_triton.precision import full_precision, joined, moved_unit, product_dtype
-from gssf_triton.region_word import checks as row_checks
-from gssf_triton.region_word import ops
-from gssf_triton.region_word.ops import POOLINGS
+from gssf_triton.region_word.ops import CrossAttention, LateInteraction, Options
+from gssf_triton.region_word.pairs import POOLINGS
 from gssf_triton.similarity.functional import fold_rows
 from gssf_triton.similarity.torch_backend import folds_left
 
 
-def _check(
+def _checked(
     regions: Tensor,
     words: Tensor,
-    W_diag: Tensor | None,
-    W_blocks: Tensor | None,
+    metric: Metric,
     region_mask: Tensor | None,
     word_mask: Tensor | None,
     normalize: bool,
     out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """The features, of one dtype."""
-    row_checks.check_regions_and_words(regions, words)
-    checks.check_weights("regions", regions, W_diag, W_blocks)
-    row_checks.check_mask("region_mask", region_mask, "regions", regions)
-    row_checks.check_mask("word_mask", word_mask, "words", words)
-    options.check_flags(normalize=normalize)
-    options.check_dtype("out_dtype", out_dtype)
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The features, of one dtype, and the masks as booleans."""
+    checks.check_regions_and_words(regions, words)
+    checks.check_weights("regions", regions, metric.W_diag, metric.W_blocks)
+    region_mask = checks.check_row_mask("region_mask", region_mask, "regions", regions)
+    word_mask = checks.check_row_mask("word_mask", word_mask, "words", words)
+    checks.check_flags(normalize=normalize)
+    checks.check_dtype("out_dtype", out_dtype)
     regions, words = joined(regions, words)
-    row_checks.check_regions_and_words_dtype(regions, words)
-    return regions, words
+    checks.check_same_dtype(regions, words, ("regions", "words"))
+    return regions, words, region_mask, word_mask
 
 
-def _as_bool(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask != 0
-
-
-def _folded(
-    x: Tensor, mask: Tensor | None, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, backend: str
-) -> Tensor:
+def _folded(x: Tensor, mask: Tensor | None, metric: Metric, normalize: bool, backend: str) -> Tensor:
     """T(x) in float32 at least: rounded to half precision it would change which region is a word's best.
 
     For the backward pass padding is zeroed first: a NaN in it, times its gradient of 0, would reach the weights'.
     """
     if mask is not None and torch.is_grad_enabled():
         x = x.masked_fill(mask.logical_not()[..., None], 0)
-    return fold_rows(x, W_diag, W_blocks, normalize, backend=backend)
-
-
-def _for_kernel(folded: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both sides as the kernel multiplies them under autocast: in the dtype of the one that is not folded."""
-    if dtype != torch.float16:
-        return folded, rows.to(dtype)
-    unit = moved_unit(folded, rows)
-    return folded / unit, (rows * unit).to(dtype)
+    return fold_rows(x, metric, normalize, backend=backend)
 
 
 def late_interaction(
@@ -98,7 +79,7 @@ def late_interaction(
         pooling: "max-mean": the best region, then the mean over the words. "lse-mean": log-sum-exp over the regions,
             log Σ_r exp(sharpness · s) / sharpness, then the mean. "max-sum": the best region, summed over the words,
             ColBERT's MaxSim.
-        sharpness: Of "lse-mean": the larger, the closer to the maximum (SCAN takes 6). Others don't look at it.
+        sharpness: Of "lse-mean": the larger, the closer to the maximum (SCAN takes 6). The other poolings ignore it.
         normalize: Put all rows on the unit sphere first, x / max(‖x‖₂, 1e-12).
         out_dtype: Dtype of the scores; the features' where None, autocast's under torch.autocast.
         backend: "auto" (Triton where it compiles for the tensors' GPU, else torch), "triton" or "torch".
@@ -126,30 +107,29 @@ def late_interaction(
         >>> gssf_triton.late_interaction(regions, words, torch.ones(2), region_mask=second_only, pooling="max-sum")
         tensor([[3.]])
     """
-    options.check_choice("pooling", pooling, POOLINGS)
-    options.check_positive("sharpness", sharpness)
-    regions, words = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, normalize, out_dtype)
-    dtype = product_dtype(regions)
-    backend = resolve_backend(backend, regions, W_blocks)
-    region_mask, word_mask = _as_bool(region_mask), _as_bool(word_mask)
+    checks.check_choice("pooling", pooling, POOLINGS)
+    checks.check_positive("sharpness", sharpness)
+    metric = Metric(W_diag, W_blocks)
+    regions, words, region_mask, word_mask = _checked(
+        regions, words, metric, region_mask, word_mask, normalize, out_dtype
+    )
+    dtype, backend = product_dtype(regions), resolve_backend(backend, regions, W_blocks)
     fold_words = not folds_left(regions, words)
     with full_precision(regions):
         if fold_words:
-            transposed = None if W_blocks is None else W_blocks.mT
-            words = _folded(words, word_mask, W_diag, transposed, normalize, backend)
+            t, y, y_mask = _folded(words, word_mask, metric.mT, normalize, backend), regions, region_mask
         else:
-            regions = _folded(regions, region_mask, W_diag, W_blocks, normalize, backend)
-        units = normalize and fold_words, normalize and not fold_words
-        if backend == "triton" and dtype.itemsize == 2 and regions.dtype == words.dtype == torch.float32:
-            units = False, False
-            if fold_words:
-                regions = _folded(regions, region_mask, None, None, normalize, backend)
-                words, regions = _for_kernel(words, regions, dtype)
-            else:
-                words = _folded(words, word_mask, None, None, normalize, backend)
-                regions, words = _for_kernel(regions, words, dtype)
-        op = ops.LateInteraction(*units, pooling, float(sharpness), backend)
-        (scores,) = op(regions, words, region_mask, word_mask)
+            t, y, y_mask = _folded(regions, region_mask, metric, normalize, backend), words, word_mask
+        if backend == "triton" and dtype.itemsize == 2 and t.dtype == y.dtype == torch.float32:
+            # Under autocast the kernel multiplies both sides in autocast's dtype.
+            y, normalize = _folded(y, y_mask, IDENTITY, normalize, backend), False
+            if dtype == torch.float16:
+                unit = moved_unit(t, y)
+                t, y = t / unit, y * unit
+            y = y.to(dtype)
+        regions, words = (y, t) if fold_words else (t, y)
+        options = Options(normalize and fold_words, normalize and not fold_words, pooling, float(sharpness), backend)
+        (scores,) = LateInteraction(options)(regions, words, None, region_mask, word_mask)
     return scores.to(out_dtype or dtype)
 
 
@@ -228,12 +208,14 @@ def cross_attention_sim(
         >>> gssf_triton.cross_attention_sim(regions, words, torch.ones(2), smooth=1.0)
         tensor([[0.9385]])
     """
-    options.check_positive("smooth", smooth)
-    regions, words = _check(regions, words, W_diag, W_blocks, region_mask, word_mask, normalize, out_dtype)
+    checks.check_positive("smooth", smooth)
+    metric = Metric(W_diag, W_blocks)
+    regions, words, region_mask, word_mask = _checked(
+        regions, words, metric, region_mask, word_mask, normalize, out_dtype
+    )
     backend, dtype = _cross_attention_backend(backend, regions, words, W_blocks), product_dtype(regions)
-    region_mask, word_mask = _as_bool(region_mask), _as_bool(word_mask)
     with full_precision(regions):
-        folded = _folded(regions, region_mask, W_diag, W_blocks, True, backend)
-        op = ops.CrossAttention(float(smooth), backend)
-        (scores,) = op(regions, folded, words, region_mask, word_mask)
+        folded = _folded(regions, region_mask, metric, True, backend)
+        options = Options(True, True, "attention", float(smooth), backend)
+        (scores,) = CrossAttention(options)(regions, words, folded, region_mask, word_mask)
     return scores.to(out_dtype or dtype)

@@ -1,4 +1,4 @@
-"""Region–word scores by the Triton kernels: what they take of two sides. Triton is imported at the first call.
+"""Region–word scores by the Triton kernels.
 
 The forward pass is one launch. The backward pass is the torch backend's, a chunk of pairs at a time, in which a kernel
 finds the best regions or the softmax weights: the only arrays of a chunk's size.
@@ -6,40 +6,40 @@ finds the best regions or the softmax weights: the only arrays of a chunk's size
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gssf_triton import kernels
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.metric import accumulate_dtype
 from gssf_triton.precision import HEADROOM, float16_unit
-from gssf_triton.region_word import torch_backend, torch_cross_attention
-from gssf_triton.region_word.torch_backend import LoadedChunk, Side, Stream
-from gssf_triton.similarity.torch_backend import accumulate_dtype, unit_rows
+from gssf_triton.region_word import torch_backend
+from gssf_triton.region_word.pairs import Loaded, PairChunks, Pooling, Side
+from gssf_triton.similarity.torch_backend import unit_rows
+
+if TYPE_CHECKING:
+    from gssf_triton.kernels.late_interaction import Items
 
 
-def _product_dtype(regions: Side, words: Side) -> torch.dtype:
-    """The features' dtype: of two, the folded side is float32 and the other one tells."""
-    dtypes = regions.x.dtype, words.x.dtype
-    return min(dtypes, key=lambda dtype: dtype.itemsize)
-
-
-def _scale(x: Tensor, side: Side) -> Tensor | None:
+def _scale(x: Tensor) -> Tensor:
     """What normalises the products of these rows, (items, rows); 0 where a norm overflows."""
-    if not side.unit:
-        return None
     wide = accumulate_dtype(x.dtype)
     return torch.linalg.vector_norm(x, dim=-1, dtype=wide).clamp_min(NORM_EPS).reciprocal()
 
 
-def _operands(x: Tensor, y: Tensor, regions: Side, words: Side, parts: bool) -> dict[str, Any]:
+def _items(regions: Side, words: Side, x: Tensor, y: Tensor, parts: bool = False) -> tuple[Items, Items]:
     """Rows x and y of the two sides as the kernels take them, with what their products are multiplied by.
 
-    With `parts` what rounding a folded side to half precision leaves over comes as x2 or y2.
+    They are multiplied in the features' dtype, which a folded side has left for float32. With `parts` what rounding a
+    folded side to half precision leaves over comes as well.
     """
-    dtype = _product_dtype(regions, words)
-    found: dict[str, Any] = {"region_scale": _scale(x, regions), "word_scale": _scale(y, words)}
-    for name, rows, side, other in (("x", x, regions, words), ("y", y, words, regions)):
+    dtype = min(regions.x.dtype, words.x.dtype, key=lambda dtype: dtype.itemsize)
+    region_scale, word_scale = (_scale(rows) if side.unit else None for rows, side in ((x, regions), (y, words)))
+    found = []
+    for rows, side, other in ((x, regions, words), (y, words, regions)):
         # Folded rows may leave float16's range; and the others' norms, where they divide the product, float32's.
         unit = None
         if dtype == torch.float16:
@@ -48,12 +48,11 @@ def _operands(x: Tensor, y: Tensor, regions: Side, words: Side, parts: bool) -> 
             unit = rows.new_full((), HEADROOM)
         if unit is not None:
             rows = rows / unit
-            scale = found["word_scale"]
-            found["word_scale"] = unit.expand(y.shape[:2]) if scale is None else scale * unit
-        found[name] = rows.to(dtype)
-        if parts:
-            found[f"{name}2"] = None if side.x.dtype == dtype else (rows - found[name]).to(dtype)
-    return found
+            word_scale = unit.expand(y.shape[:2]) if word_scale is None else word_scale * unit
+        rounded = rows.to(dtype)
+        found.append((rounded, (rows - rounded).to(dtype) if parts and side.x.dtype != dtype else None))
+    items = kernels.late_interaction.Items
+    return items(*found[0], region_scale), items(*found[1], word_scale)
 
 
 def _shares(words: Side, dtype: torch.dtype, mean: bool) -> Tensor:
@@ -70,66 +69,54 @@ def _order(words: Side) -> Tensor | None:
     return torch.argsort((words.mask * places).amax(1), descending=True, stable=True)
 
 
-def late_interaction(regions: Side, words: Side, pooling: str, sharpness: float) -> Tensor:
-    """Scores (I, T), in float32 at least."""
-    from gssf_triton.kernels import late_interaction as kernels
+def _no_scores(regions: Side, words: Side, dtype: torch.dtype) -> Tensor | None:
+    """Zeros where a side has no item or no row."""
+    if all((*regions.x.shape[:2], *words.x.shape[:2])):
+        return None
+    return regions.x.new_zeros((regions.x.shape[0], words.x.shape[0]), dtype=dtype)
 
+
+def late_interaction(regions: Side, words: Side, pooling: Pooling) -> Tensor:
+    """Scores (I, T), in float32 at least."""
     wide = torch.promote_types(accumulate_dtype(regions.x.dtype), accumulate_dtype(words.x.dtype))
-    if not all((*regions.x.shape[:2], *words.x.shape[:2])):
-        return regions.x.new_zeros((regions.x.shape[0], words.x.shape[0]), dtype=wide)
-    scores = kernels.scores(
-        **_operands(regions.x, words.x, regions, words, parts=False),
-        word_share=_shares(words, wide, pooling != "max-sum"),
-        dtype=wide,
-        region_mask=regions.mask,
-        order=_order(words),
-        sharpness=sharpness if pooling == "lse-mean" else None,
-    )
+    scores = _no_scores(regions, words, wide)
+    if scores is not None:
+        return scores
+    x, y = _items(regions, words, regions.x, words.x)
+    x, y = replace(x, weight=regions.mask), replace(y, weight=_shares(words, wide, pooling.mean))
+    sharpness = pooling.sharpness if pooling.smooth else None
+    scores = kernels.late_interaction.scores(x, y, wide, _order(words), sharpness)
     return scores if regions.mask is None else scores.masked_fill_(~regions.mask.any(1)[:, None], 0)
 
 
-def _chunk_arguments(stream: Stream, word: LoadedChunk, region: LoadedChunk) -> dict[str, Any]:
-    regions, words = stream.sides
-    padding = stream.regions.padding(region.chunk)
-    return {
-        **_operands(region.raw, word.raw, regions, words, parts=True),
-        "word_share": stream.words.shares(word.chunk, region.raw, mean=False),
-        "region_mask": None if padding is None else ~padding,
-    }
+class KernelChunks(PairChunks):
+    """Chunks whose products a kernel makes and pools."""
+
+    def _items(self, word: Loaded, region: Loaded) -> tuple[Items, Items]:
+        x, y = _items(*self.sides, region.raw, word.raw, parts=True)
+        padding = self.regions.padding(region.batch)
+        shares = self.words.shares(word.batch, region.raw, mean=False)
+        return replace(x, weight=None if padding is None else ~padding), replace(y, weight=shares)
+
+    def best_regions(self, word: Loaded, region: Loaded) -> Tensor:
+        return kernels.late_interaction.best_regions(*self._items(word, region))
+
+    def region_weights(self, word: Loaded, region: Loaded, sharpness: float) -> Tensor:
+        return kernels.late_interaction.region_weights(*self._items(word, region), self.dtype, sharpness)
 
 
-def _best_regions(stream: Stream, word: LoadedChunk, region: LoadedChunk) -> Tensor:
-    from gssf_triton.kernels import late_interaction as kernels
-
-    return kernels.best_regions(**_chunk_arguments(stream, word, region))
-
-
-def _region_weights(stream: Stream, word: LoadedChunk, region: LoadedChunk, sharpness: float) -> Tensor:
-    from gssf_triton.kernels import late_interaction as kernels
-
-    arguments = _chunk_arguments(stream, word, region)
-    return kernels.region_weights(**arguments, dtype=stream.dtype, sharpness=sharpness)
-
-
-def late_interaction_backward(
-    grad: Tensor, regions: Side, words: Side, pooling: str, sharpness: float
-) -> tuple[Tensor, Tensor]:
+def late_interaction_backward(grad: Tensor, regions: Side, words: Side, pooling: Pooling) -> tuple[Tensor, ...]:
     """The gradients of the regions and of the words, of the scores' gradient (I, T)."""
-    recompute = _best_regions, _region_weights
-    return torch_backend.late_interaction_backward(grad, regions, words, pooling, sharpness, recompute)
+    return torch_backend.late_interaction_backward(grad, regions, words, pooling, KernelChunks)
 
 
 def cross_attention(regions: Side, folded: Tensor, words: Side, smooth: float) -> Tensor:
     """Scores (I, T), in float32 at least; folded (I, R, D) is T of the regions on the unit sphere."""
-    from gssf_triton.kernels import cross_attention as kernels
-
-    wide, dtype = folded.dtype, words.x.dtype
-    if not all((*regions.x.shape[:2], *words.x.shape[:2])):
-        return regions.x.new_zeros((regions.x.shape[0], words.x.shape[0]), dtype=wide)
-    unit = unit_rows(regions.x.to(wide))
-    region_scale, word_scale = _scale(regions.x, regions), _scale(words.x, words)
-    assert region_scale is not None and word_scale is not None
-    x, y = regions.x, words.x
+    wide, dtype, x, y = folded.dtype, words.x.dtype, regions.x, words.x
+    scores = _no_scores(regions, words, wide)
+    if scores is not None:
+        return scores
+    unit, region_scale, word_scale = unit_rows(x.to(wide)), _scale(x), _scale(y)
     fold_unit = None
     if dtype == torch.float16:
         fold_unit = float16_unit(folded)
@@ -137,19 +124,16 @@ def cross_attention(regions: Side, folded: Tensor, words: Side, smooth: float) -
     else:
         # Rows whose norm overflows are 0 on the unit sphere; what is not finite in them stays NaN.
         x, y = (rows * (scale != 0).to(dtype)[..., None] for rows, scale in ((x, region_scale), (y, word_scale)))
-    scores = kernels.scores(
-        x,
+    items = kernels.late_interaction.Items
+    scores = kernels.cross_attention.scores(
+        items(x, scale=region_scale, weight=regions.mask),
         folded.to(dtype),
-        y,
+        items(y, scale=word_scale, weight=_shares(words, wide, mean=True)),
         torch.bmm(unit, unit.mT),
-        _shares(words, wide, mean=True),
-        region_scale,
-        word_scale,
-        regions.mask,
         _order(words),
         smooth,
     )
     return scores if fold_unit is None else scores * fold_unit
 
 
-cross_attention_backward = torch_cross_attention.cross_attention_backward
+cross_attention_backward = torch_backend.cross_attention_backward

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gssf_triton.kernels.retrieval_configs import FEW_MATCHES, NUMPY_SORT_THREADS, sorted_rows
-from gssf_triton.retrieval.order import absent, key_dtype, order_keys
-from gssf_triton.retrieval.scan import chunk
-from gssf_triton.retrieval.scoring import Exclusions, Scores, slices
+from gssf_triton.retrieval.order import absent, key_dtype, order_keys, places
+from gssf_triton.retrieval.scoring import Block, Scores
+from gssf_triton.slices import slices
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,14 @@ class Matches:
     counts: Tensor
 
 
-def _collect(scores: Scores, gallery: Tensor, exclusions: Exclusions, rows: slice, scale: Tensor | None) -> Matches:
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for part in slices(0, gallery.shape[0], scores.chunks.columns):
-        if not exclusions.may_match(rows, part):
-            continue
-        match = exclusions.same_id(rows, part)
-        dropped = exclusions.dropped(rows, part, 0)
-        if dropped is not None:
-            match &= ~dropped
-        row, column = match.nonzero(as_tuple=True)
-        S = chunk(scores, rows, gallery, part, scale)
-        found.append((row, column + part.start, order_keys(S[row, column])))
-    many = rows.stop - rows.start
-    device = gallery.device
+def _collect(scores: Scores, block: Block, rows: slice) -> Matches:
+    query, found = scores.query, []
+    for part in block.parts(scores.chunks.columns):
+        if query.may_match(rows, part):
+            row, column = query.matches(rows, part).nonzero(as_tuple=True)
+            S = scores.chunk(rows, block, part)
+            found.append((row, column + part.start, order_keys(S[row, column])))
+    many, device = rows.stop - rows.start, scores.queries.device
     if not found:
         nothing = torch.zeros((many, 0), dtype=torch.int64, device=device)
         return Matches(nothing, nothing, nothing.sum(1))
@@ -55,8 +49,7 @@ def _collect(scores: Scores, gallery: Tensor, exclusions: Exclusions, rows: slic
     order = order[row[order].argsort(stable=True)]
     row, index, keys = row[order], index[order], keys[order]
     counts = torch.bincount(row, minlength=many)
-    slot = torch.arange(row.numel(), device=device) - (counts.cumsum(0) - counts)[row]
-    shape = (many, int(counts.max()))
+    slot, shape = places(row, counts), (many, int(counts.max()))
     matches = Matches(
         torch.full(shape, torch.iinfo(keys.dtype).max, dtype=keys.dtype, device=device),
         torch.full(shape, -1, dtype=torch.int64, device=device),
@@ -83,36 +76,33 @@ def _beaten(matches: Matches, keys: Tensor, first: int) -> Tensor:
     return below
 
 
-def _most_matches(scores: Scores, gallery: Tensor, exclusions: Exclusions, rows: slice) -> int:
+def _most_matches(scores: Scores, block: Block, rows: slice) -> int:
     """How many matches one of these queries has at most; those that are left out count, too."""
-    counts = torch.zeros(rows.stop - rows.start, dtype=torch.int64, device=gallery.device)
-    for part in slices(0, gallery.shape[0], scores.chunks.columns):
-        counts += exclusions.same_id(rows, part).sum(1)
+    counts = torch.zeros(rows.stop - rows.start, dtype=torch.int64, device=scores.queries.device)
+    for part in block.parts(scores.chunks.columns):
+        counts += scores.query.same_id(rows, part).sum(1)
     return int(counts.max())
 
 
-def _by_counting(
-    scores: Scores, gallery: Tensor, exclusions: Exclusions, rows: slice, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _by_counting(scores: Scores, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
     """`match_ranks` of these queries: every item is looked up among each query's matches."""
-    matches = _collect(scores, gallery, exclusions, rows, scale)
+    matches, device = _collect(scores, block, rows), scores.queries.device
     many, most = matches.keys.shape
     if most == 0:
         return matches.indices, matches.counts
     # bins[i, b]: items that come before exactly the b worst of query i's matches.
-    bins = torch.zeros(many * (most + 1), dtype=torch.int64, device=gallery.device)
-    start = torch.arange(many, device=gallery.device)[:, None] * (most + 1)
-    for part in slices(0, gallery.shape[0], scores.chunks.columns):
-        S = chunk(scores, rows, gallery, part, scale)
-        beaten = _beaten(matches, order_keys(S), part.start)
-        dropped = exclusions.dropped(rows, part, 0)
+    bins = torch.zeros(many * (most + 1), dtype=torch.int64, device=device)
+    start = torch.arange(many, device=device)[:, None] * (most + 1)
+    for part in block.parts(scores.chunks.columns):
+        beaten = _beaten(matches, order_keys(scores.chunk(rows, block, part)), part.start)
+        dropped = scores.query.dropped(rows, part)
         if dropped is not None:
             beaten.masked_fill_(dropped, 0)
         bins += torch.bincount((beaten + start).flatten(), minlength=bins.numel())
     bins = bins.view(many, most + 1)
     # Before the match at place p come the items that beat more than p matches: the best match lies last.
     before = bins.flip(1).cumsum(1)[:, :most]  # [r, m]: column c holds the items that beat at least m - c
-    best = torch.arange(most, device=gallery.device)[None] + (most - matches.counts)[:, None]
+    best = torch.arange(most, device=device)[None] + (most - matches.counts)[:, None]
     return before.gather(1, best.clamp_max(most - 1)), matches.counts
 
 
@@ -131,42 +121,38 @@ def _sorted_matches(keys: Tensor, match: Tensor) -> Tensor:
     return items.bitwise_and_(1).bool()
 
 
-def _by_sorting(
-    scores: Scores, gallery: Tensor, exclusions: Exclusions, rows: slice, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _by_sorting(scores: Scores, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
     """`match_ranks` of these queries: all items in order."""
-    many, N = rows.stop - rows.start, gallery.shape[0]
-    keys = torch.empty((many, N), dtype=key_dtype(scores.dtype), device=gallery.device)
-    match = torch.empty((many, N), dtype=torch.bool, device=gallery.device)
-    for part in slices(0, N, scores.chunks.columns):
-        keys[:, part] = order_keys(chunk(scores, rows, gallery, part, scale))
-        match[:, part] = exclusions.same_id(rows, part)
-        dropped = exclusions.dropped(rows, part, 0)
+    shape, device = (rows.stop - rows.start, block.items.shape[0]), scores.queries.device
+    keys = torch.empty(shape, dtype=key_dtype(scores.dtype), device=device)
+    match = torch.empty(shape, dtype=torch.bool, device=device)
+    for part in block.parts(scores.chunks.columns):
+        keys[:, part] = order_keys(scores.chunk(rows, block, part))
+        match[:, part] = scores.query.matches(rows, part)
+        dropped = scores.query.dropped(rows, part)
         if dropped is not None:
             keys[:, part].masked_fill_(dropped, absent(keys.dtype))
-            match[:, part] &= ~dropped
     in_order = _sorted_matches(keys, match)
     counts = in_order.sum(1)
     row, rank = in_order.nonzero(as_tuple=True)
-    slot = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
-    ranks = torch.zeros((many, int(counts.max())), dtype=torch.int64, device=row.device)
-    ranks[row, slot] = rank
+    ranks = torch.zeros((shape[0], int(counts.max())), dtype=torch.int64, device=device)
+    ranks[row, places(row, counts)] = rank
     return ranks, counts
 
 
 def match_ranks(
-    scores: Scores, gallery: Tensor, exclusions: Exclusions, progress: Callable[[Iterator[slice]], Iterator[slice]]
+    scores: Scores, progress: Callable[[Iterator[slice]], Iterator[slice]]
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For batches of queries: (their rows, the ranks of their matches (r, m), how many matches each has (r,)).
 
     A rank counts the items before a match, the other matches included, in the order of retrieval: ascending, from 0.
-    Behind a query's matches lie ranks that mean nothing.
+    Behind a query's matches lie ranks that mean nothing. The gallery is a tensor, with ids.
     """
-    scale = scores.scale(gallery)
-    few = sorted_rows(gallery.shape[0], gallery.device.type)
+    (block,) = scores.blocks()
+    few = sorted_rows(block.items.shape[0], block.items.device.type)
     for rows in progress(scores.rows()):
-        if _most_matches(scores, gallery, exclusions, rows) <= FEW_MATCHES:
-            yield rows, *_by_counting(scores, gallery, exclusions, rows, scale)
+        if _most_matches(scores, block, rows) <= FEW_MATCHES:
+            yield rows, *_by_counting(scores, block, rows)
             continue
         for some in slices(rows.start, rows.stop, few):
-            yield some, *_by_sorting(scores, gallery, exclusions, some, scale)
+            yield some, *_by_sorting(scores, block, some)

@@ -1,10 +1,12 @@
 """The order of retrieval: higher score first, equal scores by the lower index, NaN above everything (as torch.topk).
 
-Scores are compared as integers of the same order (`order_keys`): no two ways to compare, NaN and −0 included, and one
-key, `ABSENT`, lies below every score there is, −inf too.
+Scores are compared as integers of the same order (`order_keys`), so that there is one way to compare, NaN and −0
+included. One key, `absent`, lies below that of every score, −inf too.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ def key_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def absent(dtype: torch.dtype) -> int:
-    """The key of what may not be ranked, or is not there: below the key of −inf."""
+    """The key of a dropped or missing item: below the key of −inf."""
     return torch.iinfo(dtype).min
 
 
@@ -37,7 +39,7 @@ def order_keys(scores: Tensor) -> Tensor:
 
 
 def scores_of(keys: Tensor) -> Tensor:
-    """The scores that `order_keys` came from; −inf where the key says that there is none."""
+    """The scores that `order_keys` came from; −inf for the key of a missing item."""
     missing = keys == absent(keys.dtype)
     return _flip(keys).view(_FLOAT[keys.dtype]).masked_fill_(missing, float("-inf"))
 
@@ -45,7 +47,7 @@ def scores_of(keys: Tensor) -> Tensor:
 def leading(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest keys of every row of (R, C) and their columns, equal keys by the lower column; k at most C.
 
-    Scores may stand for keys where the k-th of no row is −inf and none is NaN.
+    Scores will do as keys if no row's k-th is −inf and none is NaN.
 
     torch.topk does not say which of equal entries it takes, nor in which order it gives them. Only where the k-th and
     the next are equal can it have taken the wrong ones: those rows are sorted whole. Rows that hold equal entries
@@ -59,7 +61,7 @@ def leading(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found, columns = found[:, :k], columns[:, :k]
     tied = found[:, 1:] == found[:, :-1]
     if not keys.is_floating_point():
-        # What is not there is in no order.
+        # Absent entries have no order among themselves.
         there = found != absent(keys.dtype)
         undecided &= there[:, -1:].any(dim=1)
         tied &= there[:, 1:]
@@ -81,3 +83,34 @@ def merge(keys: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     keys, order = keys.sort(dim=1, descending=True, stable=True)
     return keys[:, :k], indices.gather(1, order[:, :k])
+
+
+def places(row: Tensor, counts: Tensor) -> Tensor:
+    """The place of each entry in its row; the entries lie in order of `row`, `counts` of them in each."""
+    return torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
+
+
+@dataclass
+class Lists:
+    """The k best items of every query so far: order keys and indices (Q, k), best first."""
+
+    keys: Tensor
+    indices: Tensor
+
+    @classmethod
+    def empty(cls, Q: int, k: int, dtype: torch.dtype, device: torch.device) -> Lists:
+        integer = key_dtype(dtype)
+        keys = torch.full((Q, k), absent(integer), dtype=integer, device=device)
+        return cls(keys, torch.full((Q, k), -1, dtype=torch.int64, device=device))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(values, indices); −inf and −1 where too few items may be ranked."""
+        return scores_of(self.keys), self.indices.masked_fill(self.keys == absent(self.keys.dtype), -1)
+
+    def add(self, rows: slice, keys: Tensor, indices: Tensor, among: Tensor | None = None) -> None:
+        """Merge further lists, all of later items, into these rows, or into the rows `among` these."""
+        at = rows if among is None else among + rows.start
+        k = self.keys.shape[1]
+        self.keys[at], self.indices[at] = merge(
+            torch.cat((self.keys[at], keys), dim=1), torch.cat((self.indices[at], indices), dim=1), k
+        )

@@ -1,78 +1,27 @@
 """Retrieval without the score matrix: the best k gallery items of every query, and the rank of its first match.
 
-One call's way: checks → the metric folded into the queries (`scoring`) → chunks of scores (`scan`) or kernels
-(`gssf_triton.kernels.topk`, `gssf_triton.kernels.rank`) → shards merged (`sharding`).
+One call's way: checked once (`query`) → the metric folded into the queries (`scoring`) → passes over the gallery, in
+chunks of scores (`scan`) or by kernels (`triton`) → shards merged (`sharding`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
-from types import ModuleType
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gssf_triton import checks, options
+from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
-from gssf_triton.kernels.retrieval_configs import LARGEST_KERNEL_K
-from gssf_triton.once import Plainly
 from gssf_triton.progress import counting
-from gssf_triton.retrieval import checks as row_checks
-from gssf_triton.retrieval import scan, sharding
-from gssf_triton.retrieval.scoring import Exclusions, Gallery, Scores
+from gssf_triton.retrieval.query import Query, checked
+from gssf_triton.retrieval.scan import Search
+from gssf_triton.retrieval.sharding import merge_best, merge_lists, place
+from gssf_triton.retrieval.triton import TritonSearch
 
-_NAMES = ("queries", "gallery")
-
-
-def check_call(
-    queries: Tensor,
-    gallery: Tensor | np.ndarray,
-    W_diag: Tensor | None,
-    W_blocks: Tensor | None,
-    arrays: bool = True,
-) -> tuple[int, int]:
-    """(Q, N) of features that fit; a gallery in an array, where `arrays` are taken, may lie elsewhere."""
-    if arrays and isinstance(gallery, np.ndarray):
-        checks.check_features("queries", queries)
-        row_checks.check_matrix("queries", queries, "(Q, D)")
-        row_checks.check_gallery_array(queries, gallery)
-    else:
-        checks.check_pair(queries, gallery, _NAMES)
-        assert isinstance(gallery, Tensor)
-        row_checks.check_matrix("queries", queries, "(Q, D)")
-        row_checks.check_matrix("gallery", gallery, "(N, D)")
-        checks.check_same_dtype(queries, gallery, _NAMES)
-    checks.check_weights("queries", queries, W_diag, W_blocks)
-    return queries.shape[0], gallery.shape[0]
-
-
-def make_exclusions(
-    queries: Tensor,
-    items: int,
-    exclude: Tensor | None,
-    mask: Tensor | None,
-    labels: tuple[Tensor, Tensor] | None = None,
-    cameras: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> Exclusions:
-    """What is left out, checked; `labels` and `cameras` are (queries', gallery's)."""
-    if exclude is not None:
-        exclude = row_checks.check_labels("exclude", exclude, queries.shape[0], "queries", queries)
-    if mask is not None:
-        mask = row_checks.check_pair_mask("mask", mask, (queries.shape[0], items), queries)
-    if (cameras[0] is None) != (cameras[1] is None):
-        missing = "query_cams" if cameras[0] is None else "gallery_cams"
-        raise ValueError(f"query_cams and gallery_cams must be given together, got None for {missing}")
-    sides: dict[str, Tensor] = {}
-    for kind, pair in (("ids", labels), ("cams", cameras)):
-        for name, count, values in zip(_NAMES, (queries.shape[0], items), pair or (None, None), strict=True):
-            if values is not None or (kind == "ids" and labels is not None):
-                side = f"{'query' if name == 'queries' else name}_{kind}"
-                sides[side] = row_checks.check_labels(side, values, count, name, queries)
-    return Exclusions(exclude, mask, **sides)
+SEARCHES: dict[str, type[Search]] = {"torch": Search, "triton": TritonSearch}
 
 
 @torch.no_grad()
@@ -132,63 +81,26 @@ def topk(
         >>> gssf_triton.topk(queries, gallery, torch.tensor([2.0, 1.0]), k=2, exclude=torch.tensor([1]))
         (tensor([[2., 2.]]), tensor([[0, 2]]))
     """
-    Q, items = check_call(queries, gallery, W_diag, W_blocks)
-    exclusions = make_exclusions(queries, items, exclude, mask)
-    row_checks.check_k(k, items if group is None else None)
-    options.check_flags(normalize=normalize, progress=progress)
-    options.check_group(group)
+    query = checked(Query(queries, gallery, W_diag, W_blocks, normalize, backend, exclude=exclude, mask=mask))
+    Q, items = query.shape
+    checks.check_k(k, items if group is None else None)
+    checks.check_flags(progress=progress)
+    checks.check_group(group)
     backend = resolve_backend(backend, queries, W_blocks)
-    offset, total = sharding.place(
-        queries, items, W_diag, W_blocks, exclusions, group, call="topk", k=k, normalize=normalize, backend=backend
-    )
-    row_checks.check_k(k, total)
+    offset = 0
+    if group is not None:
+        offset, total = place(query, group, call="topk", k=k, normalize=normalize, backend=backend)
+        checks.check_k(k, total)
 
-    def search(scores: Scores, shard: Gallery, exclusions: Exclusions) -> tuple[Tensor, ...]:
-        with counting(progress, "topk", Q * items, "pair") as scores.tick:
-            lists = _topk(scores, shard, exclusions, min(k, items))
-        values, indices = sharding.merge_lists(lists, k, group).result()
-        return scores.values(values), indices
+    def search(query: Query) -> tuple[Tensor, ...]:
+        found = SEARCHES[backend](query)
+        with counting(progress, "topk", Q * items, "pair") as found.tick:
+            lists = found.best_items(min(k, items))
+        values, indices = (lists if group is None else merge_lists(lists, k, group)).result()
+        return found.values(values), indices
 
-    values, indices = _on_plain_tensors(
-        search, queries, gallery, W_diag, W_blocks, exclusions, offset, normalize=normalize, backend=backend
-    )
+    values, indices = replace(query, backend=backend, offset=offset).on_plain_tensors(search)
     return values, indices
-
-
-def _on_plain_tensors(
-    search: Callable[[Scores, Gallery, Exclusions], tuple[Tensor, ...]],
-    queries: Tensor,
-    gallery: Tensor | np.ndarray,
-    W_diag: Tensor | None,
-    W_blocks: Tensor | None,
-    exclusions: Exclusions,
-    offset: int,
-    **how: Any,
-) -> tuple[Tensor, ...]:
-    """What `search` finds; under torch.func.vmap it is called for every item of the batch."""
-    array = None if isinstance(gallery, Tensor) else gallery
-
-    def call(
-        queries: Tensor, rows: Tensor | None, W_diag: Tensor | None, W_blocks: Tensor | None, *left_out: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        source = array if rows is None else rows
-        assert source is not None
-        scores = Scores(queries, source.shape[0], W_diag, W_blocks, **how)
-        return search(scores, Gallery(source, queries.device, offset), Exclusions(*left_out))
-
-    left_out = (getattr(exclusions, field.name) for field in fields(exclusions))
-    return Plainly(call)(queries, gallery if isinstance(gallery, Tensor) else None, W_diag, W_blocks, *left_out)
-
-
-def _topk(scores: Scores, gallery: Gallery, exclusions: Exclusions, k: int) -> scan.Lists:
-    Q = scores.queries.shape[0]
-    if k == 0 or Q == 0:
-        return scan.Lists.empty(Q, k, scores.dtype, scores.queries.device)
-    if scores.backend == "triton" and k <= LARGEST_KERNEL_K and scores.dtype == torch.float32:
-        from gssf_triton.kernels import topk as kernels
-
-        return kernels.topk(scores, gallery, exclusions, k)
-    return scan.topk(scores, gallery, exclusions, k)
 
 
 @torch.no_grad()
@@ -250,29 +162,32 @@ def ranks(
         >>> gssf_triton.ranks(queries, gallery, torch.ones(2), **ids)
         tensor([1])
     """
-    Q, items = check_call(queries, gallery, W_diag, W_blocks)
-    exclusions = make_exclusions(queries, items, exclude, mask, (query_ids, gallery_ids), (query_cams, gallery_cams))
-    options.check_flags(normalize=normalize, progress=progress)
-    options.check_group(group)
+    query = checked(
+        Query(
+            queries, gallery, W_diag, W_blocks, normalize, backend, exclude=exclude, mask=mask, query_ids=query_ids,
+            gallery_ids=gallery_ids, query_cams=query_cams, gallery_cams=gallery_cams,
+        ),
+        "query_ids", "gallery_ids",
+    )  # fmt: skip
+    Q, items = query.shape
+    checks.check_flags(progress=progress)
+    checks.check_group(group)
     backend = resolve_backend(backend, queries, W_blocks)
-    offset, _ = sharding.place(
-        queries, items, W_diag, W_blocks, exclusions, group, call="ranks", normalize=normalize, backend=backend
-    )
+    offset = 0
+    if group is not None:
+        offset, _ = place(query, group, call="ranks", normalize=normalize, backend=backend)
 
-    def search(scores: Scores, shard: Gallery, exclusions: Exclusions) -> tuple[Tensor, ...]:
-        source: ModuleType = scan
-        if backend == "triton" and scores.dtype == torch.float32:
-            from gssf_triton.kernels import rank as rank_kernels
-
-            source = rank_kernels
+    def search(query: Query) -> tuple[Tensor, ...]:
+        found = SEARCHES[backend](query)
         # Two passes.
-        with counting(progress, "ranks", 2 * Q * items, "pair") as scores.tick:
-            keys, indices = source.best_match(scores, shard, exclusions)
-            keys, indices = sharding.merge_best(keys, indices, group)
-            counts = sharding.add_counts(source.count_before(scores, shard, exclusions, keys, indices), group)
+        with counting(progress, "ranks", 2 * Q * items, "pair") as found.tick:
+            keys, indices = found.best_match()
+            if group is not None:
+                keys, indices = merge_best(keys, indices, group)
+            counts = found.count_before(keys, indices)
+        if group is not None:
+            dist.all_reduce(counts, group=group)
         return (counts.masked_fill_(indices < 0, -1),)
 
-    (found,) = _on_plain_tensors(
-        search, queries, gallery, W_diag, W_blocks, exclusions, offset, normalize=normalize, backend=backend
-    )
-    return found
+    (counts,) = replace(query, backend=backend, offset=offset).on_plain_tensors(search)
+    return counts

@@ -1,1 +1,1 @@
-"""The similarity itself: all pairs, matched pairs, the fold; its operators, and its form in plain torch."""
+"""The similarity: public functions, and what computes them with Triton's kernels or in plain torch."""

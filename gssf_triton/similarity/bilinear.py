@@ -14,53 +14,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_triton.autotune import lookup
+from gssf_triton import kernels
 from gssf_triton.constants import NORM_EPS
+from gssf_triton.kernels import choice
 from gssf_triton.kernels.plans import Plan
 from gssf_triton.kernels.toolchain import may_launch
+from gssf_triton.metric import IDENTITY, Metric, accumulate_dtype, as_rows
 from gssf_triton.precision import float16_operands, full_precision
-from gssf_triton.similarity import forms
-from gssf_triton.similarity.torch_backend import accumulate_dtype, as_rows
+from gssf_triton.similarity import torch_backend
 
-Weights = tuple[Tensor | None, Tensor | None]
+#: A tensor that may be absent.
+Maybe = Tensor | None
 
-#: What a size that even the tracer does not know is taken to be.
+#: The value taken for a size unknown at tracing.
 UNKNOWN_SIZE = 8192
 
 
-def _block_size(W_blocks: Tensor | None) -> int:
-    return 0 if W_blocks is None else W_blocks.shape[-1]
+def has_kernel(kernel: str, x: Tensor, metric: Metric) -> bool:
+    """Whether Triton's kernel may run. If not, torch's own operations compute the operator."""
+    has_diag, has_blocks = metric.W_diag is not None, metric.W_blocks is not None
+    return may_launch(kernel, x.dtype, x.device, has_diag=has_diag, has_blocks=has_blocks)
 
 
-def _transposed(W_blocks: Tensor | None) -> Tensor | None:
-    return None if W_blocks is None else W_blocks.mT
-
-
-def add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+def add(x: Maybe, y: Maybe) -> Maybe:
     return y if x is None else x if y is None else x + y
 
 
-def cast_like(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+def cast_like(x: Maybe, like: Maybe) -> Maybe:
     """A gradient in its tensor's dtype."""
     return None if x is None or like is None else x.to(like.dtype)
 
 
 def _size(n: int | torch.SymInt) -> int:
-    """A size to choose by. Of a symbolic one what it was when it was traced, with no guard: any plan is right."""
+    """A size to choose a plan by. For a symbolic size its value at tracing, without a guard: every plan is correct."""
     if isinstance(n, torch.SymInt):
         return int(n.node.hint) if n.node.has_hint() else UNKNOWN_SIZE
     return n
 
 
-def _plan(a: Tensor, b: Tensor, W_blocks: Tensor | None, normalize: bool) -> Plan:
+def _plan(a: Tensor, b: Tensor, metric: Metric) -> Plan:
     batch, M, N, D = (_size(n) for n in (*a.shape[:2], b.shape[1], a.shape[2]))
-    plan = lookup.plan(batch, M, N, D, _size(_block_size(W_blocks)), a.dtype, a.device)
+    plan = choice.choose("plan", a.device, a.dtype, M, N, D, _size(metric.block_size), batch).resolve(M, N)
     if plan.kind != "one_pass":
         return plan
-    # Before it meets b, T(a) would have to be in float16's range.
+    # One pass rounds T(a) to float16, whose range it may leave.
     overflows = a.dtype == torch.float16
-    # Without blocks it is called with the diagonal.
-    if overflows or not may_launch("pairwise", a.dtype, a.device, has_diag=True, has_blocks=W_blocks is not None):
+    # Without blocks there is a diagonal.
+    has_blocks = metric.W_blocks is not None
+    if overflows or not may_launch("pairwise", a.dtype, a.device, has_diag=True, has_blocks=has_blocks):
         return Plan("fold_product", plan.fold_b)
     return plan
 
@@ -71,26 +72,33 @@ def _plan(a: Tensor, b: Tensor, W_blocks: Tensor | None, normalize: bool) -> Pla
 @torch.library.custom_op(
     "gssf::fold", mutates_args=(), schema="(Tensor x, Tensor? w_diag, Tensor? w_blocks, bool normalize) -> Tensor"
 )
-def _fold(x: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool) -> Tensor:
-    return forms.fold(x, w_diag, w_blocks, normalize)
+def _fold(x: Tensor, w_diag: Maybe, w_blocks: Maybe, normalize: bool) -> Tensor:
+    return _folded(x, Metric(w_diag, w_blocks), normalize)
 
 
 @_fold.register_fake
-def _(x: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool) -> Tensor:
+def _(x: Tensor, w_diag: Maybe, w_blocks: Maybe, normalize: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def fold(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool = False) -> Tensor:
-    """T(x) of x (M, D); without weights the rows themselves, normalised."""
-    return _fold(x, W_diag, W_blocks, normalize)
+def _folded(x: Tensor, metric: Metric, normalize: bool) -> Tensor:
+    """T(x) of x (..., D), contiguous."""
+    compute = kernels.fold.fold if has_kernel("fold", x, metric) else torch_backend.fold
+    return compute(as_rows(x), metric, normalize).view(x.shape)
+
+
+def fold(x: Tensor, metric: Metric, normalize: bool = False) -> Tensor:
+    """T(x) of x (..., D); without weights the rows themselves, normalised."""
+    folded: Tensor = _fold(as_rows(x), metric.W_diag, metric.W_blocks, normalize)
+    return folded.view(x.shape)
 
 
 def unit_rows(x: Tensor) -> Tensor:
     """x (..., D) with its rows on the unit sphere."""
-    return fold(as_rows(x), None, None, normalize=True).view(x.shape)
+    return fold(x, IDENTITY, normalize=True)
 
 
-def unit_rows_vjp(x: Tensor, grad: Tensor | None) -> Tensor | None:
+def unit_rows_vjp(x: Tensor, grad: Maybe) -> Maybe:
     """Gradient with respect to x, given the one with respect to x / max(‖x‖, eps)."""
     if grad is None:
         return None
@@ -107,15 +115,14 @@ def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, w_diag, w_blocks)
 
 
-def _fold_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _fold_backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     x, w_diag, w_blocks = ctx.saved_tensors
     needs_x, needs_diag, needs_blocks, _ = ctx.needs_input_grad
-    if w_diag is None and w_blocks is None:
+    metric = Metric(w_diag, w_blocks)
+    if metric.is_identity:
         return unit_rows_vjp(x, grad) if ctx.normalize else grad, None, None, None
     unit = unit_rows(x) if ctx.normalize else x
-    rows, d_diag, d_blocks = gradient(
-        None, grad[None], unit[None], (w_diag, w_blocks), (needs_x, needs_diag, needs_blocks)
-    )
+    rows, d_diag, d_blocks = gradient(None, grad[None], unit[None], metric, (needs_x, needs_diag, needs_blocks))
     if rows is not None:
         rows = unit_rows_vjp(x, rows[0]) if ctx.normalize else rows[0]
     return rows, cast_like(d_diag, w_diag), cast_like(d_blocks, w_blocks), None
@@ -127,8 +134,8 @@ _fold.register_autograd(_fold_backward, setup_context=_fold_setup)
 # ------------------------------------------------------------------------------------------------------------ pairwise
 
 
-# The plan is an argument, chosen once outside: what a compiled graph was traced with is what it runs, whatever a table
-# says by then, and the shape of the second result never depends on anything else.
+# The plan is an argument, chosen outside: a compiled graph keeps the plan it was traced with, and the shape of the
+# second result depends on arguments only.
 @torch.library.custom_op(
     "gssf::pairwise_planned",
     mutates_args=(),
@@ -138,61 +145,52 @@ _fold.register_autograd(_fold_backward, setup_context=_fold_setup)
 def _pairwise(
     a: Tensor,
     b: Tensor,
-    w_diag: Tensor | None,
-    w_blocks: Tensor | None,
+    w_diag: Maybe,
+    w_blocks: Maybe,
     normalize: bool,
     out_dtype: torch.dtype,
     kind: str,
     fold_b: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(S, T of the folded side), the latter empty where one pass computes S."""
-    from gssf_triton.kernels import pairwise as kernels
-    from gssf_triton.kernels.launch import Metric
+    """(S, T of the folded side); the second is empty if one pass computes S."""
+    metric = Metric(w_diag, w_blocks)
 
     def matrix() -> Tensor:
         return torch.empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype, device=a.device)
 
     if kind == "one_pass":
-        # A tile folds its rows of a as well as those of b: by one kernel, whichever side has fewer.
-        return kernels.pairwise(a, b, Metric(w_diag, w_blocks), normalize, matrix()), a.new_empty(0)
+        # The kernel folds rows of a in every tile, whichever side has fewer rows.
+        return kernels.pairwise.pairwise(a, b, metric, normalize, matrix()), a.new_empty(0)
 
-    rows, columns, blocks = (b, a, _transposed(w_blocks)) if fold_b else (a, b, w_blocks)
+    rows, columns, metric = (b, a, metric.mT) if fold_b else (a, b, metric)
     half = a.dtype == torch.float16
     if half:
         rows = rows.float()
         columns = columns.float() if normalize else columns
-    folded = forms.fold(as_rows(rows), w_diag, blocks, normalize).view(rows.shape)
+    folded = _folded(rows, metric, normalize)
     if normalize:
-        columns = forms.fold(as_rows(columns), None, None, True).view(columns.shape)
+        columns = _folded(columns, IDENTITY, True)
     if half:
         folded, columns = float16_operands(folded, columns)
     left, right = (columns, folded) if fold_b else (folded, columns)
-    if kind == "fold_product" and out_dtype == a.dtype:
+    if out_dtype == a.dtype:
         with full_precision(a):
             S = torch.matmul(left, right.mT)
     else:
-        S = kernels.pairwise(left, right, Metric(None, None), False, matrix())
-    # float16's has a unit of its own, and its gradients are accumulated without it.
+        S = kernels.pairwise.pairwise(left, right, IDENTITY, False, matrix())
+    # In float16 T is scaled, and gradients are computed from unscaled rows.
     return S, a.new_empty(0) if half else folded
 
 
 @_pairwise.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    w_diag: Tensor | None,
-    w_blocks: Tensor | None,
-    normalize: bool,
-    out_dtype: torch.dtype,
-    kind: str,
-    fold_b: bool,
-) -> tuple[Tensor, Tensor]:
+def _(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, out_dtype, kind, fold_b = rest
     S = a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype)
     side = b if fold_b else a
     return S, side.new_empty(0 if kind == "one_pass" or a.dtype == torch.float16 else side.shape)
 
 
-# Made of other operators: the choice of a plan is no part of a traced graph, its outcome is.
+# A composite operator: a traced graph contains the chosen plan, not the choice.
 torch.library.define(
     "gssf::pairwise",
     "(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype) -> Tensor",
@@ -200,9 +198,9 @@ torch.library.define(
 
 
 def _pairwise_by_plan(
-    a: Tensor, b: Tensor, w_diag: Tensor | None, w_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
+    a: Tensor, b: Tensor, w_diag: Maybe, w_blocks: Maybe, normalize: bool, out_dtype: torch.dtype
 ) -> Tensor:
-    plan = _plan(a, b, w_blocks, normalize)
+    plan = _plan(a, b, Metric(w_diag, w_blocks))
     S: Tensor = _pairwise(a, b, w_diag, w_blocks, normalize, out_dtype, plan.kind, plan.fold_b)[0]
     return S
 
@@ -210,13 +208,11 @@ def _pairwise_by_plan(
 torch.library.impl("gssf::pairwise", "CompositeImplicitAutograd", _pairwise_by_plan)
 
 
-def pairwise(
-    a: Tensor, b: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
-) -> Tensor:
+def pairwise(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor:
     """S (Z, M, N) of a (Z, M, D) and b (Z, N, D)."""
-    # A compiler sees one operator; without one that would only be a detour of some microseconds to the same function.
+    # Only a compiler needs the operator; calling the function directly saves some microseconds.
     call = torch.ops.gssf.pairwise if torch.compiler.is_compiling() else _pairwise_by_plan
-    S: Tensor = call(a, b, W_diag, W_blocks, normalize, out_dtype)
+    S: Tensor = call(a, b, metric.W_diag, metric.W_blocks, normalize, out_dtype)
     return S
 
 
@@ -224,38 +220,37 @@ def bilinear_gradients(
     dS: Tensor,
     a: Tensor,
     b: Tensor,
-    weights: Weights,
+    metric: Metric,
     normalize: bool,
     needs: tuple[bool, bool, bool, bool],
-    folded: Tensor | None = None,
+    folded: Maybe = None,
     fold_b: bool | None = None,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of S with respect to (a, b, W_diag, W_blocks), those that `needs` asks for.
+) -> tuple[Maybe, ...]:
+    """The gradients of S with respect to (a, b, W_diag, W_blocks); None for those not in `needs`.
 
-    The weights' gradients ride on the fold of one side: b's where `fold_b`, and where that is None the one with fewer
-    rows. `folded` is T of that side, where the forward pass has it at hand: then the other side's gradient is a plain
-    product.
+    One kernel computes the weights' gradients together with one side's: b's if `fold_b`, by default that of the side
+    with fewer rows. `folded` is T of that side, if the forward pass has kept it: then the other side's gradient is a
+    plain product.
     """
-    w_diag, w_blocks = weights
     swap = b.shape[1] < a.shape[1] if fold_b is None else fold_b
     needs_rows, needs_columns, needs_diag, needs_blocks = needs
     if swap:
-        a, b, dS, w_blocks = b, a, dS.mT, _transposed(w_blocks)
+        a, b, dS, metric = b, a, dS.mT, metric.mT
         needs_rows, needs_columns = needs_columns, needs_rows
     unit_a, unit_b = (unit_rows(a), unit_rows(b)) if normalize else (a, b)
-    rows, d_diag, d_blocks = gradient(dS, unit_b, unit_a, (w_diag, w_blocks), (needs_rows, needs_diag, needs_blocks))
+    rows, d_diag, d_blocks = gradient(dS, unit_b, unit_a, metric, (needs_rows, needs_diag, needs_blocks))
     columns = None
     if needs_columns:
         if folded is not None and folded.dtype == dS.dtype and not torch.is_grad_enabled():
             with full_precision(dS):
                 columns = torch.matmul(dS.mT, folded)
         else:
-            columns, _, _ = gradient(dS.mT, unit_a, None, (w_diag, _transposed(w_blocks)), (True, False, False))
+            columns, _, _ = gradient(dS.mT, unit_a, None, metric.mT, (True, False, False))
     if normalize:
         rows, columns = unit_rows_vjp(a, rows), unit_rows_vjp(b, columns)
     if swap:
-        rows, columns, d_blocks = columns, rows, _transposed(d_blocks)
-    return rows, columns, cast_like(d_diag, w_diag), cast_like(d_blocks, w_blocks)
+        rows, columns, d_blocks = columns, rows, None if d_blocks is None else d_blocks.mT
+    return rows, columns, cast_like(d_diag, metric.W_diag), cast_like(d_blocks, metric.W_blocks)
 
 
 def _pairwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -267,13 +262,13 @@ def _pairwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.save_for_backward(a, b, w_diag, w_blocks, output[1])
 
 
-def _pairwise_backward(ctx: Any, dS: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _pairwise_backward(ctx: Any, dS: Maybe, _: Maybe) -> tuple[Maybe, ...]:
     if dS is None:
         return (None,) * 8
     a, b, w_diag, w_blocks, folded = ctx.saved_tensors
     saved = folded if folded.dim() == 3 else None
     needs = ctx.needs_input_grad[:4]
-    grads = bilinear_gradients(dS, a, b, (w_diag, w_blocks), ctx.normalize, needs, saved, ctx.fold_b)
+    grads = bilinear_gradients(dS, a, b, Metric(w_diag, w_blocks), ctx.normalize, needs, saved, ctx.fold_b)
     return (*grads, None, None, None, None)
 
 
@@ -290,60 +285,47 @@ _pairwise.register_autograd(_pairwise_backward, setup_context=_pairwise_setup)
     "bool needs_diag, bool needs_blocks) -> (Tensor, Tensor, Tensor)",
 )
 def _gradient(
-    p: Tensor | None,
-    x: Tensor,
-    y: Tensor | None,
-    w_diag: Tensor | None,
-    w_blocks: Tensor | None,
-    block_size: int,
-    needs_rows: bool,
-    needs_diag: bool,
-    needs_blocks: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    p: Maybe, x: Tensor, y: Maybe, w_diag: Maybe, w_blocks: Maybe, block_size: int, *needs: bool
+) -> tuple[Tensor, ...]:
+    needs_rows, needs_diag, needs_blocks = needs
     with full_precision(x):
-        # P x may leave float16's range where T'(P x) does not: there it is never the library's, rounded product.
+        # Not the library's product in float16: rounded P x may leave the range though T'(P x) does not.
         if p is not None and p.dtype == x.dtype != torch.float16:
-            plan = lookup.gradient_plan(p.shape[0], p.shape[1], p.shape[2], x.shape[2], block_size, x.dtype, x.device)
+            batch, M, N = p.shape
+            plan = choice.choose("gradient_plan", x.device, x.dtype, M, N, x.shape[2], block_size, batch)
             if plan.kind == "fold_product":
                 x = torch.matmul(p, x)
                 p = None
-        grads = forms.gradient(p, x, y, w_diag, w_blocks, block_size, (needs_rows, needs_diag, needs_blocks))
-    rows, d_diag, d_blocks = (x.new_empty(0) if grad is None else grad for grad in grads)
-    return rows, d_diag, d_blocks
+        has_blocks = needs_blocks or (needs_rows and w_blocks is not None)
+        launches = may_launch("gradient", x.dtype, x.device, has_blocks=has_blocks)
+        compute = kernels.gradient.gradient if launches else torch_backend.gradient
+        grads = compute(p, x, y, Metric(w_diag, w_blocks), block_size, (needs_rows, needs_diag, needs_blocks))
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_gradient.register_fake
 def _(
-    p: Tensor | None,
-    x: Tensor,
-    y: Tensor | None,
-    w_diag: Tensor | None,
-    w_blocks: Tensor | None,
-    block_size: int,
-    needs_rows: bool,
-    needs_diag: bool,
-    needs_blocks: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    p: Maybe, x: Tensor, y: Maybe, w_diag: Maybe, w_blocks: Maybe, block_size: int, *needs: bool
+) -> tuple[Tensor, ...]:
     batch, rows, D = x.shape[0], x.shape[1] if p is None else p.shape[1], x.shape[2]
-    wide = torch.promote_types(x.dtype if p is None else torch.promote_types(p.dtype, x.dtype), torch.float32)
-    empty = x.new_empty(0)
+    wide = accumulate_dtype(x.dtype if p is None else torch.promote_types(p.dtype, x.dtype))
     return (
-        x.new_empty((batch, rows, D)) if needs_rows else empty,
-        x.new_empty(D, dtype=wide) if needs_diag else x.new_empty(0),
-        x.new_empty((D // block_size, block_size, block_size), dtype=wide) if needs_blocks else x.new_empty(0),
+        x.new_empty((batch, rows, D) if needs[0] else 0),
+        x.new_empty(D if needs[1] else 0, dtype=wide if needs[1] else x.dtype),
+        x.new_empty((D // block_size, block_size, block_size), dtype=wide) if needs[2] else x.new_empty(0),
     )
 
 
 def gradient(
-    p: Tensor | None, x: Tensor, y: Tensor | None, weights: Weights, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(T'(R), Σ_i y_i ⊙ R_i, y_gᵀ R_g) of R = P x, or R = x without P; None for those `needs` does not ask for.
+    p: Maybe, x: Tensor, y: Maybe, metric: Metric, needs: tuple[bool, bool, bool]
+) -> tuple[Maybe, Maybe, Maybe]:
+    """(T'(R), Σ_i y_i ⊙ R_i, y_gᵀ R_g) of R = P x, or R = x without P; None for those not in `needs`.
 
     p (Z, M, N), x (Z, N, D), y (Z, M, D); needs is (rows, W_diag, W_blocks).
     """
     if not any(needs):
         return None, None, None
-    grads = _gradient(p, x, y, *weights, _block_size(weights[1]), *needs)
+    grads = _gradient(p, x, y, metric.W_diag, metric.W_blocks, metric.block_size, *needs)
     rows, d_diag, d_blocks = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
     return rows, d_diag, d_blocks
 
@@ -355,38 +337,30 @@ def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(p, x, y, w_diag, w_blocks)
 
 
-def _gradient_backward(
-    ctx: Any, u: Tensor | None, v_diag: Tensor | None, v_blocks: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """F's other partial derivatives: u meets the rows, V = (v_diag, v_blocks) the weights' gradients."""
+def _gradient_backward(ctx: Any, u: Maybe, v_diag: Maybe, v_blocks: Maybe) -> tuple[Maybe, ...]:
+    """F's other partial derivatives, from the gradients u of the rows and V = (v_diag, v_blocks) of the weights'."""
     p, x, y, w_diag, w_blocks = ctx.saved_tensors
     needs_p, needs_x, needs_y, needs_diag, needs_blocks = ctx.needs_input_grad[:5]
-    # (left rows, metric) of each form that ends in R: the rows' own, and the weights'.
-    forms: list[tuple[Tensor, Weights]] = []
+    metric, change = Metric(w_diag, w_blocks), Metric(v_diag, v_blocks)
+    # (left rows, metric) of each form that contains R: from the rows, and from the weights' gradients.
+    forms: list[tuple[Tensor, Metric]] = []
     if u is not None:
-        forms.append((u, (w_diag, w_blocks)))
-    if v_diag is not None or v_blocks is not None:
-        forms.append((y, (v_diag, v_blocks)))
+        forms.append((u, metric))
+    if not change.is_identity:
+        forms.append((y, change))
     dp = dx = dy = d_diag = d_blocks = None
-    for left, weights in forms:
+    for left, middle in forms:
         if needs_p:
-            dp = add(dp, pairwise(left, x, *weights, False, p.dtype))
+            dp = add(dp, pairwise(left, x, middle, False, p.dtype))
         if needs_x and p is None:
-            dx = add(dx, fold(as_rows(left), *weights).view(left.shape))
+            dx = add(dx, fold(left, middle))
         elif needs_x:
-            transposed = (weights[0], _transposed(weights[1]))
-            dx = add(dx, gradient(p.mT, left, None, transposed, (True, False, False))[0])
-    if needs_y and (v_diag is not None or v_blocks is not None):
-        dy, _, _ = gradient(p, x, None, (v_diag, v_blocks), (True, False, False))
+            dx = add(dx, gradient(p.mT, left, None, middle.mT, (True, False, False))[0])
+    if needs_y and not change.is_identity:
+        dy, _, _ = gradient(p, x, None, change, (True, False, False))
     if u is not None:
-        _, d_diag, d_blocks = gradient(p, x, u, (w_diag, w_blocks), (False, needs_diag, needs_blocks))
-    grads = (
-        cast_like(dp, p),
-        cast_like(dx, x),
-        cast_like(dy, y),
-        cast_like(d_diag, w_diag),
-        cast_like(d_blocks, w_blocks),
-    )
+        _, d_diag, d_blocks = gradient(p, x, u, metric, (False, needs_diag, needs_blocks))
+    grads = map(cast_like, (dp, dx, dy, d_diag, d_blocks), (p, x, y, w_diag, w_blocks))
     return (*grads, None, None, None, None)
 
 

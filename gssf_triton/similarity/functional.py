@@ -1,7 +1,7 @@
 """The public functions: check, choose a backend, call it.
 
-One tensor's way through the package: `functional` (checks, autocast, batch dimensions) → `ops` (autograd) →
-`gssf_triton.kernels` (launcher, kernel), or → `torch_backend`.
+One tensor's way through the package: `functional` (checks) → `triton_backend` (autocast, batch dimensions) → `bilinear`
+(autograd) → `gssf_triton.kernels` (launcher, kernel), or → `torch_backend`.
 
 Source of the metric: Diao et al., "GSSF: Generalized Structural Sparse Function for Deep Cross-modal Metric Learning",
 IEEE TIP 2024, arXiv 2410.15266.
@@ -9,108 +9,75 @@ IEEE TIP 2024, arXiv 2410.15266.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from functools import partial
+from typing import Protocol
 
 import torch
 import torch.fx
 from torch import Tensor
 
-from gssf_triton import checks, options
+from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
-from gssf_triton.precision import float16_operands, full_precision, joined, product_dtype
-from gssf_triton.similarity import bilinear, paired, terms, torch_backend
+from gssf_triton.metric import Metric, accumulate_dtype
+from gssf_triton.precision import joined, product_dtype
+from gssf_triton.similarity import torch_backend, triton_backend
 
 
-def fold_rows(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, *, backend: str) -> Tensor:
-    """T(x), (..., D), in float32 at least, whatever autocast says; without weights the rows, normalised or as they are.
+class Backend(Protocol):
+    """What a backend computes, of arguments that fit each other."""
 
-    Half-precision rows are rounded nowhere on the way: that is for the product that takes them.
+    def fold(self, x: Tensor, metric: Metric, normalize: bool) -> Tensor: ...
+
+    def pairwise(self, a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor: ...
+
+    def pairwise_terms(
+        self, a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def paired(self, a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor: ...
+
+
+BACKENDS: dict[str, Backend] = {"torch": torch_backend, "triton": triton_backend}
+
+
+def fold_rows(x: Tensor, metric: Metric, normalize: bool, *, backend: str) -> Tensor:
+    """T(x), (..., D), in float32 at least, under autocast too; without weights x itself, normalised if asked for.
+
+    Nothing is rounded to half precision: that is left to the product that takes T(x).
     """
-    x = x.to(torch_backend.accumulate_dtype(x.dtype))
-    with full_precision(x):
-        if backend == "torch":
-            return torch_backend.fold(x, W_diag, W_blocks, normalize)
-        if W_diag is None and W_blocks is None and not normalize:
-            return x
-        return bilinear.fold(torch_backend.as_rows(x), W_diag, W_blocks, normalize).view(x.shape)
+    x = x.to(accumulate_dtype(x.dtype))
+    if metric.is_identity and not normalize:
+        return x
+    return BACKENDS[backend].fold(x, metric, normalize)
 
 
-def _kernels_take(x: Tensor, backend: str) -> bool:
-    """True where the operators fold and multiply rows as they are: not where autocast has a dtype of its own for it."""
-    return backend == "triton" and x.dtype == product_dtype(x)
+def folded(x: Tensor, metric: Metric, normalize: bool, *, backend: str) -> Tensor:
+    """T(x), (..., D), in the dtype that rows like x are multiplied in."""
+    dtype = product_dtype(x)
+    if x.dtype == dtype != torch.float16:  # whose range T(x) may leave
+        return BACKENDS[backend].fold(x, metric, normalize)
+    return fold_rows(x, metric, normalize, backend=backend).to(dtype)
 
 
-def _as_matrices(a: Tensor, b: Tensor, batch: torch.Size | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """a (Z, M, D) and b (Z, N, D) for the kernels.
-
-    A gallery shared by the whole batch makes one tall matrix of the queries; other shared sides are broadcast by their
-    stride where they can be.
-    """
-    M, N, D = a.shape[-2], b.shape[-2], a.shape[-1]
-    matrices = math.prod(batch)
-    if math.prod(b.shape[:-2]) == 1:
-        return a.expand(*batch, M, D).reshape(1, matrices * M, D), b.reshape(1, N, D)
-    return a.expand(*batch, M, D).reshape(matrices, M, D), b.expand(*batch, N, D).reshape(matrices, N, D)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of `pairwise_sim` or `pairwise_terms` that passed every check."""
-
-    a: Tensor
-    b: Tensor
-    normalize: bool
-    batch: tuple[int, ...]
-    out_dtype: torch.dtype
-    backend: str
-
-    @property
-    def by_kernels(self) -> bool:
-        return _kernels_take(self.a, self.backend)
-
-    @property
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        return _as_matrices(self.a, self.b, self.batch)
-
-    def shaped(self, S: Tensor) -> Tensor:
-        return S.view(*self.batch, self.a.shape[-2], self.b.shape[-2])
-
-    def similarity(self, W_diag: Tensor | None, W_blocks: Tensor | None) -> Tensor:
-        if self.by_kernels:
-            return self.shaped(bilinear.pairwise(*self.matrices, W_diag, W_blocks, self.normalize, self.out_dtype))
-        folding = partial(fold_rows, backend=self.backend)
-        dtype = product_dtype(self.a)
-        with full_precision(self.a):
-            t, y = torch_backend.operands(self.a, self.b, W_diag, W_blocks, self.normalize, folding)
-            if self.backend == "torch" or self.out_dtype == dtype:
-                return torch_backend.product(t, y, dtype, self.out_dtype)
-            # The library would round the sums, a kernel does not; to it these rows are features of the identity.
-            t, y = float16_operands(t, y) if dtype == torch.float16 else (t.to(dtype), y.to(dtype))
-            identity = t.new_ones(t.shape[-1])
-            S = bilinear.pairwise(*_as_matrices(t, y, self.batch), identity, None, False, self.out_dtype)
-            return self.shaped(S)
-
-
-def _check_pairwise(
+def _checked(
     a: Tensor,
     b: Tensor,
-    W_diag: Tensor | None,
-    W_blocks: Tensor | None,
+    metric: Metric,
     normalize: bool,
     out_dtype: torch.dtype | None,
     backend: str,
-) -> _Call:
-    options.check_flags(normalize=normalize)
+    paired: bool = False,
+) -> tuple[Backend, Tensor, Tensor, torch.dtype]:
+    """(backend, a, b, the dtype of S) of arguments that fit each other."""
+    checks.check_flags(normalize=normalize)
     checks.check_pair(a, b)
-    checks.check_weights("a", a, W_diag, W_blocks)
-    batch = tuple(checks.broadcast_batch(a, b))
-    options.check_dtype("out_dtype", out_dtype)
+    if paired:
+        checks.check_rows(a, b)
+    checks.check_weights("a", a, metric.W_diag, metric.W_blocks)
+    checks.broadcast_batch(a=a, b=b)
+    checks.check_dtype("out_dtype", out_dtype)
     a, b = joined(a, b)
     checks.check_same_dtype(a, b)
-    out_dtype = out_dtype or product_dtype(a)
-    return _Call(a, b, normalize, batch, out_dtype, resolve_backend(backend, a, W_blocks))
+    return BACKENDS[resolve_backend(backend, a, metric.W_blocks)], a, b, out_dtype or product_dtype(a)
 
 
 @torch.fx.wrap
@@ -159,7 +126,9 @@ def pairwise_sim(
         >>> gssf_triton.pairwise_sim(a, b, W_diag, W_blocks)
         tensor([[ 8., 15.]])
     """
-    return _check_pairwise(a, b, W_diag, W_blocks, normalize, out_dtype, backend).similarity(W_diag, W_blocks)
+    metric = Metric(W_diag, W_blocks)
+    computing, a, b, dtype = _checked(a, b, metric, normalize, out_dtype, backend)
+    return computing.pairwise(a, b, metric, normalize, dtype)
 
 
 def pairwise_terms(
@@ -172,7 +141,7 @@ def pairwise_terms(
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The two terms of `pairwise_sim` apart; they sum to it.
+    """The two terms of `pairwise_sim`, which sum to it.
 
     Args:
         a: Queries, (..., M, D).
@@ -202,11 +171,9 @@ def pairwise_terms(
     """
     checks.check_tensor("W_diag", W_diag)
     checks.check_tensor("W_blocks", W_blocks)
-    call = _check_pairwise(a, b, W_diag, W_blocks, normalize, out_dtype, backend)
-    if not call.by_kernels or call.a.dtype == torch.float16:  # whose range T(a) may leave
-        return call.similarity(W_diag, None), call.similarity(None, W_blocks)
-    diagonal, block = terms.pairwise_terms(*call.matrices, W_diag, W_blocks, normalize, call.out_dtype)
-    return call.shaped(diagonal), call.shaped(block)
+    metric = Metric(W_diag, W_blocks)
+    computing, a, b, dtype = _checked(a, b, metric, normalize, out_dtype, backend)
+    return computing.pairwise_terms(a, b, metric, normalize, dtype)
 
 
 @torch.fx.wrap
@@ -248,24 +215,9 @@ def paired_sim(
         >>> gssf_triton.paired_sim(a, a, torch.tensor([2.0, 3.0]))
         tensor([2., 3.])
     """
-    options.check_flags(normalize=normalize)
-    checks.check_pair(a, b)
-    checks.check_paired_rows(a, b)
-    checks.check_weights("a", a, W_diag, W_blocks)
-    batch = checks.broadcast_batch(a, b)
-    options.check_dtype("out_dtype", out_dtype)
-    a, b = joined(a, b)
-    checks.check_same_dtype(a, b)
-    dtype = out_dtype or product_dtype(a)
-    if resolve_backend(backend, a, W_blocks) == "torch":
-        with full_precision(a):
-            return torch_backend.paired(a, b, W_diag, W_blocks, normalize, dtype)
-    shape = (*batch, *a.shape[-2:])
-    rows_a, rows_b = (torch_backend.as_rows(x.expand(shape)) for x in (a, b))
-    if a.dtype == torch.float16:
-        # The kernel multiplies in the rows' dtype, and weights have a range of their own.
-        rows_a, rows_b = rows_a.float(), rows_b.float()
-    return paired.paired(rows_a, rows_b, W_diag, W_blocks, normalize, dtype).view(shape[:-1])
+    metric = Metric(W_diag, W_blocks)
+    computing, a, b, dtype = _checked(a, b, metric, normalize, out_dtype, backend, paired=True)
+    return computing.paired(a, b, metric, normalize, dtype)
 
 
 @torch.fx.wrap
@@ -292,9 +244,8 @@ def transform(
         backend: As in `pairwise_sim`.
 
     Returns:
-        T(x), of x's shape and dtype (autocast's under torch.autocast). It is rounded to that dtype, and must fit it:
-        `pairwise_sim` and the others take care of a T(x) beyond float16's range, a product with what this returns
-        cannot. Under autocast, too, transform float32 features outside it where that matters.
+        T(x), of x's shape and dtype (autocast's under torch.autocast), rounded to that dtype. It may overflow float16;
+        `pairwise_sim` and the others avoid that. If it matters, transform float32 features outside autocast.
 
     Raises:
         TypeError: an argument that is not a tensor.
@@ -315,13 +266,10 @@ def transform(
     """
     checks.check_features("x", x, min_dim=1)
     checks.check_weights("x", x, W_diag, W_blocks)
-    options.check_choice("side", side, ("a", "b"))
-    options.check_flags(normalize=normalize)
-    weight = W_blocks.mT if W_blocks is not None and side == "b" else W_blocks
-    backend = resolve_backend(backend, x, W_blocks)
-    if _kernels_take(x, backend) and x.dtype != torch.float16:  # whose range weights may leave
-        return bilinear.fold(torch_backend.as_rows(x), W_diag, weight, normalize).view(x.shape)
-    return fold_rows(x, W_diag, weight, normalize, backend=backend).to(product_dtype(x))
+    checks.check_choice("side", side, ("a", "b"))
+    checks.check_flags(normalize=normalize)
+    metric = Metric(W_diag, W_blocks) if side == "a" else Metric(W_diag, W_blocks).mT
+    return folded(x, metric, normalize, backend=resolve_backend(backend, x, W_blocks))
 
 
 @torch.fx.wrap

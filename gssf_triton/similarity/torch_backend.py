@@ -1,12 +1,11 @@
-"""The same functions in plain torch: any device, any float dtype, differentiable any number of times.
+"""The similarity in plain torch: any device, any float dtype, differentiable any number of times.
 
-Everything rests on the fold, S = T(a) bᵀ: T costs D·B multiply-adds a row, the product D·N, so S costs what cosine
-does. No intermediate has more numbers than S or T(a).
+All use the fold, S = T(a) bᵀ: T costs D·B multiply-adds a row and the product D·N, so S costs about what cosine does.
+No intermediate is larger than S or T(a).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +13,8 @@ import torch
 from torch import Tensor
 
 from gssf_triton.constants import NORM_EPS
-from gssf_triton.precision import float16_operands
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half-precision features are folded and normalised in float32, and rounded once."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x (..., D) as one matrix of rows; the number of rows is spelled out, so that D = 0 works too."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+from gssf_triton.metric import IDENTITY, Metric, accumulate_dtype, as_rows
+from gssf_triton.precision import float16_operands, full_precision, product_dtype
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -35,9 +25,10 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(NORM_EPS)
 
 
-def fold(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool = False) -> Tensor:
+def fold(x: Tensor, metric: Metric, normalize: bool = False) -> Tensor:
     """T(x) = x ⊙ W_diag + [x_1 W_1 | … | x_G W_G], (..., D) to (..., D) in x's dtype; x itself without weights."""
-    if W_diag is None and W_blocks is None and not normalize:
+    W_diag, W_blocks = metric.W_diag, metric.W_blocks
+    if metric.is_identity and not normalize:
         return x
     wide = accumulate_dtype(x.dtype)
     rows = as_rows(x).to(wide)
@@ -49,20 +40,18 @@ def fold(x: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: b
         groups, size, _ = W_blocks.shape
         weight = W_blocks.to(wide)
         if W_diag is not None:
-            # The diagonal rides in the blocks, (G, B, B) numbers: one batched product folds both terms, and no
-            # elementwise pass over the rows is left.
+            # With the diagonal added to the blocks one batched product folds both terms, without a second pass over
+            # the rows.
             weight = weight + torch.diag_embed(W_diag.to(wide).view(groups, size))
-        folded = (
-            torch.bmm(rows.reshape(rows.shape[0], groups, size).transpose(0, 1), weight)
-            .transpose(0, 1)
-            .reshape(rows.shape)
-        )
+        with full_precision(x):
+            products = torch.bmm(rows.reshape(rows.shape[0], groups, size).transpose(0, 1), weight)
+        folded = products.transpose(0, 1).reshape(rows.shape)
     return folded.to(x.dtype).view(x.shape)
 
 
 def product(t: Tensor, y: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
     """t (..., M, D) times y (..., N, D) transposed, in `out_dtype`: operands of `dtype`, sums in float32 at least."""
-    # A CPU multiplies float32 faster than float16, and its range is no concern.
+    # A CPU multiplies float32 faster than float16, and float32 has range enough.
     if out_dtype != dtype or (dtype == torch.float16 and t.device.type == "cpu"):
         dtype = torch.promote_types(accumulate_dtype(dtype), out_dtype)
     elif dtype == torch.float16:
@@ -71,9 +60,9 @@ def product(t: Tensor, y: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) ->
 
 
 def folds_left(a: Tensor, b: Tensor) -> bool:
-    """Whether a is the side to fold, that of fewer rows.
+    """Whether to fold a: True unless b has fewer rows.
 
-    Of traced sizes no guard may fix which is larger: a is folded unless it is the larger one whatever they are.
+    With traced sizes, which must not be guarded, True unless a is larger for all values of them.
     """
     larger: Any = a.numel() > b.numel()
     if torch.compiler.is_compiling() or isinstance(larger, torch.SymBool):
@@ -82,37 +71,64 @@ def folds_left(a: Tensor, b: Tensor) -> bool:
 
 
 def operands(
-    a: Tensor,
-    b: Tensor,
-    W_diag: Tensor | None,
-    W_blocks: Tensor | None,
-    normalize: bool,
-    fold_rows: Callable[[Tensor, Tensor | None, Tensor | None, bool], Tensor] | None = None,
+    a: Tensor, b: Tensor, metric: Metric, normalize: bool, fold: Callable[[Tensor, Metric, bool], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(t (..., M, D), y (..., N, D)): S = t yᵀ; the side with fewer rows is folded, in float32 at least."""
-    wide, fold_rows = accumulate_dtype(a.dtype), fold_rows or fold
+    wide = accumulate_dtype(a.dtype)
 
     def as_they_are(x: Tensor) -> Tensor:
-        return fold_rows(x.to(wide), None, None, True) if normalize else x
+        return fold(x.to(wide), IDENTITY, True) if normalize else x
 
     if folds_left(a, b):
-        return fold_rows(a.to(wide), W_diag, W_blocks, normalize), as_they_are(b)
-    transposed = None if W_blocks is None else W_blocks.mT
-    return as_they_are(a), fold_rows(b.to(wide), W_diag, transposed, normalize)
+        return fold(a.to(wide), metric, normalize), as_they_are(b)
+    return as_they_are(a), fold(b.to(wide), metric.mT, normalize)
+
+
+def pairwise(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor:
+    """S (..., M, N) of a (..., M, D) and b (..., N, D)."""
+    dtype = product_dtype(a)
+    with full_precision(a):
+        return product(*operands(a, b, metric, normalize, fold), dtype, out_dtype)
 
 
 def pairwise_terms(
-    a: Tensor, b: Tensor, W_diag: Tensor, W_blocks: Tensor, normalize: bool, out_dtype: torch.dtype
+    a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The diagonal and the block term of S, each (..., M, N)."""
-    diagonal = product(*operands(a, b, W_diag, None, normalize), a.dtype, out_dtype)
-    return diagonal, product(*operands(a, b, None, W_blocks, normalize), a.dtype, out_dtype)
+    diagonal, block = Metric(metric.W_diag), Metric(None, metric.W_blocks)
+    return pairwise(a, b, diagonal, normalize, out_dtype), pairwise(a, b, block, normalize, out_dtype)
 
 
-def paired(
-    a: Tensor, b: Tensor, W_diag: Tensor | None, W_blocks: Tensor | None, normalize: bool, out_dtype: torch.dtype
-) -> Tensor:
+def paired(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor:
     """The diagonal of S, (..., N): a[i] against b[i]."""
     wide = accumulate_dtype(a.dtype)
-    folded = fold(a.to(wide), W_diag, W_blocks, normalize)
-    return (folded * fold(b.to(wide), None, None, normalize)).sum(-1).to(out_dtype)
+    with full_precision(a):
+        products = fold(a.to(wide), metric, normalize) * fold(b.to(wide), IDENTITY, normalize)
+        return products.sum(-1).to(out_dtype)
+
+
+def gradient(
+    p: Tensor | None, x: Tensor, y: Tensor | None, metric: Metric, block_size: int, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(T'(R), dW_diag, dW_blocks) of R = P x, or R = x without P; those that `needs` asks for, the others None.
+
+    R is rounded to the operands' dtype, as by the library's product, but not to float16: R may leave its range though
+    the gradients do not.
+    """
+    needs_rows, needs_diag, needs_blocks = needs
+    product_dtype = x.dtype if p is None else torch.promote_types(p.dtype, x.dtype)
+    wide = accumulate_dtype(product_dtype)
+    operands = wide if product_dtype == torch.float16 else product_dtype
+    R = x if p is None else torch.matmul(p.to(operands), x.to(operands))
+    rows = d_diag = d_blocks = None
+    if needs_rows:
+        rows = fold(R, metric.mT).to(x.dtype)
+    if needs_diag or needs_blocks:
+        assert y is not None
+        wide_y, wide_R = as_rows(y).to(wide), as_rows(R).to(wide)
+        if needs_diag:
+            d_diag = (wide_y * wide_R).sum(0)
+        if needs_blocks:
+            shape = (wide_R.shape[0], x.shape[-1] // block_size, block_size)
+            d_blocks = torch.bmm(wide_y.view(shape).permute(1, 2, 0), wide_R.view(shape).transpose(0, 1))
+    return rows, d_diag, d_blocks

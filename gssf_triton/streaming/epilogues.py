@@ -1,13 +1,13 @@
 """Epilogues in plain torch: what is kept of one chunk of S, and how what several chunks kept is merged.
 
-An epilogue sees the chunk's similarities `s` (R, C), what the caller says of its rows (`rows`, one vector a name, (R,)
-each) and columns, and returns what it keeps of every row (`row_out`) and every column (`column_out`), sums over the
-whole chunk (`totals`), and the chunk's slope ∂loss/∂(scale·s) where one is asked for. A new loss is a new entry of
-`EPILOGUES`, here and in `gssf_triton.kernels.epilogues`; CONTRIBUTING.md has a worked example.
+An epilogue sees the chunk's similarities `s` (R, C) and vectors along its rows and columns. It returns what it keeps
+of every row (`rows`) and every column (`columns`), sums over the whole chunk (`totals`), and the chunk's slope
+∂loss/∂(scale·s) where one is asked for. A new loss is a new record in `EPILOGUES` and two functions, one here and one
+in `gssf_triton.kernels.epilogues`; CONTRIBUTING.md has a worked example.
 
-What is kept of a row is a state: a few numbers that say all there is to know of the columns seen so far. Two states of
-the same row, of columns that do not overlap, merge into one of both; the kernel's tiles, the chunks and the processes
-of a group all use this one definition (`Epilogue.merge`), in a fixed order:
+What is kept of a row is a state: a few numbers that sum up the columns seen so far. Two states of the same row, of
+columns that do not overlap, merge into one of both. The kernel's tiles, the chunks and the processes of a group all use
+this one definition (`Epilogue.merge`), in a fixed order:
 
     softmax        m = max(m₁, m₂),  l = l₁·e^(m₁−m) + l₂·e^(m₂−m),  plain sums added (z's, the count, the match's s)
     hinge          the larger (value, index), of equal values the lower index, NaN above all;  or (Σ, count) added
@@ -20,84 +20,64 @@ An empty state (m = −inf, l = 0, index −1, sums 0) changes nothing it is mer
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: What a reduction of a state begins with: no similarity seen yet.
+from gssf_triton.kernels.stream_values import Epilogue, Kept, Operands
+
+#: A maximum of no similarity.
 EMPTY_MAX = float("-inf")
 
 
-@dataclass
 class Chunk:
     """Similarities of a run of rows with a run of columns, and what the epilogue may know of both.
 
-    `s` (R, C) may be overwritten. `diagonal` is the offset of the matching pairs in it: column = row + diagonal.
-    `same` (R, C) marks pairs of equal ids, matching pairs included; None where there are no ids. `scalars` holds the
-    scale first, then the epilogue's own.
+    Attributes:
+        s: (R, C), which may be overwritten, as may `teacher` and `same`.
+        teacher: The similarities of the second product, (R, C), or None.
+        same: Pairs of equal ids, matching pairs included, (R, C); None without ids.
+        rows: Vectors along the rows, (count, R, 1).
+        columns: Vectors along the columns, (count, 1, C).
+        scalars: The scale first, then the epilogue's own.
+        diagonal: Row i matches column i + diagonal.
+        epilogue: The record, for its flags.
+        wants_slope: Whether the slope is asked for.
     """
 
-    s: Tensor
-    teacher: Tensor | None
-    rows: Tensor
-    columns: Tensor
-    diagonal: int
-    same: Tensor | None
-    scalars: Tensor
-    wants_slope: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.s.shape[0], self.s.shape[1]
+    def __init__(self, x: Operands, epilogue: Epilogue, wants_slope: bool) -> None:
+        self.s = x.t @ x.y.mT
+        self.teacher = self.same = None
+        if x.teacher_t is not None and x.teacher_y is not None:
+            self.teacher = x.teacher_t @ x.teacher_y.mT
+        if x.row_ids is not None and x.column_ids is not None:
+            self.same = x.row_ids[:, None] == x.column_ids
+        nothing = x.scalars.new_empty(0)
+        self.rows = nothing if x.rows is None else x.rows[:, :, None]
+        self.columns = nothing if x.columns is None else x.columns[:, None]
+        self.scalars, self.diagonal = x.scalars, x.offset
+        self.epilogue, self.wants_slope = epilogue, wants_slope
 
     def matches(self, x: Tensor) -> Tensor:
         """The view of a chunk-shaped x that holds its matching pairs; empty where the chunk has none."""
-        R, C = self.shape
+        R, C = x.shape
         if self.diagonal <= -R or self.diagonal >= C:
             return x.new_empty(0)
         return x.diagonal(self.diagonal)
 
     def duplicates(self) -> Tensor | None:
         """Pairs of equal ids other than the matching ones, which are never negatives."""
-        if self.same is None:
-            return None
-        self.matches(self.same).fill_(False)
+        if self.same is not None:
+            self.matches(self.same).fill_(False)
         return self.same
 
-
-@dataclass
-class Kept:
-    """An epilogue's results: (row_outputs, R), (column_outputs, C), (totals,) and the slope (R, C) or None."""
-
-    row_out: Tensor
-    column_out: Tensor
-    totals: Tensor
-    slope: Tensor | None = None
-
-
-Merge = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """`merge(old, new)` joins two states (outputs, X) of the same rows, `old` of the columns that come first.
-
-    `row_empty` and `column_empty` are the states before anything is merged, a number an output; `index_output` is the
-    one that counts within the chunk, and in a state within the whole side (see `index_bits`). Merging in a fixed order
-    gives the same bits; any order gives the same mathematics, which is what lets chunks and GPUs share one definition.
-    """
-
-    tile: Callable[[Chunk], Kept]
-    merge: Merge
-    row_empty: tuple[float, ...] = ()
-    column_empty: tuple[float, ...] = ()
-    totals: int = 0
-    index_output: int | None = None
-    uses_teacher: bool = False
-    makes_slope: bool = False
+    def positives(self) -> Tensor | None:
+        """Pairs of equal ids and the matching ones; None where only these are."""
+        if self.same is not None:
+            self.matches(self.same).fill_(True)
+        return self.same
 
 
 # ------------------------------------------------------------------------------------------------------------- merging
@@ -106,11 +86,6 @@ class Epilogue:
 def _shift(old: Tensor, new: Tensor) -> Tensor:
     """exp(old − new) of running maxima, 1 where they are equal: also at ±inf, where the difference is not a number."""
     return torch.where(old == new, 1.0, torch.exp(old - new))
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the states of operands of `dtype`: no wider than it must be, some devices have no float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def index_bits(state: Tensor) -> Tensor:
@@ -167,14 +142,6 @@ def _weighted_sum(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, y.to(x.dtype)).sum()
 
 
-def _no_totals(chunk: Chunk) -> Tensor:
-    return chunk.s.new_zeros(0)
-
-
-def _nothing(chunk: Chunk, size: int) -> Tensor:
-    return chunk.s.new_zeros((0, size))
-
-
 # ------------------------------------------------------------------------------------------------------------- softmax
 
 
@@ -188,51 +155,44 @@ def _softmax_state(z: Tensor, dim: int, excluded: Tensor | None, sums: bool) -> 
     return torch.stack(state)
 
 
-def _softmax_stats(sums: bool, columns: bool) -> Callable[[Chunk], Kept]:
-    def tile(chunk: Chunk) -> Kept:
-        """(max, Σ exp, then with `sums` Σ z and the count) of the scaled logits z, of each row and each column.
+def _softmax_stats(chunk: Chunk) -> Kept:
+    """(max, Σ exp, then with `sums` Σ z and the count) of the scaled logits z, of each row, with `both` each column.
 
-        Rows also keep their match's similarity, last: from the product that fills the sums, so that a row with no
-        negative has a loss of exactly 0.
-        """
-        excluded = chunk.duplicates()
-        match = chunk.s.new_zeros(chunk.shape[0])
-        first = max(0, -chunk.diagonal)
-        on_diagonal = chunk.matches(chunk.s)
-        match[first : first + len(on_diagonal)] = on_diagonal
-        z = chunk.s.mul_(chunk.scalars[0])
+    Rows also keep their match's similarity, last: from the product that fills the sums, so that a row with no negative
+    has a loss of exactly 0.
+    """
+    excluded, sums = chunk.duplicates(), chunk.epilogue.sums
+    match = chunk.s.new_zeros(chunk.s.shape[0])
+    first = max(0, -chunk.diagonal)
+    on_diagonal = chunk.matches(chunk.s)
+    match[first : first + len(on_diagonal)] = on_diagonal
+    z = chunk.s.mul_(chunk.scalars[0])
+    if excluded is not None:
+        z = z.masked_fill_(excluded, EMPTY_MAX)
+    rows = torch.cat((_softmax_state(z, 1, excluded, sums), match[None]))
+    return Kept(rows, _softmax_state(z, 0, excluded, sums) if chunk.epilogue.both else None)
+
+
+def _softmax_slope(chunk: Chunk) -> Kept:
+    """w·(exp(z − lse) − u) of the row, and with `both` of the column; 0 for matches, which are added outside.
+
+    Rows and columns hold (lse, w, u, the match's similarity), u = ε/K of label smoothing. The total, the scale's
+    gradient, is Σ slope·(s − match) of both: every row's slopes sum to 0 with its match's, so the match's similarity
+    may be taken off, and with it goes the difference of two large sums that float32 would not survive.
+    """
+    excluded = chunk.duplicates()
+    scaled = chunk.s * chunk.scalars[0]
+    total = chunk.s.new_zeros(())
+    slope = None
+    for side, dim in ((chunk.rows, 1), (chunk.columns, 0))[: 2 if chunk.epilogue.both else 1]:
+        lse, weight, uniform, match = side
+        part = (scaled - lse).exp_().sub_(uniform).mul_(weight)
+        chunk.matches(part).zero_()
         if excluded is not None:
-            z = z.masked_fill_(excluded, EMPTY_MAX)
-        row = torch.cat((_softmax_state(z, 1, excluded, sums), match[None]))
-        column = _softmax_state(z, 0, excluded, sums) if columns else _nothing(chunk, chunk.shape[1])
-        return Kept(row, column, _no_totals(chunk))
-
-    return tile
-
-
-def _softmax_slope(columns: bool) -> Callable[[Chunk], Kept]:
-    def tile(chunk: Chunk) -> Kept:
-        """w·(exp(z − lse) − u) of the row, and with `columns` of the column; 0 for matches, which are added outside.
-
-        Rows and columns hold (lse, w, u, the match's similarity), u = ε/K of label smoothing. The total, the scale's
-        gradient, is Σ slope·(s − match) of both: every row's slopes sum to 0 with its match's, so the match's
-        similarity may be taken off, and with it goes the difference of two large sums that float32 would not survive.
-        """
-        excluded = chunk.duplicates()
-        scaled = chunk.s * chunk.scalars[0]
-        total = chunk.s.new_zeros(())
-        slope = None
-        for side, dim in ((chunk.rows, -1), (chunk.columns, -2))[: 2 if columns else 1]:
-            lse, weight, uniform, match = side.unsqueeze(dim)
-            part = (scaled - lse).exp_().sub_(uniform).mul_(weight)
-            chunk.matches(part).zero_()
-            if excluded is not None:
-                part.masked_fill_(excluded, 0.0)
-            total = total + _weighted_sum(part, chunk.s) - (part.sum(dim) * match.squeeze(dim)).sum()
-            slope = part if slope is None else slope.add_(part)
-        return Kept(_nothing(chunk, chunk.shape[0]), _nothing(chunk, chunk.shape[1]), total[None], slope)
-
-    return tile
+            part.masked_fill_(excluded, 0.0)
+        total = total + _weighted_sum(part, chunk.s) - (part.sum(dim) * match.squeeze(dim)).sum()
+        slope = part if slope is None else slope.add_(part)
+    return Kept(totals=total[None], slope=slope)
 
 
 # ------------------------------------------------------------------------------------------------------------- sigmoid
@@ -243,42 +203,33 @@ def _sigmoid(chunk: Chunk) -> Kept:
 
     The totals are Σ slope·s and Σ slope: the gradients of the scale and the bias.
     """
-    x = torch.addcmul(chunk.scalars[1], chunk.s, chunk.scalars[0])
-    if chunk.same is None:
+    positives = chunk.positives()
+
+    def negate_positives(x: Tensor) -> Tensor:
+        if positives is not None:
+            return torch.where(positives, -x, x)
         chunk.matches(x).neg_()
-    else:
-        chunk.matches(chunk.same).fill_(True)
-        x = torch.where(chunk.same, -x, x)  # = −y·(scale·s + bias)
+        return x
+
+    x = negate_positives(torch.addcmul(chunk.scalars[1], chunk.s, chunk.scalars[0]))  # = −y·(scale·s + bias)
     # By default everything above 20 is taken to be its own softplus, which costs float64 seven of its digits.
-    row = F.softplus(x, threshold=40.0).sum(1)
-    slope = totals = None
-    if chunk.wants_slope:
-        slope = x.sigmoid_().mul_(chunk.rows[0].unsqueeze(-1))
-        if chunk.same is None:
-            chunk.matches(slope).neg_()
-        else:
-            slope = torch.where(chunk.same, -slope, slope)
-        totals = torch.stack((_weighted_sum(slope, chunk.s), slope.sum()))
-    return Kept(row[None], _nothing(chunk, chunk.shape[1]), chunk.s.new_zeros(2) if totals is None else totals, slope)
+    rows = F.softplus(x, threshold=40.0).sum(1)[None]
+    if not chunk.wants_slope:
+        return Kept(rows)
+    slope = negate_positives(x.sigmoid_().mul_(chunk.rows[0]))
+    return Kept(rows, totals=torch.stack((_weighted_sum(slope, chunk.s), slope.sum())), slope=slope)
 
 
 # --------------------------------------------------------------------------------------------------------------- hinge
 
 
-def _negatives(chunk: Chunk) -> Tensor:
-    """The chunk times its scale with −inf in place of matching pairs and equal ids."""
+def _hinge_hardest(chunk: Chunk) -> Kept:
+    """(value, index within the chunk) of the most similar negative of each row and each column; lowest index first."""
     s = chunk.s.mul_(chunk.scalars[0])
     if chunk.same is not None:
         s = s.masked_fill_(chunk.same, EMPTY_MAX)
     chunk.matches(s).fill_(EMPTY_MAX)
-    return s
-
-
-def _hinge_hardest(chunk: Chunk) -> Kept:
-    """(value, index within the chunk) of the most similar negative of each row and each column; lowest index first."""
-    s = _negatives(chunk)
-    row, column = (torch.stack((top, at.to(s.dtype))) for top, at in (s.max(1), s.max(0)))
-    return Kept(row, column, _no_totals(chunk))
+    return Kept(*(torch.stack((top, at.to(s.dtype))) for top, at in (s.max(1), s.max(0))))
 
 
 def _hinge_all(chunk: Chunk) -> Kept:
@@ -287,15 +238,11 @@ def _hinge_all(chunk: Chunk) -> Kept:
     Rows hold (margin − positive, w), so do columns.
     """
     s = chunk.s.mul_(chunk.scalars[0])
-    excluded = chunk.same
-    if excluded is not None:
-        chunk.matches(excluded).fill_(True)
-    R, C = chunk.shape
-    slope = chunk.s.new_zeros((R, C)) if chunk.wants_slope else None
+    excluded = chunk.positives()
+    slope = torch.zeros_like(s) if chunk.wants_slope else None
     states = []
     for dim, vectors in ((1, chunk.rows), (0, chunk.columns)):
-        other = -1 if dim == 1 else -2
-        violation = s + vectors[0].unsqueeze(other)
+        violation = s + vectors[0]
         if excluded is None:
             chunk.matches(violation).zero_()
         else:
@@ -306,8 +253,8 @@ def _hinge_all(chunk: Chunk) -> Kept:
         states.append(torch.stack((violation.mul_(count).sum(dim), count.sum(dim))))
         if slope is not None:
             # Not a product: an infinite weight times no violation is 0.
-            slope += torch.where(positive, vectors[1].unsqueeze(other), 0.0)
-    return Kept(states[0], states[1], _no_totals(chunk), slope)
+            slope += torch.where(positive, vectors[1], 0.0)
+    return Kept(states[0], states[1], slope=slope)
 
 
 # -------------------------------------------------------------------------------------------------------- distillation
@@ -320,42 +267,38 @@ def _distillation_stats(chunk: Chunk) -> Kept:
     top_s, sum_s = _max_and_sum(student, 1)
     top_t = teacher.amax(1)
     weight = torch.exp(teacher - top_t.unsqueeze(1))
-    state = torch.stack((top_s, sum_s, top_t, weight.sum(1), weight.mul_(teacher.sub_(student)).sum(1)))
-    return Kept(state, _nothing(chunk, chunk.shape[1]), _no_totals(chunk))
+    return Kept(torch.stack((top_s, sum_s, top_t, weight.sum(1), weight.mul_(teacher.sub_(student)).sum(1))))
 
 
 def _distillation_slope(chunk: Chunk) -> Kept:
     """w·(softmax(student) − softmax(teacher)); rows hold (student's lse, teacher's lse, w). The total is Σ slope·s."""
     assert chunk.teacher is not None
-    lse_s, lse_t, weight = chunk.rows.unsqueeze(-1)
+    lse_s, lse_t, weight = chunk.rows
     slope = torch.exp(chunk.s * chunk.scalars[0] - lse_s)
     slope -= torch.exp(chunk.teacher * chunk.scalars[1] - lse_t)
     slope *= weight
-    nothing = _nothing(chunk, chunk.shape[0])
-    return Kept(nothing, _nothing(chunk, chunk.shape[1]), _weighted_sum(slope, chunk.s)[None], slope)
+    return Kept(totals=_weighted_sum(slope, chunk.s)[None], slope=slope)
 
 
-_SOFTMAX = (EMPTY_MAX, 0.0)
-_SOFTMAX_SUMS = (EMPTY_MAX, 0.0, 0.0, 0.0)
+_STATE = (EMPTY_MAX, 0.0)
+_SUMS = (*_STATE, 0.0, 0.0)
 _MATCH = (0.0,)
+_HARDEST = (EMPTY_MAX, -1.0)
+_STATS = partial(Epilogue, _softmax_stats, "softmax_stats", merge_softmax)
+_SLOPE = partial(Epilogue, merge=merge_sums, totals=1, slope=True)
 
 EPILOGUES = {
-    "softmax_rows": Epilogue(_softmax_stats(False, False), merge_softmax, _SOFTMAX + _MATCH),
-    "softmax_both": Epilogue(_softmax_stats(False, True), merge_softmax, _SOFTMAX + _MATCH, _SOFTMAX),
-    "softmax_sums_rows": Epilogue(_softmax_stats(True, False), merge_softmax, _SOFTMAX_SUMS + _MATCH),
-    "softmax_sums_both": Epilogue(_softmax_stats(True, True), merge_softmax, _SOFTMAX_SUMS + _MATCH, _SOFTMAX_SUMS),
-    "softmax_slope_rows": Epilogue(_softmax_slope(False), merge_sums, totals=1, makes_slope=True),
-    "softmax_slope_both": Epilogue(_softmax_slope(True), merge_sums, totals=1, makes_slope=True),
-    "sigmoid": Epilogue(
-        _sigmoid, merge_sums, (0.0,), totals=2, makes_slope=True
-    ),
-    "hinge_hardest": Epilogue(_hinge_hardest, merge_hardest, (EMPTY_MAX, -1.0), (EMPTY_MAX, -1.0), index_output=1),
-    "hinge_all": Epilogue(_hinge_all, merge_sums, (0.0, 0.0), (0.0, 0.0), makes_slope=True),
+    "softmax_rows": _STATS(rows=_STATE + _MATCH),
+    "softmax_both": _STATS(rows=_STATE + _MATCH, columns=_STATE, both=True),
+    "softmax_sums_rows": _STATS(rows=_SUMS + _MATCH, sums=True),
+    "softmax_sums_both": _STATS(rows=_SUMS + _MATCH, columns=_SUMS, both=True, sums=True),
+    "softmax_slope_rows": _SLOPE(_softmax_slope, "softmax_slope"),
+    "softmax_slope_both": _SLOPE(_softmax_slope, "softmax_slope", both=True),
+    "sigmoid": _SLOPE(_sigmoid, "sigmoid", rows=(0.0,), totals=2),
+    "hinge_hardest": Epilogue(_hinge_hardest, "hinge_hardest", merge_hardest, _HARDEST, _HARDEST, index=1, both=True),
+    "hinge_all": _SLOPE(_hinge_all, "hinge_all", rows=(0.0, 0.0), columns=(0.0, 0.0), totals=0, both=True),
     "distillation": Epilogue(
-        _distillation_stats, merge_distillation, (EMPTY_MAX, 0.0, EMPTY_MAX, 0.0, 0.0),
-        uses_teacher=True,
+        _distillation_stats, "distillation", merge_distillation, (*_STATE, *_STATE, 0.0), teacher=True
     ),
-    "distillation_slope": Epilogue(
-        _distillation_slope, merge_sums, totals=1, uses_teacher=True, makes_slope=True
-    ),
-}  # fmt: skip
+    "distillation_slope": _SLOPE(_distillation_slope, "distillation_slope", teacher=True),
+}

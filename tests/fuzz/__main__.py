@@ -13,7 +13,13 @@ if "TRITON_INTERPRET" not in os.environ:
 
     os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
+from support.interpreter import remember_lookups  # noqa: E402
+
 from fuzz.loop import main  # noqa: E402
+from gssf_triton.backend import HAS_TRITON  # noqa: E402
+
+if HAS_TRITON and os.environ["TRITON_INTERPRET"] == "1":
+    remember_lookups()
 
 if __name__ == "__main__":
     sys.exit(main())

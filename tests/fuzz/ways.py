@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from unittest import mock
 
 from fuzz.draw import Draw
-from gssf_triton.autotune import lookup
-from gssf_triton.kernels import retrieval_configs
+from gssf_triton.kernels import choice, retrieval_configs
+from gssf_triton.kernels.choice import force_plan
 from gssf_triton.kernels.configs import ChunkConfig
-from gssf_triton.kernels.plans import PLANS, force_plan
-from gssf_triton.region_word import torch_backend
+from gssf_triton.kernels.plans import PLANS
+from gssf_triton.region_word import pairs
 
 
 class Way:
@@ -27,7 +27,7 @@ class Way:
             return
         if d.small:
             self.plan = d.choice(PLANS)
-            self.fold_b = d.choice((None, False, True))
+            self.fold = d.choice(("fewer", "a", "b"))
             d.tag(f"plan: {self.plan}")
         d.tag("small chunks")
         self.chunk = d.choice(((5, 3), (16, 16), (37, 45), (64, 7)) if not d.small else ((7, 16), (16, 37)))
@@ -39,10 +39,10 @@ class Way:
     def taken(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if self.plan is not None:
-                stack.enter_context(force_plan(self.plan, self.fold_b))
+                stack.enter_context(force_plan(self.plan, self.fold))
             if self.chunk is not None:
-                stack.enter_context(lookup.use("chunk", ChunkConfig(*self.chunk)))
+                stack.enter_context(choice.use(chunk=ChunkConfig(*self.chunk)))
                 budget = {"cpu": self.bytes, "cuda": self.bytes}
-                stack.enter_context(mock.patch.object(torch_backend, "CHUNK_BYTES", budget))
+                stack.enter_context(mock.patch.object(pairs, "CHUNK_BYTES", budget))
                 stack.enter_context(mock.patch.object(retrieval_configs, "stream_chunks", lambda *shape: self.stream))
             yield

@@ -14,9 +14,9 @@ from support import reference
 from support.reference import assert_close, features, tolerance, weights
 from torch import Tensor
 
-from gssf_triton.integrations import require
 from gssf_triton.integrations.arrays import folded_queries, gallery_rows, load_arrays, save_arrays
 from gssf_triton.integrations.faiss import build_index, search
+from gssf_triton.optional import require
 
 G, B = 3, 8
 KINDS = pytest.mark.parametrize("kind", ["diag", "blocks", "diag+blocks"])

@@ -31,7 +31,7 @@ from transformers import (
     ViTModel,
 )
 
-from gssf_triton.attention.functional import HeadMetric
+from gssf_triton.attention.heads import HeadMetric
 from gssf_triton.integrations import transformers as integration
 from gssf_triton.integrations.transformers import add_metric, from_pretrained
 

@@ -14,7 +14,7 @@ from typing import Any
 #: What the first machines with a GPU do not hold.
 MISSING = ("platformdirs", "faiss", "xdist", "open_clip")
 #: Of perf/, what computes; what only starts it needs no GPU.
-REHEARSED = ("_first_worker.py", "gpu_check.py", "sweep.py")
+REHEARSED = ("bench.first.worker", "gpu_check.py", "sweep.py")
 #: A task of first_run.py in which the process is to die, as at an illegal access, or to hang.
 ABORT, HANG = "GSSF_REHEARSAL_ABORT", "GSSF_REHEARSAL_HANG"
 

@@ -1,4 +1,4 @@
-"""Which batch sizes have Triton compile anew: prints a JSON object, call → [[size, compilations that are new], …].
+"""Which batch sizes have Triton compile anew: prints JSON, dtype → call → [[size, new compilations], …].
 
 The sizes that are expected to are not printed, nor those before them.
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gssf_triton as gssf
 from gssf_triton.autotune.rehearsal import Tape, recording
-from gssf_triton.kernels.plans import force_plan
+from gssf_triton.kernels.choice import force_plan
 
 D, B = 64, 32
 #: (sizes that may compile, sizes after them that must not). Chunks of the losses' S end raggedly, or after one row.
@@ -73,8 +73,10 @@ def losses(dtype: torch.dtype, with_ids: bool) -> Iterator[tuple[str, Callable[[
 
 
 def own_product(*sides: Tensor, **weights: Tensor) -> Tensor:
-    with force_plan("fold_own_product"):
-        return gssf.pairwise_sim(*sides, **weights)
+    """The library's product cannot change the dtype."""
+    other = torch.float32 if sides[0].dtype != torch.float32 else torch.bfloat16
+    with force_plan("fold_product"):
+        return gssf.pairwise_sim(*sides, **weights, out_dtype=other)
 
 
 def products(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[int], object], Sizes]]:
@@ -169,7 +171,7 @@ def new_at_each_size(tape: Tape, call: Callable[[int], object], sizes: Sizes) ->
     return counted[len(first) :]
 
 
-def main(dtype: torch.dtype) -> None:
+def count(dtype: torch.dtype) -> dict[str, list[tuple[int, int]]]:
     found: dict[str, list[tuple[int, int]]] = {}
     with recording("sm_80") as tape:  # where every Triton may launch every kernel
         for with_ids in (False, True):
@@ -179,8 +181,8 @@ def main(dtype: torch.dtype) -> None:
             found[name] = new_at_each_size(tape, search, SQUARES if "mask" in name else BATCHES)
         for name, call, sizes in (*products(dtype), *region_words(dtype)):
             found[name] = new_at_each_size(tape, call, sizes)
-    json.dump(found, sys.stdout, ensure_ascii=False)
+    return found
 
 
 if __name__ == "__main__":
-    main(getattr(torch, sys.argv[1]))
+    json.dump({name: count(getattr(torch, name)) for name in sys.argv[1:]}, sys.stdout, ensure_ascii=False)

@@ -17,11 +17,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "perf")]
 
-import _results  # noqa: E402
 import study_data  # noqa: E402
 from checkpoints import save_checkpoint  # noqa: E402
 from study_runner import Results  # noqa: E402
 
+from bench import results  # noqa: E402
 from gssf_triton.data import Glyphs, glyphs  # noqa: E402
 from gssf_triton.integrations.arrays import load_arrays, save_arrays  # noqa: E402
 
@@ -63,11 +63,11 @@ def read_arrays(path: Path) -> str:
 
 
 def write_run(path: Path, letter: str) -> None:
-    _results.write(path, dict.fromkeys(_results.RUN, letter * 1000) | {"schema": 1})
+    results.write(path, dict.fromkeys(results.RUN, letter * 1000) | {"schema": 1})
 
 
 def read_run(path: Path) -> str:
-    (value,) = set(_results.read(path)["suite"])
+    (value,) = set(results.read(path)["suite"])
     return str(value)
 
 

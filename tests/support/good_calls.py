@@ -10,7 +10,7 @@ import torch
 
 import gssf_triton
 from gssf_triton import data, metrics, nn, viz
-from gssf_triton.attention.functional import HeadMetric
+from gssf_triton.attention.heads import HeadMetric
 from support.reference import features, weights
 
 #: 4 rows, 6 gallery items, D = 24 = 3 blocks of 8.

@@ -9,7 +9,8 @@ import torch
 
 import gssf_triton
 from gssf_triton.kernels import toolchain
-from gssf_triton.kernels.plans import PLANS, force_plan
+from gssf_triton.kernels.choice import force_plan
+from gssf_triton.kernels.plans import PLANS
 from gssf_triton.kernels.toolchain import Assembler, Toolchain
 from support import reference, region_word_reference
 from support.tuner_kit import H100, pretend
@@ -80,6 +81,8 @@ def every_operator(dtype: torch.dtype) -> None:
     problem = region_word_reference.problem((2, 3), (5, 4), 3, 8, dtype=dtype)
     region_word_reference.check("cross_attention_sim", problem, backend="triton")
     plain = {name: t.detach() for name, t in tensors(dtype, (9, 9)).items()}
+    with force_plan("fold_product"):  # the product of another dtype is our kernel's
+        gssf_triton.pairwise_sim(*plain.values(), out_dtype=torch.float32, backend="triton")
     gssf_triton.topk(*plain.values(), k=3, backend="triton")
     gssf_triton.info_nce(*plain.values(), logit_scale=torch.tensor(10.0), backend="triton")
     gssf_triton.late_interaction(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gssf_triton.autotune import lookup
-from gssf_triton.autotune.keys import Key
+from gssf_triton.autotune.space import Key
 from gssf_triton.autotune.tables import Entry
 from gssf_triton.kernels import devices
 from gssf_triton.kernels.configs import ChunkConfig
@@ -45,7 +45,7 @@ def stream_key(rows: int = 4096, D: int = 256) -> Key:
 
 
 def measured(config: Any, seconds: float = 1e-3) -> Entry:
-    return Entry(config, "measured", seconds, 0.01, "2.13.0", "3.9.0", "")
+    return Entry(config, seconds, 0.01, "2.13.0", "3.9.0", "")
 
 
 def a_chunk(rows: int = 512) -> Entry:
@@ -56,8 +56,6 @@ def a_chunk(rows: int = 512) -> Entry:
 def pretend(patch: pytest.MonkeyPatch, device: Device) -> Iterator[None]:
     """Every look-up is for this device."""
     with patch.context() as inner:
-        inner.setattr(lookup, "identify", lambda where: device)
-        inner.setattr(lookup, "identify_for_torch", lambda where: device)
         inner.setattr(devices, "identify", lambda where: device)
         inner.setattr(devices, "identify_for_torch", lambda where: device)
         lookup.forget()
