@@ -12,7 +12,7 @@ from gssf_triton import kernels
 from gssf_triton.checks import check_choice
 from gssf_triton.kernels.release import HAS_TRITON, OLDEST_TRITON, TRITON_VERSION
 
-BACKENDS = ("auto", "triton", "torch")
+CHOICES = ("auto", "triton", "torch")
 
 #: Ampere is the oldest NVIDIA architecture with bfloat16 and TF32 tensor cores, which the configurations assume.
 OLDEST_CAPABILITY = (8, 0)
@@ -47,7 +47,7 @@ def resolve_backend(backend: str, x: Tensor, W_blocks: Tensor | None) -> str:
         ValueError: an unknown backend, or blocks larger than the kernels take.
         RuntimeError: `backend="triton"` where Triton cannot run, and how to get it.
     """
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, CHOICES)
     if backend == "torch":
         return "torch"
     on_gpu = x.device.type == "cuda"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gssf_triton.kernels import fold as fold
     from gssf_triton.kernels import gradient as gradient
     from gssf_triton.kernels import late_interaction as late_interaction
+    from gssf_triton.kernels import launch as launch
     from gssf_triton.kernels import paired as paired
     from gssf_triton.kernels import pairwise as pairwise
     from gssf_triton.kernels import rank as rank
@@ -29,6 +30,5 @@ def __getattr__(name: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        why = "" if error.name == module else f": {error}"
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{why}") from error

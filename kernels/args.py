@@ -101,6 +101,9 @@ class Tile(str):
         defaults = {field.name: field.default for field in fields(cls)}
         return super().__new__(cls, f"{cls.__name__}({defaults | dict(zip(defaults, values, strict=False)) | given})")
 
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, field.name).value for field in fields(self))
+
     def __post_init__(self) -> None:
         # Triton 3.6 reads plain fields as run-time values.
         for field in fields(self):

@@ -189,7 +189,7 @@ def by_model(call: Call, arch: str) -> Config:
 
 
 Tiled = Literal["pairwise", "product", "terms", "stream", "stream_teacher"]
-Rows = Literal["fold", "paired"]
+ByRows = Literal["fold", "paired"]
 Plans = Literal["plan", "gradient_plan"]
 Late = Literal["late_interaction"]
 Cross = Literal["cross_attention"]
@@ -198,7 +198,7 @@ Cross = Literal["cross_attention"]
 @overload
 def choose(kernel: Tiled, where: torch.device, dtype: torch.dtype, *shape: int) -> PairwiseConfig: ...
 @overload
-def choose(kernel: Rows, where: torch.device, dtype: torch.dtype, *shape: int) -> FoldConfig: ...
+def choose(kernel: ByRows, where: torch.device, dtype: torch.dtype, *shape: int) -> FoldConfig: ...
 @overload
 def choose(
     kernel: Literal["gradient"], where: torch.device, dtype: torch.dtype, *shape: int, tf32: bool | None = None

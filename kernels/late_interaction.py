@@ -38,7 +38,7 @@ class RowValues(NamedTuple):
 class Items:
     """One side of the products: rows (items, rows, D) and their values, as in `RowValues`; a mask of booleans will do.
 
-    `rest` is what rounding left over of the rows, with their strides, or None: the products are those of rows + rest.
+    `rest` is what rounding left over of the rows, with their strides, or None. One side at most has a rest.
     """
 
     rows: Tensor

@@ -54,7 +54,7 @@ def precision(dtype: torch.dtype, device: torch.device, *, whole_rows: bool = Fa
     return dot_precision(dtype, architecture(device), tf32=tf32, whole_rows=whole_rows)
 
 
-class Config(Hashable, Protocol):
+class Options(Hashable, Protocol):
     """The fields of every configuration that a launch needs."""
 
     @property
@@ -116,11 +116,12 @@ def pair_strides(x: Tensor) -> PairStrides:
 
 @cache
 def _tile(
-    kind: Any, config: Config, B: int, D: int, wide: bool, dtype: torch.dtype, arch: str, tf32: bool,
+    kind: Any, config: Options, B: int, D: int, wide: bool, dtype: torch.dtype, arch: str, tf32: bool,
     constants: tuple[tuple[str, Any], ...],
 ) -> Tile:  # fmt: skip
     sizes = {name: size for name, size in vars(config).items() if name in kind.__dataclass_fields__}
     padded = padded_block(B)
+    assert LONGEST_STEP % sizes.get("BLOCK_K", 1) == 0, config
     found: Tile = kind(**{
         **sizes, "B": B, "BLOCK_B": padded, "EVEN_D": padded == B and D % sizes.get("BLOCK_K", 1) == 0, "WIDE": wide,
         "PRECISION": dot_precision(dtype, arch, tf32=tf32), "ACC": acc_type(accumulate_dtype(dtype)), **dict(constants),
@@ -128,13 +129,14 @@ def _tile(
     return found
 
 
-def tile(config: Config, *features: Tensor, B: int = 0, kind: Any = Tile, **constants: Any) -> Tile:
+def tile(config: Options, *features: Tensor, B: int = 0, kind: Any = Tile, **constants: Any) -> Tile:
     """The `Tile` of a kernel over `features` (…, D) in blocks of B; equal values give one object.
 
     `constants`: further fields of `kind`, or replacements of those that follow from the features.
     """
     x = features[0]
     wide, tf32 = needs_wide_channels(*features), torch.get_float32_matmul_precision() != "highest"
+    constants = {name: getattr(value, "value", value) for name, value in constants.items()}
     # D matters only modulo BLOCK_K. With D itself in the key, the cache would fill the memory.
     D = x.shape[-1] % LONGEST_STEP
     return _tile(kind, config, B, D, wide, x.dtype, architecture(x.device), tf32, tuple(constants.items()))
@@ -150,7 +152,7 @@ def lanes(channels: int, B: int) -> int:
     return channels // B * (1 << (B - 1).bit_length()) if B else channels
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, config: Config, /, **arguments: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, config: Options, /, **arguments: Any) -> None:
     """Start a kernel on `device`, on its current stream, with the compiler's options of `config`.
 
     Triton starts kernels on the current device. With tensors of another device they fail, or, if one device can read

@@ -240,3 +240,13 @@ def test_meta_tensors_propagate_shapes(function: str, device: str) -> None:
     fake = getattr(gssf_triton, function)(**{name: x.detach().to("meta") for name, x in tensors.items()})
     for ours, expected in zip(*((o if isinstance(o, tuple) else (o,)) for o in (fake, real)), strict=True):
         assert ours.is_meta and ours.shape == expected.shape and ours.dtype == expected.dtype
+
+
+def test_a_leading_dimension_of_unknown_size(device: str) -> None:
+    """No guard on it: the compiler does not know what it is."""
+    torch._dynamo.reset()
+    W_diag = torch.randn(12, device=device)
+    compiled = torch.compile(lambda a, b: gssf_triton.pairwise_sim(a, b, W_diag), fullgraph=True, backend="eager")
+    a, b = torch.randn(3, 6, 12, device=device), torch.randn(3, 7, 12, device=device)
+    torch._dynamo.decorators.mark_unbacked(a, 0)
+    torch.testing.assert_close(compiled(a, b), gssf_triton.pairwise_sim(a, b, W_diag))

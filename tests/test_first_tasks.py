@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import gssf_triton
+from bench import checkout, processes
 from bench.check import calls
 from bench.check.errors import where_wrong
 from bench.check.watch import watched
@@ -121,3 +124,15 @@ def test_a_kernel_left_to_torch_is_no_failure(monkeypatch: pytest.MonkeyPatch, d
     monkeypatch.setitem(cases.HEADLINE["rows"], name, lambda place: [][0])
     with pytest.raises(IndexError):
         list(tasks.run(task(device, "headline", of=name, group="rows")))
+
+
+def test_a_worker_imports_nothing_from_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise ImportError('not this one')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    log = io.StringIO()
+    worker = processes.Worker(checkout.environment(tmp_path / "caches"), log)
+    try:
+        assert "ready" in (worker.messages.get(timeout=120) or {}), log.getvalue()
+    finally:
+        worker.end()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -158,6 +160,7 @@ def test_a_tile_is_told_apart_by_everything_it_holds() -> None:
     tile = Tile(64, BLOCK_K=32)
     assert tile == Tile(BLOCK_M=64, BLOCK_K=32, PRECISION="ieee") and hash(tile) == hash(Tile(64, 32))
     assert tile != Tile(64, BLOCK_K=32, EVEN_D=True) and tile != GradientTile(64, BLOCK_K=32)
+    assert all(copy == tile and copy.BLOCK_K == 32 for copy in (pickle.loads(pickle.dumps(tile)), deepcopy(tile)))
     written = json.loads(json.dumps({"constant": tile}))["constant"]
     assert all(field.name in written for field in dataclasses.fields(Tile))
 

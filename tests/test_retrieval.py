@@ -387,3 +387,14 @@ def test_the_filter_and_the_full_merge_agree(k: int, special: float | None, monk
     slow = gssf_triton.topk(**call, k=k)
     assert fast[1].equal(slow[1])
     torch.testing.assert_close(fast[0], slow[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [0, 3], ids=["no query", "queries"])
+def test_half_precision_galleries_under_the_other_ones_autocast(count: int, backend: str, device: str) -> None:
+    """Norms of fewer rows than are summed together are taken outside autocast."""
+    queries, gallery = (torch.randn(n, 12, device=device, dtype=torch.bfloat16) for n in (count, 5))
+    W_diag, ids = torch.ones(12, device=device), torch.arange(5, device=device)
+    call = {"query_ids": ids[:count], "gallery_ids": ids, "normalize": True, "backend": backend}
+    plain = gssf_triton.ranks(queries, gallery, W_diag, **call)
+    with torch.autocast(device, torch.float16):
+        assert torch.equal(gssf_triton.ranks(queries, gallery, W_diag, **call), plain)

@@ -76,8 +76,9 @@ def test_triton_backend_says_how_to_get_triton() -> None:
     _run(
         WITHOUT_TRITON
         + """
-import os, torch, gssf_triton
+import os, torch, gssf_triton, gssf_triton.kernels
 
+assert not hasattr(gssf_triton.kernels, "fold"), "whoever looks through all modules must not fail"
 for switch in ("0", "1"):
     os.environ["TRITON_INTERPRET"] = switch
     for call in (gssf_triton.pairwise_sim, gssf_triton.paired_sim, gssf_triton.transform):

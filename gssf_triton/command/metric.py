@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gssf_triton.backend import BACKENDS, resolve_backend
+from gssf_triton.backend import CHOICES, resolve_backend
 from gssf_triton.checks import check_weights
 from gssf_triton.command.files import load_weights
 from gssf_triton.command.usage import UsageError, default_device, parse_device, refusals
@@ -33,7 +33,7 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("--cosine", action="store_true", help="plain cosine instead (with --raw: dot products)")
     group.add_argument("--raw", action="store_true", help="take the features as they are, not on the unit sphere")
     group.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1 (default: %(default)s)")
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
+    group.add_argument("--backend", choices=CHOICES, default="auto", help="default: %(default)s")
 
 
 def load_metric(args: argparse.Namespace, features: NDArray[Any], transpose: bool = False) -> MetricOptions:

@@ -12,7 +12,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from gssf_triton import checks
-from gssf_triton.backend import BACKENDS
+from gssf_triton.backend import CHOICES
 from gssf_triton.losses.common import check_reduction
 from gssf_triton.losses.distillation import distillation_loss
 from gssf_triton.losses.info_nce import info_nce
@@ -50,7 +50,7 @@ class _MetricLoss(Leaf):
         super().__init__()
         check_metric_module("metric", metric)
         check_reduction(reduction, group)
-        checks.check_choice("backend", backend, BACKENDS)
+        checks.check_choice("backend", backend, CHOICES)
         self.metric = metric
         self.reduction = reduction
         self.group = group

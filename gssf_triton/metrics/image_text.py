@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
-from gssf_triton.kernels.retrieval_configs import stream_chunks
+from gssf_triton.kernels import retrieval_configs
 from gssf_triton.metric import Metric
 from gssf_triton.metrics.common import BELOW_CALLER, recalls, to_host
 from gssf_triton.progress import progress_bar
@@ -105,7 +105,7 @@ def image_text(
         for name, side, order in (("i2t", metric, 1), ("t2i", metric.mT, -1)):
             (queries, query_ids), (gallery, gallery_ids) = sides[::order]
             bar = progress_bar(progress, name if folds == 1 else f"{name} fold {number + 1}/{folds}")
-            rows = stream_chunks(
+            rows = retrieval_configs.stream_chunks(
                 len(queries), len(gallery), queries.shape[1], queries.dtype.itemsize, queries.device.type
             ).rows
             batches = [

@@ -1,6 +1,6 @@
-"""The operator of region–word scores, for both backends: `torch.library` ops `gssf::…` with fake implementations.
+"""The operators of region–word scores and of their gradients, for both backends, with fake implementations.
 
-It takes rows that were folded before, so the weights' gradients are the fold's own. Its gradients recompute the
+They take rows that were folded before, so the weights' gradients are the fold's own. The gradients recompute the
 products, and have no gradient themselves.
 """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Batch:
+class ItemBatch:
     """Items start … stop - 1 of a packing, `extent` rows of each."""
 
     start: int
@@ -49,7 +49,7 @@ class Packing:
         if x.device.type == "cpu":
             self.extents = lengths.tolist()
 
-    def batches(self, rows: int) -> Iterator[Batch]:
+    def batches(self, rows: int) -> Iterator[ItemBatch]:
         """Batches of about `rows` rows each, one item at least; items without a valid row are left out."""
         start = 0
         while start < self.count:
@@ -57,10 +57,10 @@ class Packing:
             if extent == 0:
                 return
             stop = min(self.count, start + max(1, rows // extent))
-            yield Batch(start, stop, extent)
+            yield ItemBatch(start, stop, extent)
             start = stop
 
-    def load(self, x: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+    def load(self, x: Tensor, batch: ItemBatch, dtype: torch.dtype) -> Tensor:
         """The batch's rows (items, extent, D) in `dtype`; padding is zeroed, so that its content has no effect."""
         if self.order is None:
             return x[batch.items].to(dtype)
@@ -69,7 +69,7 @@ class Packing:
         rows = x[self.order[batch.items, None], slots].to(dtype)
         return rows.masked_fill_(self.valid[batch.items, : batch.extent, None].logical_not(), 0)
 
-    def store(self, out: Tensor, batch: Batch, values: Tensor) -> None:
+    def store(self, out: Tensor, batch: ItemBatch, values: Tensor) -> None:
         """Write the batch's rows where they belong in `out` (items, rows, D), padding as zeros."""
         if self.order is None:
             out[batch.items] = values.to(out.dtype)
@@ -78,11 +78,11 @@ class Packing:
         values = values.masked_fill(self.valid[batch.items, : batch.extent, None].logical_not(), 0)
         out[self.order[batch.items, None], self.slots[batch.items, : batch.extent]] = values.to(out.dtype)
 
-    def padding(self, batch: Batch) -> Tensor | None:
+    def padding(self, batch: ItemBatch) -> Tensor | None:
         """True where a row of the batch is padding, (items, extent); None where none can be."""
         return None if self.valid is None else self.valid[batch.items, : batch.extent].logical_not()
 
-    def shares(self, batch: Batch, like: Tensor, mean: bool) -> Tensor:
+    def shares(self, batch: ItemBatch, like: Tensor, mean: bool) -> Tensor:
         """What each row counts in the sum or the mean over its item, (items, extent), in like's dtype; padding 0."""
         if self.valid is None:
             return like.new_full((len(batch), batch.extent), 1 / self.rows if mean else 1.0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gssf_triton.metric import accumulate_dtype
-from gssf_triton.region_word.packing import Batch, Packing, reorder
+from gssf_triton.region_word.packing import ItemBatch, Packing, reorder
 from gssf_triton.similarity.bilinear import unit_rows_vjp
 from gssf_triton.similarity.torch_backend import unit_rows
 
@@ -53,7 +53,7 @@ class Pooling(NamedTuple):
 class Loaded(NamedTuple):
     """A batch with its rows as the product takes them; `raw` are those before normalisation."""
 
-    batch: Batch
+    batch: ItemBatch
     raw: Tensor
     rows: Tensor
 
@@ -141,7 +141,7 @@ class PairChunks:
         if not regions.x.numel() or not words.x.numel():
             return out
         incoming = reorder(grad.to(self.dtype), self.regions, self.words).T
-        sums: dict[Batch, tuple[Tensor, ...]] = {}
+        sums: dict[ItemBatch, tuple[Tensor, ...]] = {}
         for word in self.word_batches():
             d_word = torch.zeros_like(word.matrix)
             for region in self.region_batches():

@@ -138,7 +138,8 @@ class Scores:
         if not self.query.normalize:
             return None
         few = max(STEADY_ROWS - items.shape[0], 0)
-        rows = torch.cat((items, items.new_zeros(few, items.shape[1]))) if few else items
+        with full_precision(items):
+            rows = torch.cat((items, items.new_zeros(few, items.shape[1]))) if few else items
         norms = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype)[: items.shape[0]]
         return norms.clamp_min(NORM_EPS).reciprocal().mul_(self.headroom)
 

@@ -40,6 +40,8 @@ class TritonSearch(Search):
     def _launches(self) -> Iterator[tuple[Tensor, Tensor, Marks, int]]:
         """What a kernel takes, block by block: queries, items, marks, the first item's index."""
         query = self.query
+        if not self.queries.shape[0]:
+            return
 
         def plain(labels: Tensor | None, columns: slice | None = None) -> Tensor | None:
             return None if labels is None else labels[columns or slice(None)].contiguous()

@@ -14,9 +14,6 @@ from gssf_triton.kernels.configs import TRITON_CHUNK_ARRAYS
 from gssf_triton.kernels.stream_values import Epilogue, Kept, Merge, Operands
 from gssf_triton.metric import IDENTITY
 
-#: A multiple of every BLOCK_K there is.
-LONGEST_STEP = 128
-
 
 def merge_tiles(merge: Merge, states: Tensor | None) -> Tensor | None:
     """(outputs, tiles, length) as one state (outputs, length): neighbours are merged, then pairs of them, and so on."""
@@ -61,7 +58,8 @@ class TritonEngine:
             return
         # This library would round a half-precision product to half precision before it is added. Ours takes whole steps
         # of the sum alone, which need no masks: what is left of a batch would be another kernel for every kind of size.
-        steps = p.shape[1] // LONGEST_STEP * LONGEST_STEP
+        longest = kernels.launch.LONGEST_STEP
+        steps = p.shape[1] // longest * longest
         if steps:
             product = torch.empty((1, *out.shape), dtype=out.dtype, device=out.device)
             kernels.pairwise.pairwise(p[None, :, :steps], x[:steps].mT[None], IDENTITY, False, product)

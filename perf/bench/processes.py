@@ -96,7 +96,8 @@ class Worker:
         self.healthy = True
         self.ended = threading.Event()
         command = [sys.executable, "-u", "-m", "bench.first.worker"]
-        self.process = _start(command, environment, stdin=subprocess.PIPE)
+        # Python finds modules in the current folder first: the user's may hold another `bench`.
+        self.process = _start(command, environment, stdin=subprocess.PIPE, cwd=ROOT)
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
