@@ -42,6 +42,7 @@ from support.interpreter import remember_lookups  # noqa: E402
 from support.poison import poisoned_memory  # noqa: E402
 
 from gssf_triton.backend import HAS_TRITON, TRITON_VERSION  # noqa: E402
+from gssf_triton.kernels import choice  # noqa: E402
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 
@@ -107,6 +108,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 def _same_data_in_every_order() -> None:
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(autouse=True)
+def _no_override_is_left() -> Iterator[None]:
+    yield
+    assert choice._overrides == (), "the tests that follow would run with these configurations"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -176,6 +176,7 @@ def test_the_first_use_in_many_threads_at_once(tmp_path: Path, monkeypatch: pyte
 
 def test_a_look_up_while_another_threads_override_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its override ends right after this thread has begun to look through those in force."""
+    monkeypatch.setattr(choice, "_overrides", ())  # what it was comes back in the end
     where = ("chunk", torch.device("cpu"), torch.float32, 512, 512, 256)
     usual, tried = choice.choose(*where), ChunkConfig(512, 2048)
     override = choice.use(chunk=tried)

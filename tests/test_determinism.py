@@ -36,12 +36,14 @@ def run(function: str, tensors: dict[str, Tensor], grads: list[Tensor], **option
         ("pairwise_sim", torch.float32, True),
         ("pairwise_sim", torch.bfloat16, False),
         ("pairwise_terms", torch.float32, False),
+        ("pairwise_terms", torch.bfloat16, True),
         ("paired_sim", torch.bfloat16, True),
         ("paired_sim", torch.float32, False),
         ("transform", torch.bfloat16, True),
+        ("transform", torch.float32, False),
     ],
-    ids=["pairwise_sim-deterministic", "pairwise_sim", "pairwise_terms", "paired_sim-deterministic", "paired_sim",
-         "transform-deterministic"],
+    ids=["pairwise_sim-deterministic", "pairwise_sim", "pairwise_terms", "pairwise_terms-deterministic",
+         "paired_sim-deterministic", "paired_sim", "transform-deterministic", "transform"],
     indirect=["deterministic"],
 )  # fmt: skip
 def test_same_call_same_bits(function: str, dtype: torch.dtype, deterministic: bool, backend: str, device: str) -> None:

@@ -381,11 +381,11 @@ def test_gradgradcheck(function: str, kind: str, normalize: bool, device: str) -
 @pytest.mark.parametrize(
     ("function", "kind", "normalize"),
     [("pairwise_sim", "diag+blocks", True), ("pairwise_sim", "blocks", False), ("paired_sim", "diag+blocks", True),
-     ("transform", "diag", True)],
+     ("transform", "diag", True), ("transform", "blocks", False)],
     ids=lambda value: ("as-is", "normalize")[value] if isinstance(value, bool) else value,
 )  # fmt: skip
 def test_gradgradcheck_of_the_kernels(function: str, kind: str, normalize: bool, device: str) -> None:
-    """Every function, and each term alone; `test_gradgradcheck` has all combinations."""
+    """Every function, and each term alone; `test_gradgradcheck` has all combinations, of the torch backend."""
     call, tensors = numeric_problem(function, kind, normalize, "triton", device)
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 

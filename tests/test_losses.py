@@ -208,7 +208,8 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("loss", "backend"),
     [*((loss, "torch") for loss in LOSSES),
-     *(pytest.param(loss, "triton", marks=pytest.mark.kernels) for loss in ("info_nce", "triplet_loss"))],
+     *(pytest.param(loss, "triton", marks=pytest.mark.kernels)
+       for loss in ("info_nce", "triplet_loss", "distillation_loss"))],
 )  # fmt: skip
 def test_compiled_equals_eager(loss: str, backend: str, device: str, fresh_compiler: None) -> None:
     """One graph, no break; another batch size compiles at most once more. Both backends are one node of the graph."""

@@ -169,19 +169,20 @@ def test_nan_is_not_hidden(loss: str, backend: str, device: str) -> None:
     assert p.call(backend).isnan()
 
 
-def test_ties_give_the_gradient_to_the_lowest_index(backend: str, device: str) -> None:
-    a = torch.eye(4, device=device, requires_grad=True)
-    b = torch.full((4, 4), 0.9, device=device)
+@pytest.mark.parametrize("N", [4, 150], ids=["one tile", "several tiles"])
+def test_ties_give_the_gradient_to_the_lowest_index(N: int, backend: str, device: str) -> None:
+    a = torch.eye(N, device=device, requires_grad=True)
+    b = torch.full((N, N), 0.9, device=device)
     b.fill_diagonal_(1.0)
     b.requires_grad_()
-    gssf_triton.triplet_loss(a, b, torch.ones(4, device=device), margin=0.2, backend=backend).backward()
+    gssf_triton.triplet_loss(a, b, torch.ones(N, device=device), margin=0.2, backend=backend).backward()
     # Row 0's hardest negative is column 1, every other row's column 0; columns likewise. b[1] and b[0] are pushed.
     assert b.grad is not None
     expected = torch.autograd.functional.jacobian(
         lambda y: sum(
             (0.2 + (a[i] * y[1 if i == 0 else 0]).sum() - (a[i] * y[i]).sum())
             + (0.2 + (a[1 if i == 0 else 0] * y[i]).sum() - (a[i] * y[i]).sum())
-            for i in range(4)
+            for i in range(N)
         ),
         b.detach(),
     )

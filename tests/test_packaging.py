@@ -83,6 +83,8 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_wheel_built_again_has_the_same_bytes(wheel: Path, source: Path, tmp_path: Path) -> None:
     """From a source archive, which holds the linked folders where the links were; its files have other dates."""
+    for path in source.rglob("*"):
+        path.touch()
     make = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     _run(sys.executable, "-c", make, tmp_path, cwd=source)
     (archive,) = tmp_path.glob("*.tar.gz")

@@ -15,6 +15,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "examples/README.md",
+    ROOT / "perf/NOTES.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 

@@ -35,7 +35,8 @@ def remember_lookups() -> None:
                 interpreter._patch_attr(package, name, member, builder, scope)
 
     def patch_language_once(function: Callable[..., Any]) -> Any:
-        if any(is_builtin(language.load) for language in languages_of(function)):
+        languages = languages_of(function)
+        if not languages or any(is_builtin(language.load) for language in languages):
             return patch_language(function)
         return interpreter._LangPatchScope()
 
