@@ -229,7 +229,7 @@ def choose(kernel: str, where: torch.device, dtype: torch.dtype, *shape: int, tf
         if kernel in held:
             return held[kernel]
     if tf32 is None:
-        tf32 = torch.get_float32_matmul_precision() != "highest"
+        tf32 = configs.tf32_allowed()
     at = kernel, where, dtype, tf32, shape, torch.get_num_threads() if kernel in TORCH_KERNELS else 0
     config = _remembered.get(at)
     if config is None:

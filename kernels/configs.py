@@ -72,6 +72,11 @@ def padded_block(B: int) -> int:
     return 1 << (B - 1).bit_length() if B else 0
 
 
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 products round to TF32, by torch.set_float32_matmul_precision."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def dot_precision(dtype: torch.dtype, arch: str, *, tf32: bool, whole_rows: bool = False) -> str:
     """Triton's `input_precision` for a product of `dtype` operands.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gssf_triton.kernels import choice
 from gssf_triton.kernels.args import PairMatrix, Tile
-from gssf_triton.kernels.configs import GradientConfig, dot_precision
+from gssf_triton.kernels.configs import GradientConfig, dot_precision, tf32_allowed
 from gssf_triton.kernels.fold import fold
 from gssf_triton.kernels.launch import (
     PairStrides,
@@ -237,7 +237,7 @@ def _launch(
     rows, dw_diag, dw_blocks = grads
     batch, _, D = x.shape
     M, N = (x.shape[1], 0) if p is None else (p.shape[1], p.shape[2])
-    product_dtype, tf32 = x.dtype if p is None else p.dtype, torch.get_float32_matmul_precision() != "highest"
+    product_dtype, tf32 = x.dtype if p is None else p.dtype, tf32_allowed()
     strides = PairStrides(None, None, None, False) if p is None else pair_strides(p)
     launch(
         gradient_kernel, (cdiv(lanes(D, B), config.BLOCK_C) * splits,), x.device, config,

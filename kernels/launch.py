@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gssf_triton.kernels import toolchain
 from gssf_triton.kernels.args import Blocks, Matrix, Tile, Vector, Weights
-from gssf_triton.kernels.configs import dot_precision, padded_block
+from gssf_triton.kernels.configs import dot_precision, padded_block, tf32_allowed
 from gssf_triton.kernels.devices import identify
 from gssf_triton.kernels.targets import MAX_GRID
 from gssf_triton.kernels.tile import INTERPRETED
@@ -50,7 +50,7 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 def precision(dtype: torch.dtype, device: torch.device, *, whole_rows: bool = False) -> str:
     """`configs.dot_precision` under the user's setting, torch.set_float32_matmul_precision."""
-    tf32 = torch.get_float32_matmul_precision() != "highest"
+    tf32 = tf32_allowed()
     return dot_precision(dtype, architecture(device), tf32=tf32, whole_rows=whole_rows)
 
 
@@ -135,7 +135,7 @@ def tile(config: Options, *features: Tensor, B: int = 0, kind: Any = Tile, **con
     `constants`: further fields of `kind`, or replacements of those that follow from the features.
     """
     x = features[0]
-    wide, tf32 = needs_wide_channels(*features), torch.get_float32_matmul_precision() != "highest"
+    wide, tf32 = needs_wide_channels(*features), tf32_allowed()
     constants = {name: getattr(value, "value", value) for name, value in constants.items()}
     # D matters only modulo BLOCK_K. With D itself in the key, the cache would fill the memory.
     D = x.shape[-1] % LONGEST_STEP

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gssf_triton.kernels import devices
-from gssf_triton.kernels.configs import dot_precision
+from gssf_triton.kernels.configs import dot_precision, tf32_allowed
 from gssf_triton.kernels.release import TRITON_RELEASE
 
 #: The oldest assembler that is safe with register operands: 13.0 is reported to fail, 13.1 not (#1262 above).
@@ -252,7 +252,7 @@ def may_launch(
     arch = devices.identify(device).arch
     if is_sound(arch):
         return True
-    tf32 = torch.get_float32_matmul_precision() != "highest"
+    tf32 = tf32_allowed()
     fault = _fault_of(kernel, dtype, arch, tf32, has_diag, has_blocks)
     if fault is not None:
         _warn_once(fault)
