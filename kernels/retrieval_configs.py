@@ -29,6 +29,12 @@ FEW_MATCHES = 8
 NUMPY_SORT_THREADS = 2
 
 
+#: Bytes of scores that are held at once, by device type, where a chunk is not larger by itself.
+SCORE_BYTES = {"cpu": 48 << 20, "cuda": 128 << 20}
+#: Bytes that are made of a chunk's scores at a time, by device type, and arrays an entry: they bound the memory.
+STRIP_BYTES, STRIP_ARRAYS = {"cpu": 8 << 20, "cuda": 64 << 20}, 4
+
+
 @dataclass(frozen=True)
 class StreamChunks:
     """`rows` queries meet `columns` gallery items at a time; a gallery on disk is read `block_rows` rows at a time."""
@@ -60,8 +66,21 @@ class RetrievalConfig:
 
 
 def chunk_scores(device_type: str) -> int:
-    """How many scores a chunk holds."""
-    return 1 << 22 if device_type == "cpu" else 1 << 26
+    """How many scores a chunk holds: 32 MiB on a CPU in float64, 128 MiB on a GPU."""
+    return 1 << 22 if device_type == "cpu" else 1 << 24
+
+
+def chunks_held(chunk_bytes: int, device_type: str) -> int:
+    """How many chunks' scores may be held at once."""
+    return max(1, SCORE_BYTES["cpu" if device_type == "cpu" else "cuda"] // max(chunk_bytes, 1))
+
+
+def strip_rows(width: int, itemsize: int, device_type: str) -> int:
+    """How many rows of scores are looked through at a time, each with the memory of STRIP_ARRAYS · width scores.
+
+    A chunk is as large as its product needs. What is made of it (order keys, masks, indices) need not be.
+    """
+    return max(1, STRIP_BYTES["cpu" if device_type == "cpu" else "cuda"] // (STRIP_ARRAYS * max(width, 1) * itemsize))
 
 
 def stream_chunks(Q: int, N: int, D: int, itemsize: int, device_type: str) -> StreamChunks:

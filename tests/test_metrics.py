@@ -250,7 +250,7 @@ def test_few_classes_take_no_longer_than_sorting(device: str) -> None:
     multiply = Scores.multiply
 
     def counted(self: Scores, queries: Tensor, items: Tensor, out: Tensor) -> None:
-        scored.append(out.numel())
+        scored.append(queries.shape[0] * items.shape[0])
         multiply(self, queries, items, out)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -104,7 +104,7 @@ def reid(
         ranks, counts = ranks[matched], counts[matched]
         if counts.numel() == 0:
             continue
-        first.append(ranks[:, 0])
+        first.append(ranks[:, 0].clone())  # a view would hold them all
         last = ranks.gather(1, counts[:, None] - 1)[:, 0]
         places, matches = ranks.cpu().numpy(), counts.cpu().numpy()
         precision.append(average_precision(places, matches, are_matches(places, matches)))

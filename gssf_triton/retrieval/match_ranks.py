@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gssf_triton.kernels.retrieval_configs import FEW_MATCHES, NUMPY_SORT_THREADS, sorted_rows
-from gssf_triton.retrieval.order import absent, key_dtype, order_keys, places
+from gssf_triton.retrieval.order import absent, order_keys, places
 from gssf_triton.retrieval.scoring import Block, Scores
 from gssf_triton.slices import slices
 
@@ -30,14 +30,18 @@ class Matches:
     indices: Tensor
     counts: Tensor
 
+    def of(self, rows: slice) -> Matches:
+        return Matches(self.keys[rows], self.indices[rows], self.counts[rows])
+
 
 def _collect(scores: Scores, block: Block, rows: slice) -> Matches:
     query, found = scores.query, []
     for part in block.parts(scores.chunks.columns):
         if query.may_match(rows, part):
-            row, column = query.matches(rows, part).nonzero(as_tuple=True)
-            S = scores.chunk(rows, block, part)
-            found.append((row, column + part.start, order_keys(S[row, column])))
+            S = scores.scored(rows, block, part)
+            for some, place in scores.strips(rows, S.shape[1]):
+                row, column = query.matches(some, part).nonzero(as_tuple=True)
+                found.append((row + place.start, column + part.start, order_keys(S[place][row, column])))
     many, device = rows.stop - rows.start, scores.queries.device
     if not found:
         nothing = torch.zeros((many, 0), dtype=torch.int64, device=device)
@@ -76,12 +80,11 @@ def _beaten(matches: Matches, keys: Tensor, first: int) -> Tensor:
     return below
 
 
-def _most_matches(scores: Scores, block: Block, rows: slice) -> int:
-    """How many matches one of these queries has at most; those that are left out count, too."""
-    counts = torch.zeros(rows.stop - rows.start, dtype=torch.int64, device=scores.queries.device)
-    for part in block.parts(scores.chunks.columns):
-        counts += scores.query.same_id(rows, part).sum(1)
-    return int(counts.max())
+def _most_matches(query_ids: Tensor, gallery_ids: Tensor) -> int:
+    """How many items one of these queries has the id of at most; the gallery's ids (N,) are in order."""
+    query_ids = query_ids.contiguous()
+    first, behind = (torch.searchsorted(gallery_ids, query_ids, right=right) for right in (False, True))
+    return int((behind - first).max())
 
 
 def _by_counting(scores: Scores, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
@@ -91,15 +94,18 @@ def _by_counting(scores: Scores, block: Block, rows: slice) -> tuple[Tensor, Ten
     if most == 0:
         return matches.indices, matches.counts
     # bins[i, b]: items that come before exactly the b worst of query i's matches.
-    bins = torch.zeros(many * (most + 1), dtype=torch.int64, device=device)
-    start = torch.arange(many, device=device)[:, None] * (most + 1)
+    bins = torch.zeros((many, most + 1), dtype=torch.int64, device=device)
+    start = torch.arange(0, bins.numel(), most + 1, dtype=torch.int32, device=device)[:, None]
     for part in block.parts(scores.chunks.columns):
-        beaten = _beaten(matches, order_keys(scores.chunk(rows, block, part)), part.start)
-        dropped = scores.query.dropped(rows, part)
-        if dropped is not None:
-            beaten.masked_fill_(dropped, 0)
-        bins += torch.bincount((beaten + start).flatten(), minlength=bins.numel())
-    bins = bins.view(many, most + 1)
+        S = scores.scored(rows, block, part)
+        for some, place in scores.strips(rows, S.shape[1]):
+            beaten = _beaten(matches.of(place), order_keys(S[place]), part.start)
+            dropped = scores.query.dropped(some, part)
+            if dropped is not None:
+                beaten.masked_fill_(dropped, 0)
+            counted = bins[place]
+            beaten += start[: counted.shape[0]]
+            counted += torch.bincount(beaten.flatten(), minlength=counted.numel()).view_as(counted)
     # Before the match at place p come the items that beat more than p matches: the best match lies last.
     before = bins.flip(1).cumsum(1)[:, :most]  # [r, m]: column c holds the items that beat at least m - c
     best = torch.arange(most, device=device)[None] + (most - matches.counts)[:, None]
@@ -113,7 +119,7 @@ def _sorted_matches(keys: Tensor, match: Tensor) -> Tensor:
     # One number an item: the key, best first; below it the index; last, whether it matches. No two are equal.
     items = keys.bitwise_not_().long().mul_(2**32)
     items += torch.arange(0, 2 * keys.shape[1], 2, device=keys.device)
-    items += match
+    items[match] += 1
     if items.device.type == "cpu" and torch.get_num_threads() <= NUMPY_SORT_THREADS:
         items.numpy().sort(axis=1)
     else:
@@ -121,23 +127,20 @@ def _sorted_matches(keys: Tensor, match: Tensor) -> Tensor:
     return items.bitwise_and_(1).bool()
 
 
-def _by_sorting(scores: Scores, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+def _by_sorting(scores: Scores, block: Block, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """`match_ranks` of these queries: all items in order."""
-    shape, device = (rows.stop - rows.start, block.items.shape[0]), scores.queries.device
-    keys = torch.empty(shape, dtype=key_dtype(scores.dtype), device=device)
-    match = torch.empty(shape, dtype=torch.bool, device=device)
-    for part in block.parts(scores.chunks.columns):
-        keys[:, part] = order_keys(scores.chunk(rows, block, part))
-        match[:, part] = scores.query.matches(rows, part)
-        dropped = scores.query.dropped(rows, part)
+    query, every = scores.query, slice(block.first, block.first + block.items.shape[0])
+    S = scores.scored(rows, block, every)
+    for some, place in scores.strips(rows, S.shape[1]):
+        keys, dropped = order_keys(S[place]), query.dropped(some, every)
         if dropped is not None:
-            keys[:, part].masked_fill_(dropped, absent(keys.dtype))
-    in_order = _sorted_matches(keys, match)
-    counts = in_order.sum(1)
-    row, rank = in_order.nonzero(as_tuple=True)
-    ranks = torch.zeros((shape[0], int(counts.max())), dtype=torch.int64, device=device)
-    ranks[row, places(row, counts)] = rank
-    return ranks, counts
+            keys.masked_fill_(dropped, absent(keys.dtype))
+        in_order = _sorted_matches(keys, query.matches(some, every))
+        counts = in_order.sum(1)
+        row, rank = in_order.nonzero(as_tuple=True)
+        ranks = torch.zeros((counts.shape[0], int(counts.max())), dtype=torch.int64, device=counts.device)
+        ranks[row, places(row, counts)] = rank
+        yield some, ranks, counts
 
 
 def match_ranks(
@@ -149,10 +152,12 @@ def match_ranks(
     Behind a query's matches lie ranks that mean nothing. The gallery is a tensor, with ids.
     """
     (block,) = scores.blocks()
-    few = sorted_rows(block.items.shape[0], block.items.device.type)
+    query_ids, gallery_ids = scores.query.query_ids, scores.query.gallery_ids
+    assert query_ids is not None and gallery_ids is not None
+    ordered, few = gallery_ids.sort().values, sorted_rows(block.items.shape[0], block.items.device.type)
     for rows in progress(scores.rows()):
-        if _most_matches(scores, block, rows) <= FEW_MATCHES:
+        if _most_matches(query_ids[rows], ordered) <= FEW_MATCHES:
             yield rows, *_by_counting(scores, block, rows)
             continue
         for some in slices(rows.start, rows.stop, few):
-            yield some, *_by_sorting(scores, block, some)
+            yield from _by_sorting(scores, block, some)

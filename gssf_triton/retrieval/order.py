@@ -6,10 +6,14 @@ included. One key, `absent`, lies below that of every score, −inf too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gssf_triton.kernels.retrieval_configs import strip_rows
+from gssf_triton.slices import slices
 
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 _FLOAT = {integer: floating for floating, integer in _INTEGER.items()}
@@ -28,7 +32,7 @@ def absent(dtype: torch.dtype) -> int:
 def _flip(bits: Tensor) -> Tensor:
     """Sign-and-magnitude to two's complement, and back."""
     info = torch.iinfo(bits.dtype)
-    return bits ^ ((bits >> (info.bits - 1)) & info.max)
+    return (bits >> (info.bits - 1)).bitwise_and_(info.max).bitwise_xor_(bits)
 
 
 def order_keys(scores: Tensor) -> Tensor:
@@ -90,6 +94,10 @@ def places(row: Tensor, counts: Tensor) -> Tensor:
     return torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
 
 
+#: Merging lists takes as much memory a place as this many scores of a strip.
+ARRAYS_PER_PLACE = 4
+
+
 @dataclass
 class Lists:
     """The k best items of every query so far: order keys and indices (Q, k), best first."""
@@ -103,9 +111,17 @@ class Lists:
         keys = torch.full((Q, k), absent(integer), dtype=integer, device=device)
         return cls(keys, torch.full((Q, k), -1, dtype=torch.int64, device=device))
 
+    def strips(self, width: int) -> Iterator[slice]:
+        """Queries, a few at a time, as `strip_rows` has it."""
+        return slices(0, self.keys.shape[0], strip_rows(width, self.keys.itemsize, self.keys.device.type))
+
     def result(self) -> tuple[Tensor, Tensor]:
-        """(values, indices); −inf and −1 where too few items may be ranked."""
-        return scores_of(self.keys), self.indices.masked_fill(self.keys == absent(self.keys.dtype), -1)
+        """(values, indices), in the lists' place; −inf and −1 where too few items may be ranked."""
+        values = self.keys.view(_FLOAT[self.keys.dtype])
+        for rows in self.strips(self.keys.shape[1]):
+            self.indices[rows].masked_fill_(self.keys[rows] == absent(self.keys.dtype), -1)
+            values[rows] = scores_of(self.keys[rows])
+        return values, self.indices
 
     def add(self, rows: slice, keys: Tensor, indices: Tensor, among: Tensor | None = None) -> None:
         """Merge further lists, all of later items, into these rows, or into the rows `among` these."""

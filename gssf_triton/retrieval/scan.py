@@ -8,14 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gssf_triton.retrieval.order import Lists, absent, key_dtype, leading, order_keys, places, scores_of
+from gssf_triton.kernels import retrieval_configs
+from gssf_triton.retrieval.order import (
+    ARRAYS_PER_PLACE,
+    Lists,
+    absent,
+    key_dtype,
+    leading,
+    order_keys,
+    places,
+    scores_of,
+)
 from gssf_triton.retrieval.scoring import Scores
-from gssf_triton.slices import slices
 
 #: Columns of a group. One vectorised pass takes the groups' maxima, and most groups need no further look. Lists longer
 #: than LONG take more of every chunk: small groups leave out more of it.
 GROUP, SMALL_GROUP, LONG = 64, 16, 32
-#: A list of k is merged once every k · ITEMS_PER_PLACE items, or every MOST_CHUNKS chunks if that is sooner.
+#: A list of k is merged once every k · ITEMS_PER_PLACE items, or every MOST_CHUNKS chunks, or as many chunks as may be
+#: held, whichever is sooner.
 ITEMS_PER_PLACE, MOST_CHUNKS = 16, 4
 #: If more than this share of the groups may matter, they are compared with the k-th largest maximum as well.
 SMALL_SHARE = 1 / 8
@@ -48,11 +58,11 @@ def _bars(lists: Lists, rows: slice) -> tuple[Tensor, Tensor]:
 
 
 def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int) -> bool:
-    """Merge what can be among the best; False, with nothing done, if that is too large a share.
+    """Merge what can be among the best; False, with nothing done, if that is too large a share, or more than a strip.
 
     Later items lose ties, so only scores strictly above a full list's last one matter (and NaN). And k groups of the
-    chunk have maxima of their own, so nothing below the k-th of those matters. `padded` is the chunk, −inf where an
-    item is dropped, its columns filled up with −inf to a multiple of GROUP.
+    chunk have maxima of their own, so nothing below the k-th of those matters; of few groups that says little. `padded`
+    is the chunk, −inf where an item is dropped, its columns filled up with −inf to a multiple of GROUP.
     """
     k = lists.keys.shape[1]
     size = SMALL_GROUP if k > LONG else GROUP
@@ -61,9 +71,10 @@ def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int) -> bool:
     bar, missing = _bars(lists, rows)
     row, group = (best <= bar).logical_not_().nonzero(as_tuple=True)
     floor = None
-    if row.numel() > SMALL_SHARE * best.numel():
-        if k > best.shape[1]:
+    if row.numel() <= SMALL_SHARE * best.numel() or k > LARGE_SHARE * best.shape[1]:
+        if bool(missing.any()):
             return False
+    else:
         floor = best.topk(k, dim=1).values[:, -1:]
         # A dropped item looks like a score of −inf here.
         if bool((missing & (floor[:, 0] == float("-inf"))).any()):
@@ -72,13 +83,16 @@ def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int) -> bool:
         row, group = ((best <= bar) | (best < floor)).logical_not_().nonzero(as_tuple=True)
         if row.numel() > LARGE_SHARE * best.numel():
             return False
-    elif bool(missing.any()):
+    most = retrieval_configs.strip_rows(1, best.itemsize, best.device.type)
+    if row.numel() * size > 4 * most:
         return False
     scores = groups[row, group]  # [hits, size]
     beaten = scores <= bar[row]
     if floor is not None:
         beaten |= scores < floor[row]
-    hit, lane = beaten.logical_not_().nonzero(as_tuple=True)
+    if int(beaten.logical_not_().count_nonzero()) > most:
+        return False
+    hit, lane = beaten.nonzero(as_tuple=True)
     if hit.numel() == 0:
         return True
     keys, column, row = order_keys(scores[hit, lane]), group[hit] * size + lane, row[hit]
@@ -86,6 +100,8 @@ def _add_better(lists: Lists, rows: slice, padded: Tensor, first: int) -> bool:
     # Entries lie in order of row, then column: each becomes the next one of its row's list.
     slot = places(place, count)
     shape = (among.numel(), int(count.max()))
+    if shape[0] * shape[1] > most:
+        return False
     new_keys = keys.new_full(shape, absent(keys.dtype))
     new_indices = column.new_full(shape, -1)
     new_keys[place, slot] = keys
@@ -99,28 +115,28 @@ class Search(Scores):
 
     def best_items(self, k: int) -> Lists:
         """The k best items of every query; indices count from the gallery's offset."""
-        (Q, N), columns, offset = self.query.shape, self.chunks.columns, self.query.offset
+        Q, columns, offset = self.query.shape[0], self.chunks.columns, self.query.offset
         lists = Lists.empty(Q, k, self.dtype, self.queries.device)
         if not Q * k:
             return lists
-        # A long list is merged once in several chunks: in as many as it spans, at least.
-        strip = columns * max(-(-k // columns), min(-(-k * ITEMS_PER_PLACE // columns), MOST_CHUNKS))
-        width = -(-min(strip, N) // GROUP) * GROUP
-        buffer = torch.empty((min(self.chunks.rows, Q), width), dtype=self.dtype, device=self.queries.device)
+        chunk_bytes = min(self.chunks.rows, Q) * columns * self.dtype.itemsize
+        most = retrieval_configs.chunks_held(chunk_bytes, self.queries.device.type)
+        chunks = min(max(1, -(-k * ITEMS_PER_PLACE // columns)), MOST_CHUNKS, most)
         for block in self.blocks():
             for rows in self.rows():
-                for span in block.parts(strip):
-                    count = span.stop - span.start
-                    padded = buffer[: rows.stop - rows.start, : -(-count // GROUP) * GROUP]
-                    S = padded[:, :count]
-                    padded[:, count:] = float("-inf")
-                    for part in slices(span.start, span.stop, columns):
-                        self.chunk(rows, block, part, S[:, part.start - span.start : part.stop - span.start])
-                    dropped = self.query.dropped(rows, span)
-                    if dropped is not None:
-                        S.masked_fill_(dropped, float("-inf"))
-                    if not _add_better(lists, rows, padded, offset + span.start):
-                        _add_all(lists, rows, S, offset + span.start, dropped)
+                for span in block.parts(columns * chunks):
+                    whole = self.scored(rows, block, span, GROUP)
+                    for some, place in self.strips(rows, ARRAYS_PER_PLACE * k):
+                        padded, dropped = whole[place], self.query.dropped(some, span)
+                        S = padded[:, : span.stop - span.start]
+                        if dropped is not None:
+                            S.masked_fill_(dropped, float("-inf"))
+                        if _add_better(lists, some, padded, offset + span.start):
+                            continue
+                        for few, there in self.strips(some, S.shape[1]):
+                            left_out = None if dropped is None else dropped[there]
+                            _add_all(lists, few, S[there], offset + span.start, left_out)
+        self.forget()
         return lists
 
     def best_match(self) -> tuple[Tensor, Tensor]:
@@ -134,11 +150,13 @@ class Search(Scores):
                     if not self.query.may_match(rows, part):
                         self.tick((rows.stop - rows.start) * (part.stop - part.start))
                         continue
-                    found = order_keys(self.chunk(rows, block, part))
-                    best, column = found.masked_fill_(~self.query.matches(rows, part), absent(integer)).max(dim=1)
-                    better = best > keys[rows]
-                    keys[rows] = torch.where(better, best, keys[rows])
-                    indices[rows] = torch.where(better, column + (self.query.offset + part.start), indices[rows])
+                    S = self.scored(rows, block, part)
+                    for some, place in self.strips(rows, S.shape[1]):
+                        found = order_keys(S[place])
+                        best, column = found.masked_fill_(~self.query.matches(some, part), absent(integer)).max(dim=1)
+                        better = best > keys[some]
+                        keys[some] = torch.where(better, best, keys[some])
+                        indices[some] = torch.where(better, column + (self.query.offset + part.start), indices[some])
         return keys, indices
 
     def count_before(self, keys: Tensor, indices: Tensor) -> Tensor:
@@ -147,20 +165,21 @@ class Search(Scores):
         bars = scores_of(keys)
         for block in self.blocks():
             for rows in self.rows():
-                bar, index = bars[rows, None], indices[rows, None]
-                at_nan = bar.isnan()
-                any_nan = bool(at_nan.any())
+                any_nan = bool(bars[rows].isnan().any())
                 for part in block.parts(self.chunks.columns):
-                    S = self.chunk(rows, block, part)
-                    number = torch.arange(part.start, part.stop, device=S.device) + self.query.offset
-                    above = (bar >= S).logical_not_()  # NaN too
-                    tied = bar == S
-                    if any_nan:
-                        above &= ~at_nan
-                        tied |= at_nan & S.isnan()
-                    above |= tied.logical_and_(number < index)
-                    dropped = self.query.dropped(rows, part)
-                    if dropped is not None:
-                        above &= ~dropped
-                    counts[rows] += above.view(torch.uint8).sum(dim=1, dtype=torch.int32)
+                    whole = self.scored(rows, block, part)
+                    number = torch.arange(part.start, part.stop, device=whole.device) + self.query.offset
+                    for some, place in self.strips(rows, whole.shape[1]):
+                        S, bar = whole[place], bars[some, None]
+                        above = (bar >= S).logical_not_()  # NaN too
+                        tied = bar == S
+                        if any_nan:
+                            at_nan = bar.isnan()
+                            above &= ~at_nan
+                            tied |= at_nan & S.isnan()
+                        above |= tied.logical_and_(number < indices[some, None])
+                        dropped = self.query.dropped(some, part)
+                        if dropped is not None:
+                            above &= ~dropped
+                        counts[some] += above.view(torch.uint8).sum(dim=1, dtype=torch.int32)
         return counts

@@ -113,6 +113,7 @@ class Scores:
         self.chunks: StreamChunks = retrieval_configs.stream_chunks(
             Q, N, D, queries.dtype.itemsize, queries.device.type
         )
+        self._room = self.queries.new_empty(0, dtype=self.dtype)
 
     def operands(self, folded: Tensor) -> Tensor:
         """The folded queries as the product takes them."""
@@ -143,23 +144,43 @@ class Scores:
         norms = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype)[: items.shape[0]]
         return norms.clamp_min(NORM_EPS).reciprocal().mul_(self.headroom)
 
-    def chunk(self, rows: slice, block: Block, part: slice, out: Tensor | None = None) -> Tensor:
-        """The scores (r, c) of these rows and of these columns of the block, a chunk at most; in `out` if given."""
-        columns = slice(part.start - block.first, part.stop - block.first)
-        queries, items = self.queries[rows], block.items[columns]
-        if out is None:
-            out = items.new_empty((queries.shape[0], items.shape[0]), dtype=self.dtype)
-        self.tick(out.numel())
-        self.multiply(queries, items, out)
-        return out if block.scale is None else out.mul_(block.scale[columns])
+    def strips(self, rows: slice, width: int) -> Iterator[tuple[slice, slice]]:
+        """The rows a few at a time, as `strip_rows` has it: (those rows, their place among `rows`)."""
+        few = retrieval_configs.strip_rows(width, self.dtype.itemsize, self.queries.device.type)
+        for some in slices(rows.start, rows.stop, few):
+            yield some, slice(some.start - rows.start, some.stop - rows.start)
+
+    def scored(self, rows: slice, block: Block, span: slice, multiple: int = 1) -> Tensor:
+        """The scores (r, c) of these rows and of the columns `span` of the block, filled up with −inf to a `multiple`.
+
+        They lie where those of the last call lay: a search holds one array of them.
+        """
+        queries, columns, count = self.queries[rows], self.chunks.columns, span.stop - span.start
+        padded = -(-count // multiple) * multiple
+        shape = (queries.shape[0], max(-(-count // columns) * columns, padded))
+        if self._room.numel() < shape[0] * shape[1]:
+            self.forget()  # never two of them
+            self._room = self._room.new_empty(shape[0] * shape[1])
+        out = self._room[: shape[0] * shape[1]].view(shape)
+        for part in slices(span.start, span.stop, columns):
+            place = slice(part.start - span.start, part.stop - span.start)
+            items = slice(part.start - block.first, part.stop - block.first)
+            self.tick(queries.shape[0] * (part.stop - part.start))
+            self.multiply(queries, block.items[items], out[:, place.start : place.start + columns])
+            if block.scale is not None:
+                out[:, place].mul_(block.scale[items])
+        out[:, count:padded] = float("-inf")
+        return out[:, :padded]
+
+    def forget(self) -> None:
+        """Let the scores' array go."""
+        self._room = self._room.new_empty(0)
 
     def multiply(self, queries: Tensor, items: Tensor, out: Tensor) -> None:
-        """Fill `out` (r, c) with queries · itemsᵀ."""
-        if items.shape[0] == self.chunks.columns:
-            with full_precision(queries):
-                torch.mm(queries, items.to(self.dtype).mT, out=out)
-        else:
+        """Fill the first c columns of `out` (r, a chunk's columns) with queries · itemsᵀ, of c items."""
+        if items.shape[0] < self.chunks.columns:
             filled = items.new_zeros((self.chunks.columns, items.shape[1]), dtype=self.dtype)
             filled[: items.shape[0]] = items
-            with full_precision(queries):
-                out.copy_(torch.mm(queries, filled.mT)[:, : items.shape[0]])
+            items = filled
+        with full_precision(queries):
+            torch.mm(queries, items.to(self.dtype).mT, out=out)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gssf_triton.processes import agree, gather_alike, kind
-from gssf_triton.retrieval.order import Lists, absent, merge
+from gssf_triton.retrieval.order import ARRAYS_PER_PLACE, Lists, absent, merge
 from gssf_triton.retrieval.query import LABELS, Query
 
 
@@ -29,14 +29,16 @@ def place(query: Query, group: dist.ProcessGroup, **call: object) -> tuple[int, 
 
 
 def merge_lists(lists: Lists, k: int, group: dist.ProcessGroup) -> Lists:
-    """The k best items of all shards; a shard smaller than k gives what it has."""
-    Q, found = lists.keys.shape
-    keys = lists.keys.new_full((Q, k), absent(lists.keys.dtype))
-    indices = lists.indices.new_full((Q, k), -1)
-    keys[:, :found], indices[:, :found] = lists.keys, lists.indices
-    # Shards lie in the order of their indices, so equal keys do too.
-    every_key, every_index = (gather_alike(x, group).transpose(0, 1).flatten(1) for x in (keys, indices))
-    return Lists(*merge(every_key, every_index, k))
+    """The k best items of all shards, in the lists' place; a shard smaller than k gives what it has."""
+    (Q, found), merged = lists.keys.shape, lists
+    if found < k:
+        merged = Lists(lists.keys.new_full((Q, k), absent(lists.keys.dtype)), lists.indices.new_full((Q, k), -1))
+        merged.keys[:, :found], merged.indices[:, :found] = lists.keys, lists.indices
+    for rows in merged.strips(ARRAYS_PER_PLACE * k * dist.get_world_size(group)):
+        # Shards lie in the order of their indices, so equal keys do too.
+        keys, indices = (gather_alike(x[rows], group).transpose(0, 1).flatten(1) for x in (merged.keys, merged.indices))
+        merged.keys[rows], merged.indices[rows] = merge(keys, indices, k)
+    return merged
 
 
 def merge_best(keys: Tensor, indices: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

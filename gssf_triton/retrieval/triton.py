@@ -35,7 +35,7 @@ class TritonSearch(Search):
         return scores if self.units is None else scores * self.units
 
     def multiply(self, queries: Tensor, items: Tensor, out: Tensor) -> None:
-        kernels.pairwise.pairwise(queries[None], items[None], IDENTITY, False, out[None])
+        kernels.pairwise.pairwise(queries[None], items[None], IDENTITY, False, out[None, :, : items.shape[0]])
 
     def _launches(self) -> Iterator[tuple[Tensor, Tensor, Marks, int]]:
         """What a kernel takes, block by block: queries, items, marks, the first item's index."""
