@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.fx
 
 from gssf_triton import autotune as autotune
-from gssf_triton import metrics, nn
+from gssf_triton import metrics, nn, training
 from gssf_triton.attention.functional import attention
 from gssf_triton.losses import distillation_loss, info_nce, sigmoid_loss, triplet_loss
 from gssf_triton.region_word import cross_attention_sim, late_interaction
@@ -33,10 +33,11 @@ __all__ = [
     "ranks",
     "sigmoid_loss",
     "topk",
+    "training",
     "transform",
     "triplet_loss",
 ]
 
 # Each function is one step of what torch.fx traces.
-for _name in {*__all__} - {"__version__", "metrics", "nn"}:
+for _name in {*__all__} - {"__version__", "metrics", "nn", "training"}:
     torch.fx.wrap(_name)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: From the roof down to the ground. A name is a module or a package of gssf_triton, "" the package itself.
 FLOORS = (
-    {"", "__main__", "autotune", "command", "integrations", "nn", "viz"},
+    {"", "__main__", "autotune", "command", "integrations", "nn", "training", "viz"},
     {"attention", "data", "losses", "metrics", "region_word", "retrieval", "similarity"},
     {"backend", "checks", "once", "precision", "processes", "streaming", "tracing"},
     {"kernels"},

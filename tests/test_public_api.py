@@ -12,6 +12,7 @@ import pytest
 import gssf_triton
 import gssf_triton.metrics
 import gssf_triton.nn
+import gssf_triton.training
 
 WEIGHTS = "W_diag: Tensor | None = None, W_blocks: Tensor | None = None"
 BACKEND = "backend: str = 'auto'"
@@ -115,7 +116,7 @@ def _signature(function: Callable[..., Any]) -> str:
 
 
 def test_public_names() -> None:
-    assert gssf_triton.__all__ == ["__version__", *sorted([*SIGNATURES, "metrics", "nn"])]
+    assert gssf_triton.__all__ == ["__version__", *sorted([*SIGNATURES, "metrics", "nn", "training"])]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -137,8 +138,21 @@ def test_module_signature(name: str) -> None:
     assert _signature(getattr(gssf_triton.nn.GSSF, name)) == GSSF_SIGNATURES[name]
 
 
+def test_training_signatures() -> None:
+    assert gssf_triton.training.__all__ == ["CachedBackward"]
+    made = _signature(gssf_triton.training.CachedBackward.__init__)
+    assert made == "(self, tower: nn.Module, *, chunk_size: int) -> None"
+
+
 @pytest.mark.parametrize(
-    "name", ["nn.GSSF", "nn.GSSFAttention", *SIGNATURES, *(f"metrics.{name}" for name in METRIC_SIGNATURES)]
+    "name",
+    [
+        "nn.GSSF",
+        "nn.GSSFAttention",
+        "training.CachedBackward",
+        *SIGNATURES,
+        *(f"metrics.{name}" for name in METRIC_SIGNATURES),
+    ],
 )
 def test_docstring_has_an_example_and_the_source(name: str) -> None:
     documented = operator.attrgetter(name)(gssf_triton)
