@@ -43,9 +43,9 @@ IDENTITY = Metric()
 
 def as_rows(x: Tensor) -> Tensor:
     """x (..., D) as one matrix of rows. The number of rows is computed: −1 would fail for D = 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums over `dtype` are kept in: float32 at least. Not float64, which some devices lack."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,6 +12,7 @@ import torch
 from support import reference
 from support.reference import assert_close, features, tolerance
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gssf_triton
 from gssf_triton.attention.heads import HeadMetric
@@ -143,6 +144,44 @@ def test_heads_split_as_a_view(backend: str, device: str) -> None:
         exact(*(x.double() for x in (q, k, v)), *(w.double() for w in weights.values())),
         tolerance(torch.float32),
     )
+
+
+def test_every_call_is_checked_as_the_first(device: str) -> None:
+    """What is remembered of a call that fits must not let one pass that only looks like it."""
+    q = features(2, 3, 5, 16, device=device)
+    W_diag = torch.ones(16, device=device)
+
+    def attend(**options: Any) -> Tensor:
+        return gssf_triton.attention(**{"q": q, "k": q, "v": q, "W_diag": W_diag, "scale": 1.0} | options)
+
+    for _ in range(2):
+        assert torch.equal(attend(), nn.functional.scaled_dot_product_attention(q, q, q, scale=1.0))
+        with torch.autocast(device, dtype=torch.bfloat16):  # which takes keys of another dtype
+            attend(k=q.bfloat16())
+        for wrong, error, said in (
+            ({"is_causal": 0}, TypeError, "is_causal must be True or False"),
+            ({"scale": True}, TypeError, "scale must be a number"),
+            ({"dropout_p": False}, TypeError, "dropout_p must be a number"),
+            ({"q": q.tolist()}, TypeError, "q must be a torch.Tensor, got list"),
+            ({"k": q.bfloat16()}, ValueError, "q and k must have the same dtype"),
+            ({"v": q[:, :, 1:]}, ValueError, "k and v must have the same number of rows"),
+            ({"W_diag": W_diag.long()}, ValueError, "W_diag must be float16"),
+            ({"attn_mask": torch.ones(5, 4, device=device)}, ValueError, "attn_mask must broadcast"),
+            ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ):
+            with pytest.raises(error, match=said):
+                attend(**wrong)
+
+
+def test_traces_with_symbolic_sizes(device: str) -> None:
+    weights = tuple(head_weights("diag-heads+blocks-heads", 3, 2, 8, torch.float32, device).values())
+
+    def attend(q: Tensor, k: Tensor, *weights: Tensor) -> Tensor:
+        return gssf_triton.attention(q, k, k, *weights, backend="torch")
+
+    few, many = ([features(2, 3, n, 16, device=device) for n in lengths] for lengths in ((5, 7), (6, 9)))
+    traced = make_fx(attend, tracing_mode="symbolic")(*few, *weights)
+    assert torch.equal(traced(*many, *weights), attend(*many, *weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

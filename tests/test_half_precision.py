@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from support import reference
-from support.reference import assert_close, features, tolerance, weights
+from support.reference import assert_close, check, features, tolerance, weights
 from support.region_word_reference import REFERENCES
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gssf_triton
 from gssf_triton import precision, viz
 from gssf_triton.integrations import arrays
 from gssf_triton.kernels.choice import force_plan
 from gssf_triton.kernels.plans import PLANS
+from gssf_triton.similarity import torch_backend
 
 HALVES = [torch.float16, torch.bfloat16]
 halves = pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
@@ -374,3 +376,34 @@ def test_cross_attention_does_not_look_at_autocast(dtype: torch.dtype, backend: 
     pairs = zip(torch.autograd.grad(found.float().sum(), leaves), torch.autograd.grad(plain.sum(), leaves), strict=True)
     for ours, expected in pairs:
         assert_close(ours, expected, tolerance(torch.float32))
+
+
+class _Products(TorchDispatchMode):
+    """Records the dtypes of products' operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.dtypes |= {x.dtype for x in args}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_cpu_that_multiplies_bfloat16_slowly_multiplies_float32(
+    slow: bool, normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_backend, "SLOW_ON_CPU", frozenset((torch.bfloat16,) if slow else ()))
+    tensors = {"a": features(33, 64, dtype=torch.bfloat16), "b": features(20, 64, dtype=torch.bfloat16)}
+    tensors |= weights("diag+blocks", 4, 16, torch.bfloat16)
+    for x in tensors.values():
+        x.requires_grad_()
+    with _Products() as products:
+        (S,) = check("pairwise_sim", tensors, normalize=normalize, backend="torch")
+    assert (torch.bfloat16 in products.dtypes) is not slow
+    if slow:  # only S itself is rounded
+        wide = {name: x.detach().double() for name, x in tensors.items()}
+        assert_close(S, reference.pairwise_sim(**wide, normalize=normalize), 2.0**-9)

@@ -16,7 +16,11 @@ from gssf_triton import checks
 from gssf_triton.backend import resolve_backend
 from gssf_triton.metric import Metric
 from gssf_triton.precision import float16_operands, joined, product_dtype
+from gssf_triton.remembered import Remembered, look
 from gssf_triton.similarity.functional import fold_rows, folded
+
+#: The leading dimensions of earlier calls, by all that their checks look at.
+_BATCHES = Remembered[tuple[int, ...]]()
 
 
 def check_attention(q: object, k: object, v: object) -> tuple[int, ...]:
@@ -62,16 +66,19 @@ def check_attention_mask(
 def fold_heads(q: Tensor, metric: Metric, *, backend: str, wide: bool = False) -> Tensor:
     """T(q), (..., H, L, D) to the same: each head under its own metric, or all under one.
 
-    The heads side by side are one row of H·D channels, and their metrics one metric of H·G blocks: one fold serves all
-    heads, and q that was split into heads as a view is read in place. `wide`: in float32 at least.
+    For Triton the heads side by side are one row of H·D channels, and their metrics one metric of H·G blocks: one fold
+    serves all heads, and q that was split into heads as a view is read in place. `wide`: in float32 at least.
     """
     fold, (W_diag, W_blocks) = fold_rows if wide else folded, (metric.W_diag, metric.W_blocks)
     if (W_diag is None or W_diag.dim() == 1) and (W_blocks is None or W_blocks.dim() == 3):
         return fold(q, metric, False, backend=backend)
+    rows = q.transpose(-3, -2)
+    if backend == "torch":
+        return fold(rows, metric, False, backend=backend).transpose(-3, -2)
     heads, channels = q.shape[-3], q.shape[-1]
     diag = None if W_diag is None else W_diag.expand(heads, channels).reshape(heads * channels)
     blocks = None if W_blocks is None else W_blocks.expand(heads, *W_blocks.shape[-3:]).flatten(0, 1)
-    rows = fold(q.transpose(-3, -2).flatten(-2), Metric(diag, blocks), False, backend=backend)
+    rows = fold(rows.flatten(-2), Metric(diag, blocks), False, backend=backend)
     return rows.unflatten(-1, (heads, channels)).transpose(-3, -2)
 
 
@@ -132,27 +139,32 @@ def attention(
         >>> torch.allclose(gssf_triton.attention(q, k, v, W_diag, W_blocks), plain, atol=1e-6)
         True
     """
-    checks.check_flags(is_causal=is_causal)
-    checks.check_probability("dropout_p", dropout_p)
-    if scale is not None:
-        checks.check_number("scale", scale)
-    batch = check_attention(q, k, v)
-    check_head_weights(q, W_diag, W_blocks)
-    check_attention_mask("attn_mask", attn_mask, "q", q, [(*batch, q.shape[-2], k.shape[-2])], broadcast=True)
-    if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask and is_causal must not be given together: got a mask and is_causal=True")
-    q, k, v = joined(q, k, v)
-    checks.check_same_dtype(q, k, ("q", "k"))
-    checks.check_same_dtype(q, v, ("q", "v"))
+    key = tuple(map(look, (q, k, v, W_diag, W_blocks, attn_mask, is_causal, scale, dropout_p)))
+    batch = _BATCHES.get(key)
+    if batch is None:
+        checks.check_flags(is_causal=is_causal)
+        checks.check_probability("dropout_p", dropout_p)
+        if scale is not None:
+            checks.check_number("scale", scale)
+        batch = check_attention(q, k, v)
+        check_head_weights(q, W_diag, W_blocks)
+        check_attention_mask("attn_mask", attn_mask, "q", q, [(*batch, q.shape[-2], k.shape[-2])], broadcast=True)
+        if is_causal and attn_mask is not None:
+            raise ValueError("attn_mask and is_causal must not be given together: got a mask and is_causal=True")
+        _BATCHES.put(key, batch)
+    if not q.dtype == k.dtype == v.dtype:
+        q, k, v = joined(q, k, v)
+        checks.check_same_dtype(q, k, ("q", "k"))
+        checks.check_same_dtype(q, v, ("q", "v"))
     backend = resolve_backend(backend, q, W_blocks)
     if attn_mask is not None:
         attn_mask = torch.atleast_2d(attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(product_dtype(q)))
     if is_causal and scale is not None and scale <= 0:
         # PyTorch's fused attention on a CPU masks with −∞ before it scales: 0 · −∞ is NaN and −1 · −∞ is the maximum.
         q, scale = q * scale, 1.0
-    v = v.to(product_dtype(q))
     q, k = fold_queries(q, k, Metric(W_diag, W_blocks), backend=backend)
-    q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
+    v = v.to(q.dtype)
+    q, k, v = (x if x.shape[:-2] == batch else x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
     # PyTorch's fused kernels take four dimensions. With fewer, a GPU would store all attention weights.
     lead = max(4 - q.dim(), 0) if q.is_cuda else 0
     if lead:

@@ -1,11 +1,12 @@
 """The similarity in plain torch: any device, any float dtype, differentiable any number of times.
 
 All use the fold, S = T(a) bᵀ: T costs D·B multiply-adds a row and the product D·N, so S costs about what cosine does.
-No intermediate is larger than S or T(a).
+No intermediate is larger than S, T(a) or b, in float32 at least.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gssf_triton.constants import NORM_EPS
 from gssf_triton.metric import IDENTITY, Metric, accumulate_dtype, as_rows
-from gssf_triton.precision import float16_operands, full_precision, product_dtype
+from gssf_triton.precision import SLOW_ON_CPU, float16_operands, full_precision, product_dtype
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -25,34 +26,45 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(NORM_EPS)
 
 
+def unit_rows_vjp(x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient with respect to x, given the one with respect to `unit_rows(x)`; a norm at its floor is a constant."""
+    wide_x, wide_grad = x.to(accumulate_dtype(x.dtype)), grad.to(accumulate_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
+    unit = wide_x / norm.clamp_min(NORM_EPS)
+    radial = torch.where(norm > NORM_EPS, (unit * wide_grad).sum(-1, keepdim=True), 0)
+    return ((wide_grad - unit * radial) / norm.clamp_min(NORM_EPS)).to(x.dtype)
+
+
 def fold(x: Tensor, metric: Metric, normalize: bool = False) -> Tensor:
-    """T(x) = x ⊙ W_diag + [x_1 W_1 | … | x_G W_G], (..., D) to (..., D) in x's dtype; x itself without weights."""
-    W_diag, W_blocks = metric.W_diag, metric.W_blocks
+    """T(x) = x ⊙ W_diag + [x_1 W_1 | … | x_G W_G], (..., D) to (..., D) in x's dtype; x itself without weights.
+
+    Weights of one metric a head, (H, D) and (H, G, B, B), fold x (..., H, D).
+    """
     if metric.is_identity and not normalize:
         return x
     wide = accumulate_dtype(x.dtype)
-    rows = as_rows(x).to(wide)
+    rows, W_diag, W_blocks = x.to(wide), metric.W_diag, metric.W_blocks
     if normalize:
         rows = unit_rows(rows)
     if W_blocks is None:
         folded = rows if W_diag is None else rows * W_diag.to(wide)
     else:
-        groups, size, _ = W_blocks.shape
         weight = W_blocks.to(wide)
         if W_diag is not None:
             # With the diagonal added to the blocks one batched product folds both terms, without a second pass over
             # the rows.
-            weight = weight + torch.diag_embed(W_diag.to(wide).view(groups, size))
+            weight = weight + torch.diag_embed(W_diag.to(wide).view(*W_diag.shape[:-1], *weight.shape[-3:-1]))
+        *heads, groups, size, _ = weight.shape
+        rows = rows.reshape(math.prod(x.shape[: -1 - len(heads)]), math.prod(heads) * groups, size)
         with full_precision(x):
-            products = torch.bmm(rows.reshape(rows.shape[0], groups, size).transpose(0, 1), weight)
-        folded = products.transpose(0, 1).reshape(rows.shape)
-    return folded.to(x.dtype).view(x.shape)
+            products = torch.bmm(rows.transpose(0, 1), weight.flatten(0, -3))
+        folded = products.transpose(0, 1).reshape(x.shape)
+    return folded.to(x.dtype)
 
 
 def product(t: Tensor, y: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
     """t (..., M, D) times y (..., N, D) transposed, in `out_dtype`: operands of `dtype`, sums in float32 at least."""
-    # A CPU multiplies float32 faster than float16, and float32 has range enough.
-    if out_dtype != dtype or (dtype == torch.float16 and t.device.type == "cpu"):
+    if out_dtype != dtype or (dtype in SLOW_ON_CPU and t.device.type == "cpu"):
         dtype = torch.promote_types(accumulate_dtype(dtype), out_dtype)
     elif dtype == torch.float16:
         t, y = float16_operands(t, y)
