@@ -268,6 +268,7 @@ def headline(numerics: str = "bf16") -> list[PublicCall]:
         PublicCall("transform 32,768", _bound(gssf_triton.transform), {"x": ((PAIRS, CHANNELS), False)} | weights(32)),
         loss("info_nce", 256),
         loss("info_nce", PAIRS),
+        loss("info_nce", PAIRS, memory="fast"),
         loss("sigmoid_loss", PAIRS),
         loss("triplet_loss", PAIRS),
         loss("triplet_loss", PAIRS, hardest=False),
@@ -317,7 +318,9 @@ def gated(arch: str, numerics: str) -> Iterator[PublicCall]:
         yield loss("triplet_loss", PAIRS, hardest=False)
         yield loss("sigmoid_loss", PAIRS)
         yield distillation(PAIRS, numerics)
+        yield loss("info_nce", PAIRS, ids=True, label_smoothing=0.1, memory="fast")
     if main:
+        yield loss("info_nce", PAIRS, memory="fast")
         yield loss("info_nce", PAIRS)
         yield loss("info_nce", RAGGED_PAIRS)
         yield loss("info_nce", PAIRS, symmetric=False)

@@ -189,7 +189,7 @@ def _thaw(value: Any) -> Any:
 
 
 #: The compiler's options that launches choose.
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "ptx_options")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg", "ptx_options")
 
 
 def _options_alone(name: str, signature: Any, constants: Any, attrs: Any, options: Any, *_: Any) -> str:

@@ -200,7 +200,7 @@ SPACES: dict[str, Space] = {
     # A budget bounds how large a chunk may be (`model.fits`).
     "chunk": _space(
         ChunkConfig,
-        rows=(256, 512, 1024, 2048, 4096, 8192), columns=(1024, 2048, 4096, 8192, 16384, 32768),
+        rows=(256, 512, 1024, 2048, 4096, 8192, 16384), columns=(1024, 2048, 4096, 8192, 16384, 32768),
     ),
     "stream": _TILE,
     "stream_teacher": _TILE,

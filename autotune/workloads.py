@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gssf_triton import kernels
 from gssf_triton.autotune.space import DTYPES, PAIR_KERNELS, STREAM_KERNELS, Key
 from gssf_triton.backend import resolve_backend
 from gssf_triton.kernels import choice
 from gssf_triton.kernels.choice import Config
-from gssf_triton.kernels.configs import chunk_config
 from gssf_triton.kernels.stream_values import Operands
 from gssf_triton.metric import IDENTITY, Metric
 from gssf_triton.retrieval import ranks, topk
 from gssf_triton.similarity import bilinear
 from gssf_triton.streaming.driver import stream
 from gssf_triton.streaming.epilogues import EPILOGUES
-from gssf_triton.streaming.triton import TritonEngine
 
 #: Makes the call of a configuration.
 Workload = Callable[[Config], Callable[[], Any]]
 
-#: The largest S to measure streaming with, rows and columns: beyond, only the number of chunks grows.
-STREAM_LIMIT = 8192, 32768
+#: The largest S to measure streaming with, rows and columns: beyond, only the number of chunks grows; and the largest
+#: chunk of it to measure the kernel with.
+STREAM_LIMIT, CHUNK_LIMIT = (8192, 32768), (4096, 8192)
 #: Length of the list to measure retrieval with; images and captions to measure region–word scores with.
 RANKED_K, PAIR_ITEMS = 16, 256
 #: Of SCAN's softmax; times do not depend on it.
@@ -60,8 +60,7 @@ def build(key: Key, where: torch.device) -> Workload:
 
 def _streamed(key: Key, where: torch.device) -> Callable[[], Any]:
     """A loss's slope: for a chunk the whole loop of InfoNCE's backward pass, which does most; else one chunk of it."""
-    one = chunk_config("cuda")
-    limit = STREAM_LIMIT if key.kernel == "chunk" else (one.rows, one.columns // 2)  # in the budget in float32, too
+    limit = STREAM_LIMIT if key.kernel == "chunk" else CHUNK_LIMIT
     M, N, D = min(key.M, limit[0]), min(key.N, limit[1]), key.D
     # Similarities of about 1.
     t, y = _features(M, D, key=key, where=where) / D**0.5, _features(N, D, key=key, where=where)
@@ -74,14 +73,15 @@ def _streamed(key: Key, where: torch.device) -> Callable[[], Any]:
     if key.kernel == "chunk":
         backend = resolve_backend("auto", t, None)
         return lambda: stream("softmax_slope_both", x, wants_slope=True, backend=backend)
-    engine = TritonEngine(x, EPILOGUES["softmax_slope_both"], True)
+    epilogue = EPILOGUES["softmax_slope_both"]
     if key.kernel == "stream_teacher":
         x = Operands(t, y, scalars, rows[:3], columns, teacher_t=t, teacher_y=y)
-        engine = TritonEngine(x, EPILOGUES["distillation_slope"], True)
+        epilogue = EPILOGUES["distillation_slope"]
 
     def call() -> Any:
-        kept = engine.chunk(slice(0, M), slice(0, N))
-        return kept.totals, kept.slope
+        streamed = kernels.stream.Pass(x, epilogue, (M, N))
+        [part] = streamed.parts()
+        return streamed.kept().totals, part.slope
 
     return call
 

@@ -119,6 +119,8 @@ def check_batches(a: object, b: object, names: tuple[str, str] = ("a", "b"), *, 
 
 def broadcast_batch(**sides: Tensor) -> tuple[int, ...]:
     """The common leading dimensions of features (..., rows, D)."""
+    if all(x.dim() == 2 for x in sides.values()):
+        return ()
     first, *others = shapes = [tuple(x.shape[:-2]) for x in sides.values()]
     # torch's own answer takes 10 µs. Traced sizes are not compared: that would be a guard.
     if not torch.compiler.is_compiling() and all(shape == first for shape in others):
@@ -254,11 +256,12 @@ def check_flags(**flags: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if isinstance(value, str) and value in choices:
+        return
     wanted = f"one of {', '.join(map(repr, choices))}"
     if not isinstance(value, str):
         raise wrong_type(name, wanted, value)
-    if value not in choices:
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _real(name: str, value: object, wanted: str = "a number") -> float:

@@ -14,8 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Inputs = tuple[Tensor | None, ...]
+
+
+def in_transform() -> bool:
+    """True under torch.func (vmap, grad, …) and forward mode, whose tensors do not say whether they want a gradient."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class Once(ABC):
@@ -39,12 +45,22 @@ class Once(ABC):
         """Which of the inputs the gradient reads."""
         return inputs
 
-    def backward(self, grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+    def backward(self, grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
         """The first inputs' gradients, of the first result's, what `saved` chose and what `forward` kept."""
         raise AssertionError(f"{self.NAME} has no gradient")
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(_Forward.apply(self, *_distinct(inputs))[: self.RESULTS])
+        if torch.compiler.is_compiling() or in_transform():
+            # Views: the compiler refuses a tensor that is given twice, and overlooks that a transform's own wants a
+            # gradient.
+            views = (None if x is None else x.view_as(x) for x in inputs)
+            return tuple(_Forward.apply(self, *views)[: self.RESULTS])
+        if not torch.is_grad_enabled():
+            return self.forward(*inputs)[: self.RESULTS]
+        if any(x is not None and x.requires_grad for x in inputs[: self.GRADIENTS]):
+            return tuple(_Eager.apply(self, *inputs)[: self.RESULTS])
+        with torch.no_grad():
+            return self.forward(*inputs)[: self.RESULTS]
 
 
 @dataclass(frozen=True)
@@ -59,15 +75,6 @@ class Plainly(Once):
         return self.function(*inputs)
 
 
-def _distinct(inputs: Inputs) -> Inputs:
-    """The inputs with no tensor twice, which the compiler refuses: a view of it instead."""
-    found: list[Tensor | None] = []
-    for x in inputs:
-        twice = x is not None and any(x is other for other in found)
-        found.append(x.view_as(x) if x is not None and twice else x)
-    return tuple(found)
-
-
 def _one_by_one(function: Callable[..., Any], info: Any, in_dims: Any, op: Once, *inputs: Any) -> Any:
     """vmap's rule: a call for each of the batch."""
 
@@ -75,11 +82,28 @@ def _one_by_one(function: Callable[..., Any], info: Any, in_dims: Any, op: Once,
         parts = (x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims[1:], strict=True))
         return function(op, *parts)
 
-    outputs = tuple(torch.stack(parts) for parts in zip(*(call(i) for i in range(info.batch_size)), strict=True))
-    return outputs, (0,) * len(outputs)
+    results = zip(*(call(i) for i in range(info.batch_size)), strict=True)
+    outputs = tuple(None if parts[0] is None else torch.stack(parts) for parts in results)
+    return outputs, tuple(None if x is None else 0 for x in outputs)
+
+
+def _keep(ctx: Any, op: Once, tensors: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.op, ctx.count = op, len(tensors)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1 if op.GRADIENTS else 0 :])
+    if op.GRADIENTS:
+        ctx.save_for_backward(*op.saved(*tensors), *output[op.RESULTS :])
+
+
+def _gradients(ctx: Any, grad: Tensor | None, compute: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * (1 + ctx.count)
+    return None, *compute(grad, *ctx.saved_tensors), *(None,) * (ctx.count - ctx.op.GRADIENTS)
 
 
 class _Forward(torch.autograd.Function):
+    """For the compiler and torch.func."""
+
     @staticmethod
     def forward(op: Any, *inputs: Any) -> Any:
         # The compiler puts a context first where nothing wants a gradient: it counts the names in the line above.
@@ -89,26 +113,32 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        op, *tensors = inputs
-        ctx.op, ctx.count = op, len(tensors)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1 if op.GRADIENTS else 0 :])
-        if op.GRADIENTS:
-            ctx.save_for_backward(*op.saved(*tensors), *output[op.RESULTS :])
+        _keep(ctx, inputs[0], inputs[1:], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         op: Once = ctx.op
-        if grads[0] is None:
-            return (None,) * (1 + ctx.count)
         # The compiler differentiates nothing twice, and refuses to.
-        gradient = op.backward if torch.compiler.is_compiling() else partial(_Gradient.apply, op)
-        gradients = gradient(grads[0], *ctx.saved_tensors)
-        return None, *gradients, *(None,) * (ctx.count - op.GRADIENTS)
+        return _gradients(ctx, grads[0], op.backward if torch.compiler.is_compiling() else partial(_Gradient.apply, op))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, op: Any, *inputs: Any) -> Any:
         return _one_by_one(_Forward.apply, info, in_dims, op, *inputs)
+
+
+class _Eager(torch.autograd.Function):
+    """The same, without the 20 µs that a function costs whose context is set up apart."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Once, *inputs: Any) -> Any:
+        output = op.forward(*inputs)
+        _keep(ctx, op, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        op: Once = ctx.op
+        return _gradients(ctx, grads[0], partial(_Gradient.apply, op) if torch.is_grad_enabled() else op.backward)
 
 
 class _Gradient(torch.autograd.Function):

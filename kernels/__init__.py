@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from gssf_triton.kernels import launch as launch
     from gssf_triton.kernels import paired as paired
     from gssf_triton.kernels import pairwise as pairwise
+    from gssf_triton.kernels import prepare as prepare
     from gssf_triton.kernels import rank as rank
     from gssf_triton.kernels import ranked_tile as ranked_tile
     from gssf_triton.kernels import stream as stream
     from gssf_triton.kernels import tile as tile
     from gssf_triton.kernels import topk as topk
+    from gssf_triton.kernels import unit as unit
 
 
 def __getattr__(name: str) -> ModuleType:

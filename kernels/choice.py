@@ -76,6 +76,7 @@ Finder = Callable[[Call], tuple[Config | None, bool]]
 
 _find: Finder = lambda call: (None, True)  # noqa: E731
 _remembered: dict[tuple[object, ...], Config] = {}
+_version = 0
 #: Innermost last. Process-wide, and not a context variable: a GPU's backward pass runs on threads of autograd's own,
 #: which inherit no context. Replaced, never changed, so that a reader needs no lock.
 _overrides: tuple[dict[str, Config], ...] = ()
@@ -101,7 +102,14 @@ def register(find: Finder) -> None:
 
 def forget() -> None:
     """Forget every answer."""
+    global _version
     _remembered.clear()
+    _version += 1
+
+
+def version() -> int | None:
+    """A number that changes when answers may; None within `use`."""
+    return None if _overrides else _version
 
 
 @contextmanager
@@ -225,6 +233,7 @@ def choose(kernel: str, where: torch.device, dtype: torch.dtype, *shape: int, tf
         shape: M, N, D and, where they are not 0 and 1, B and the batch, as in `Call`.
         tf32: Whether float32 products may round to TF32; by torch's setting where None.
     """
+    global _version
     for held in reversed(_overrides):
         if kernel in held:
             return held[kernel]
@@ -236,6 +245,8 @@ def choose(kernel: str, where: torch.device, dtype: torch.dtype, *shape: int, tf
         call = Call(kernel, where, dtype, tf32, *shape)
         found, lasting = _find(call)
         config = by_model(call, device_of(call).arch) if found is None else found
+        if not lasting:
+            _version += 1
         # "cuda" without a number is whichever device is current.
         if lasting and not (where.type == "cuda" and where.index is None):
             if len(_remembered) >= MOST_REMEMBERED:

@@ -161,7 +161,8 @@ def stream_config(dtype: torch.dtype, arch: str, *, teacher: bool = False) -> Pa
     if dtype == torch.float64:
         return PairwiseConfig(32, 32, 16, num_warps=4, num_stages=1)
     if dtype == torch.float32:
-        warps = 8 if arch.startswith("sm_") else 4
+        # With a teacher and 8 warps, sm_80's assembler keeps to 80 registers and spills.
+        warps = 8 if arch.startswith("sm_") and not (teacher and arch.startswith("sm_8")) else 4
         return PairwiseConfig(64, 32 if teacher else 64, 32, num_warps=warps, num_stages=2)
     if is_small_memory(arch):
         return PairwiseConfig(64, 64, 32, num_warps=4, num_stages=2)
@@ -180,6 +181,15 @@ def fold_config(M: int, D: int, B: int, dtype: torch.dtype, arch: str) -> FoldCo
     half = dtype in (torch.float16, torch.bfloat16)
     block_k = 64 if half and not _splits_padding(B) else 32
     return FoldConfig(64, block_k, num_warps=8 if arch.startswith("sm_8") else 4, num_stages=2)
+
+
+def finish_config(dtype: torch.dtype, arch: str) -> FoldConfig:
+    """The tile of the kernels that finish gradients of normalised rows: sums along rows, no product."""
+    if arch == "interpreter":
+        return FoldConfig(32, 32, num_warps=4, num_stages=1)
+    # Few rows, so that those of all programs that run at once stay in cache for the second time they are read.
+    rows = 8 if dtype.itemsize == 2 else 4  # 16 bytes a lane, of AMD's wide warps too
+    return FoldConfig(rows, 256 if dtype.itemsize < 8 else 128, num_warps=4, num_stages=1)
 
 
 def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> GradientConfig:
@@ -201,14 +211,16 @@ def gradient_config(B: int, dtype: torch.dtype, arch: str, *, tf32: bool) -> Gra
         return GradientConfig(64, 32, block_c, 32, num_warps=8, num_stages=2)
     if arch.startswith("sm_") and tensor_cores:
         if block_c <= (64 if arch.startswith("sm_8") else 128):
-            return GradientConfig(64, 32, block_c, 32, num_warps=8, num_stages=2)
+            # float32 features beside R fill the registers.
+            return GradientConfig(64, 32, block_c, 32 if half else 16, num_warps=8, num_stages=2)
         if block_c <= 128:
             return GradientConfig(32, 32, block_c, 16, num_warps=8, num_stages=1)
     # An exact product is three TF32 products: high and low parts of [16, 256] numbers of R fill the registers.
     apart = block_c > 128 and dtype == torch.float32 and not tf32 and arch.startswith("sm_")
-    return GradientConfig(
-        16, 32, block_c, 16, num_warps=8 if _exact_gradient_is_wide(B, arch) else 4, num_stages=1, rows_apart=apart
-    )
+    # So that no number of registers is one too many, blocks up to 16 have other steps on sm_80.
+    block_p = 32 if arch.startswith("sm_8") and 0 < padded <= 16 else 16
+    warps = 8 if _exact_gradient_is_wide(B, arch) else 4
+    return GradientConfig(16, 32, block_c, block_p, num_warps=warps, num_stages=1, rows_apart=apart)
 
 
 def _exact_gradient_is_wide(B: int, arch: str) -> bool:
@@ -218,17 +230,60 @@ def _exact_gradient_is_wide(B: int, arch: str) -> bool:
         return block_c > 128 or B == 0
     if arch.startswith("sm_9"):
         return block_c >= 128
-    return arch.startswith("sm_") and (block_c > 128 or (block_c <= 64 and arch.startswith("sm_10")))
+    if arch.startswith("sm_10"):
+        return block_c > 128 or (block_c <= 64 and not 0 < padded_block(B) <= 16)
+    return arch.startswith("sm_") and block_c > 128
+
+
+@dataclass(frozen=True)
+class BoundedConfig(PairwiseConfig):
+    """A tile whose threads get at most `maxnreg` registers: with 8 warps, two programs then share a processor."""
+
+    maxnreg: int = 128
+
+
+#: Programs that a pass over S is cut into: four waves of two on each of an H100's 132 processors.
+STREAM_PROGRAMS = 4 * 2 * 132
+
+
+def stream_spans(M: int, N: int, tiles_m: int, tiles_n: int, arch: str) -> tuple[int, int]:
+    """How many spans of row tiles and of column tiles the streaming kernel cuts S, or a part of S (M, N), into.
+
+    Each pair of spans is a program. Every row has a state a span of columns, every column one a span of rows: the
+    numbers are those with the fewest states, about √programs·(M + N) at most.
+    """
+    programs = 4 if arch == "interpreter" else STREAM_PROGRAMS
+    spans_m = min(tiles_m, max(1, round((programs * M / N) ** 0.5)))
+    spans_n = min(tiles_n, -(-programs // spans_m))
+    return min(tiles_m, -(-programs // spans_n)), spans_n
+
+
+def may_store(dtype: torch.dtype, arch: str, *, sums: bool) -> bool:
+    """False where a pass has no registers left to store S as well: with plain sums in half precision on sm_8x."""
+    return not (sums and dtype == torch.float16 and arch.startswith("sm_8"))
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """The kernel that merges states: BLOCK_M rows or columns of S a program."""
+
+    BLOCK_M: int
+    num_warps: int
+    num_stages: int
+
+
+MERGE_CONFIG = MergeConfig(128, num_warps=4, num_stages=1)
 
 
 def chunk_config(device_type: str) -> ChunkConfig:
-    """The part of S that the streaming losses hold at a time.
+    """The part of S that the streaming losses hold at a time, within a budget.
 
     On a CPU a chunk and the arrays made from it (2 MiB each in float32) mostly stay in the caches. InfoNCE at 4,096
     pairs of 256 channels ran fastest with it, among 256 to 1,024 rows by 1,024 to 4,096 columns. On a GPU the slope's
-    chunk in half precision takes 128 MiB, which is large enough for the library's products to run at full rate.
+    chunk is as large as the budget allows: of 4,096 rows by 1,024 channels the library's products fill half the
+    processors.
     """
-    return ChunkConfig(512, 1024) if device_type == "cpu" else ChunkConfig(4096, 16384)
+    return ChunkConfig(512, 1024) if device_type == "cpu" else ChunkConfig(16384, 32768)
 
 
 #: Bytes that all arrays of a chunk's size may take together, by device type.

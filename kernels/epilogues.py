@@ -1,12 +1,15 @@
-"""Epilogues of the streaming kernel: what is kept of one tile of S.
+"""Epilogues of the streaming kernel: what is kept of one tile of S, and how two tiles' states are merged.
 
 The same mathematics in torch, with what each input and output means, is `gssf_triton.streaming.epilogues`.
 
 An epilogue takes the tile's `Pairs`, `Vectors` along its rows and columns, a pointer to the scalars, the scale of S
 first, and the launch's `StreamTile`. It returns four things, `()` where there is nothing: what it keeps of its rows,
 [BLOCK_M] each; of its columns, [BLOCK_N] each; sums over the tile; and, where TILE.SLOPE, the slope ∂loss/∂(scale·s)
-[BLOCK_M, BLOCK_N]. Outside S (`valid` false) nothing may count. The kernel stores all of it. Outputs of tiles never
-overlap: no atomics, so the same call gives the same bits.
+[BLOCK_M, BLOCK_N]. Outside S (`valid` false) nothing may count.
+
+The kernel merges the states of tiles, and those of programs, by a function here that has the name of the record's
+`merge`. It takes two tuples of vectors, the older state first. The order is fixed, and no two programs write the same
+state: no atomics, so the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class Pairs(NamedTuple):
     """A tile of similarities and what is known of its pairs, [BLOCK_M, BLOCK_N] each.
 
     `teacher` is None without a second product. `valid` pairs lie inside S. `same` marks pairs of equal ids, the
-    matching ones included. `first_row` and `first_column` are the tile's place in the chunk.
+    matching ones included. `first_row` and `first_column` are the tile's place in S.
     """
 
     s: Any
@@ -55,11 +58,21 @@ class StreamTile(Tile):
         COLUMNS: Columns are treated as rows are.
         SUMS: Plain sums are kept too.
         SLOPE: The slope is wanted.
+        OF_ROWS: A row's state before anything is merged; empty where nothing is kept of rows.
+        OF_COLUMNS: A column's.
+        INDEX: Which output of a state is an index, as an integer's bits.
+        TOTALS: How many sums are kept.
+        STORED: "write" stores S, "read" takes it from an earlier pass.
     """
 
     COLUMNS: bool = False
     SUMS: bool = False
     SLOPE: bool = False
+    OF_ROWS: tuple[float, ...] = ()
+    OF_COLUMNS: tuple[float, ...] = ()
+    INDEX: int | None = None
+    STORED: str = ""
+    TOTALS: int = 0
 
 
 @triton.jit
@@ -72,6 +85,60 @@ def row(vectors, i: tl.constexpr):
 def column(vectors, i: tl.constexpr):
     """Vector i along the columns, [1, BLOCK_N]."""
     return tl.load(vectors.at + i * vectors.stride, mask=vectors.mask, other=0.0)[None, :]
+
+
+@triton.jit
+def as_bits(index, dtype: tl.constexpr):
+    """An index as a float32 or float64 of the same bits: float32 counts to 2²⁴ alone."""
+    if dtype == tl.float64:
+        index = index.to(tl.int64)
+    return index.to(dtype, bitcast=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
+@triton.jit
+def merge_sums(old, new):
+    merged = ()
+    for i in tl.static_range(len(old)):
+        merged += (old[i] + new[i],)  # type: ignore[assignment]
+    return merged
+
+
+@triton.jit
+def shift(old, new):
+    """exp(old − new) of running maxima, 1 where they are equal: also at ±inf, where the difference is not a number."""
+    return tl.where(old == new, 1.0, tl.exp(old - new))
+
+
+@triton.jit
+def merge_softmax(old, new):
+    """Two states (max, Σ exp(z − max), then plain sums): rescaled to the larger maximum, and added."""
+    top = tl.maximum(old[0], new[0])
+    merged = (top, old[1] * shift(old[0], top) + new[1] * shift(new[0], top))
+    for i in tl.static_range(2, len(old)):
+        merged += (old[i] + new[i],)  # type: ignore[assignment]
+    return merged
+
+
+@triton.jit
+def merge_hardest(old, new):
+    """Two states (value, index): the larger value, the older one of equal values; NaN wins."""
+    wins = (new[0] > old[0]) | ((new[0] != new[0]) & (old[0] == old[0]))
+    return tl.where(wins, new[0], old[0]), tl.where(wins, new[1], old[1])
+
+
+@triton.jit
+def merge_distillation(old, new):
+    """Two states (student's max and sum, teacher's max and sum, Σ exp(teacher − its max)·(teacher − student))."""
+    student = merge_softmax((old[0], old[1]), (new[0], new[1]))
+    teacher = merge_softmax((old[2], old[3]), (new[2], new[3]))
+    cross = old[4] * shift(old[2], teacher[0]) + new[4] * shift(new[2], teacher[0])
+    return student + teacher + (cross,)
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
 
 
 @triton.jit
@@ -94,6 +161,9 @@ def sum_tile(x):
     return tl.sum(tl.sum(x, 1), 0)
 
 
+# ----------------------------------------------------------------------------------------------------------- epilogues
+
+
 @triton.jit
 def softmax_state(logits, candidate, AXIS: tl.constexpr, SUMS: tl.constexpr):
     """(max, Σ exp) of the candidates' logits along an axis, with SUMS also Σ and the count."""
@@ -109,10 +179,12 @@ def softmax_stats(pairs, rows, columns, scalars, TILE: tl.constexpr):
     candidate = pairs.valid & (pairs.match | (pairs.same == 0))
     logits = pairs.s * tl.load(scalars)
     at_match = (tl.sum(tl.where(pairs.match & pairs.valid, pairs.s, 0.0), 1),)
+    # Rows first: a thread holds two of them, but 16 columns.
+    of_rows = softmax_state(logits, candidate, 1, TILE.SUMS) + at_match
     of_columns = ()
     if TILE.COLUMNS:
         of_columns = softmax_state(logits, candidate, 0, TILE.SUMS)
-    return softmax_state(logits, candidate, 1, TILE.SUMS) + at_match, of_columns, (), ()
+    return of_rows, of_columns, (), ()
 
 
 @triton.jit
@@ -174,13 +246,13 @@ def hardest_of(s, negative, AXIS: tl.constexpr):
 
 @triton.jit
 def hinge_hardest(pairs, rows, columns, scalars, TILE: tl.constexpr):
-    """Each row's and column's hardest negative: its similarity, and its index within the chunk (exact below 2²⁴)."""
+    """Each row's and column's hardest negative: its similarity, and the bits of its index in S."""
     negative = negatives(pairs)
     z = pairs.s * tl.load(scalars)
     row_top, at_column = hardest_of(z, negative, 1)
     column_top, at_row = hardest_of(z, negative, 0)
-    of_rows = row_top, (pairs.first_column + at_column).to(z.dtype)
-    return of_rows, (column_top, (pairs.first_row + at_row).to(z.dtype)), (), ()
+    of_rows = row_top, as_bits(pairs.first_column + at_column, z.dtype)
+    return of_rows, (column_top, as_bits(pairs.first_row + at_row, z.dtype)), (), ()
 
 
 @triton.jit

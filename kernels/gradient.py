@@ -6,9 +6,9 @@ blocks transposed it gives db. R itself is never stored. Without P, R is x: the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.kernels import choice
-from gssf_triton.kernels.args import PairMatrix, Tile
+from gssf_triton.kernels.args import PairMatrix, Tile, Vector
 from gssf_triton.kernels.configs import GradientConfig, dot_precision, tf32_allowed
 from gssf_triton.kernels.fold import fold
 from gssf_triton.kernels.launch import (
@@ -33,6 +33,8 @@ from gssf_triton.kernels.launch import (
     weights,
 )
 from gssf_triton.kernels.tile import cast, clamped_rows, dot, nearest, pair_columns, pair_mask, pair_rows
+from gssf_triton.kernels.toolchain import adds_chains, overwrites_operands
+from gssf_triton.kernels.warm import remembered
 from gssf_triton.metric import Metric, accumulate_dtype
 
 
@@ -43,6 +45,20 @@ class GradientTile(Tile):
     BLOCK_C: int = 0
     BLOCK_P: int = 0
     EPILOGUE_PRECISION: str = "ieee"
+
+
+class Scaling(NamedTuple):
+    """What the rows of R = x are scaled by, and what is taken off the result: that of the unit rows' gradient.
+
+    Attributes:
+        scale: R = scale · x, one number a row, (M,), or one for all, ().
+        radial: (M,): radial · y is taken off T'(R). None takes nothing off.
+        dtype: Of y's features, and so of the result.
+    """
+
+    scale: Tensor
+    radial: Tensor | None
+    dtype: torch.dtype
 
 
 @triton.jit
@@ -67,10 +83,12 @@ def pointers(x, z, rows, channels, WIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride_pz", "stride_pm", "stride_pn", "batch", "M", "N", "lane_count", "splits"])
 def gradient_kernel(
-    p_ptr, x, y, weights, rows, dw_diag_ptr, dw_blocks_ptr, stride_pz, stride_pm, stride_pn, batch, M, N, D, lane_count,
-    splits, EVEN_P: tl.constexpr, TILE: tl.constexpr,
+    p_ptr, x, y, weights, rows, dw_diag_ptr, dw_blocks_ptr, scale, radial_ptr, stride_pz, stride_pm, stride_pn,
+    batch, M, N, D, lane_count, splits, EVEN_P: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """rows = T'(R), dW_diag = Σ_i y_i ⊙ R_i, dW_g = y_gᵀ R_g of R = P x, or R = x without P; those that are not None.
+
+    Without P, the rows of R may be scaled by a `Vector` and radial · y be taken off T'(R), for a batch of one.
 
     One program owns BLOCK_C lanes, whole groups of them, and every `splits`-th tile of rows. Weight gradients are
     summed over its tiles in order, in a slice of the partial sums (splits, …) that no other program writes; the
@@ -110,6 +128,8 @@ def gradient_kernel(
         else:
             x_ptrs = pointers(x, z, rows_m, offs_q, TILE.WIDE)
             r = tl.load(x_ptrs, mask=mask_m[:, None] & valid_q[None, :], other=0.0).to(ACC)
+            if scale is not None:
+                r *= tl.load(scale.ptr + rows_m * scale.stride, mask=mask_m, other=0.0).to(ACC)[:, None]
 
         if dw_diag_ptr is not None:
             y_ptrs = pointers(y, z, rows_m, offs_q, TILE.WIDE)
@@ -123,8 +143,13 @@ def gradient_kernel(
         if rows is not None and weights.blocks is None:
             diag = weights.diag
             w_diag = tl.load(diag.ptr + offs_q * diag.stride, mask=valid_q, other=0.0).to(ACC)
-            out = cast(r * w_diag[None, :], rows.ptr.dtype.element_ty)
-            tl.store(pointers(rows, z, rows_m, offs_q, TILE.WIDE), out, mask=mask_m[:, None] & valid_q[None, :])
+            out = r * w_diag[None, :]
+            mask = mask_m[:, None] & valid_q[None, :]
+            if radial_ptr is not None:
+                y_tile = tl.load(pointers(y, z, rows_m, offs_q, TILE.WIDE), mask=mask, other=0.0).to(ACC)
+                out -= tl.load(radial_ptr + rows_m)[:, None] * y_tile
+            out = cast(out, rows.ptr.dtype.element_ty)
+            tl.store(pointers(rows, z, rows_m, offs_q, TILE.WIDE), out, mask=mask)
 
         if dw_blocks_ptr is not None or (rows is not None and weights.blocks is not None):
             operand = nearest(r, ROUNDING)
@@ -143,11 +168,13 @@ def gradient_kernel(
                         on_diagonal = (offs_p[:, None] == offs_q[None, :]) & same_group
                         w += tl.where(on_diagonal, diag_p[:, None], 0.0)
                     w = nearest(w, ROUNDING)
-                    out = dot(
-                        operand, tl.trans(w), tl.zeros([TILE.BLOCK_M, TILE.BLOCK_P], ACC), TILE.EPILOGUE_PRECISION
-                    )
-                    out = cast(out, rows.ptr.dtype.element_ty)
-                    tl.store(pointers(rows, z, rows_m, offs_p, TILE.WIDE), out, mask=mask_m[:, None] & valid_p[None, :])
+                    mask = mask_m[:, None] & valid_p[None, :]
+                    out = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_P], ACC)
+                    if radial_ptr is not None:
+                        y_p = tl.load(pointers(y, z, rows_m, offs_p, TILE.WIDE), mask=mask, other=0.0).to(ACC)
+                        out -= tl.load(radial_ptr + rows_m)[:, None] * y_p
+                    out = cast(dot(operand, tl.trans(w), out, TILE.EPILOGUE_PRECISION), rows.ptr.dtype.element_ty)
+                    tl.store(pointers(rows, z, rows_m, offs_p, TILE.WIDE), out, mask=mask)
                 if dw_blocks_ptr is not None:
                     channel_p = offs_p
                     if TILE.WIDE:
@@ -173,34 +200,48 @@ def gradient(
     metric: Metric,
     block_size: int,
     needs: tuple[bool, bool, bool],
+    scaling: Scaling | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(T'(R), dW_diag, dW_blocks) of R = P x, those of them that `needs` asks for; the others None.
 
     Args:
         p: (Z, M, N), or None for R = x.
         x: (Z, N, D), or (Z, M, D) without p.
-        y: The rows that meet R in the weight gradients, (Z, M, D) in x's dtype; None where none is needed.
+        y: The rows that meet R in the weight gradients, (Z, M, D) in x's dtype, or with `scaling` in its dtype; None
+            where none is needed.
         metric: The weights that fold R; W_blocks is used transposed, as the gradient with respect to a has it.
         block_size: B of dW_blocks (the metric may lack the blocks).
         needs: Which of (rows, dW_diag, dW_blocks) to compute.
+        scaling: Of R = x, without p and of a batch of one.
 
     Returns:
-        Rows (Z, M, D) in x's dtype; dW_diag (D,) and dW_blocks (G, B, B) in float32 (float64 for float64).
+        Rows (Z, M, D) in x's dtype, or in that of `scaling`; dW_diag (D,) and dW_blocks (G, B, B) in float32 (float64
+        for float64).
     """
     needs_rows, needs_diag, needs_blocks = needs
     assert not needs_rows or not metric.is_identity
+    assert scaling is None or (p is None and x.shape[0] == 1)
     batch, _, D = x.shape
     M, N = (x.shape[1], 0) if p is None else (p.shape[1], p.shape[2])
     product_dtype = x.dtype if p is None else torch.promote_types(p.dtype, x.dtype)
     wide = torch.promote_types(product_dtype, torch.float32)
     kernel_block = block_size if needs_blocks or metric.W_blocks is not None else 0
-    tf32 = True if x.dtype in (torch.float16, torch.bfloat16) else None
+    features = x.dtype if scaling is None else scaling.dtype
+    tf32 = True if features in (torch.float16, torch.bfloat16) else None
     config = choice.choose("gradient", x.device, product_dtype, M, N, D, kernel_block, batch, tf32=tf32)
+    if scaling is not None and kernel_block and overwrites_operands(architecture(x.device)):
+        # Products of few rows are safe. They hold all of their operands in registers.
+        few = min(config.BLOCK_M, 32 if config.BLOCK_C <= 128 else 16)
+        config = replace(config, BLOCK_M=few, BLOCK_P=16, num_stages=2)
     if config.rows_apart and needs_rows:
         R = x if p is None else torch.matmul(p.to(product_dtype), x.to(product_dtype))
-        _, sum_diag, sum_blocks = gradient(None, R, y, metric, block_size, (False, needs_diag, needs_blocks))
-        folded = fold(R.reshape(batch * M, D), metric.mT, normalize=False)
-        return folded.view(batch, M, D).to(x.dtype), sum_diag, sum_blocks
+        _, sum_diag, sum_blocks = gradient(None, R, y, metric, block_size, (False, needs_diag, needs_blocks), scaling)
+        folded = fold(R.reshape(batch * M, D), metric.mT, normalize=False).view(batch, M, D)
+        if scaling is not None:
+            folded *= scaling.scale[..., None]
+            if scaling.radial is not None and y is not None:
+                folded.addcmul_(scaling.radial[:, None], y, value=-1)
+        return folded.to(features), sum_diag, sum_blocks
 
     row_tiles = batch * cdiv(M, config.BLOCK_M)
     # All row tiles side by side, unless each would need its own slice of the weights' partial sums, or there are more
@@ -209,14 +250,14 @@ def gradient(
 
     work = batch and M and D and (p is None or N)
     make = torch.empty if work else torch.zeros
-    rows = make((batch, M, D), dtype=x.dtype, device=x.device) if needs_rows else None
+    rows = make((batch, M, D), dtype=features, device=x.device) if needs_rows else None
     dw_diag = make((splits, D), dtype=wide, device=x.device) if needs_diag else None
     dw_blocks = None
     if needs_blocks:
         dw_blocks = make((splits, D // block_size, block_size, block_size), dtype=wide, device=x.device)
     if work and (needs_rows or needs_diag or needs_blocks):
         p = None if p is None else p.to(product_dtype)
-        _launch(p, x, y, metric, kernel_block, (rows, dw_diag, dw_blocks), splits, config)
+        _launch(p, x, y, metric, kernel_block, (rows, dw_diag, dw_blocks), splits, config, scaling)
     return (
         rows,
         None if dw_diag is None else dw_diag.sum(0),
@@ -224,6 +265,7 @@ def gradient(
     )
 
 
+@remembered
 def _launch(
     p: Tensor | None,
     x: Tensor,
@@ -233,31 +275,39 @@ def _launch(
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     splits: int,
     config: GradientConfig,
+    scaling: Scaling | None,
 ) -> None:
     rows, dw_diag, dw_blocks = grads
     batch, _, D = x.shape
     M, N = (x.shape[1], 0) if p is None else (p.shape[1], p.shape[2])
-    product_dtype, tf32 = x.dtype if p is None else p.dtype, tf32_allowed()
+    product_dtype, tf32, arch = x.dtype if p is None else p.dtype, tf32_allowed(), architecture(x.device)
+    scale = None if scaling is None else Vector(scaling.scale, scaling.scale.dim())
     strides = PairStrides(None, None, None, False) if p is None else pair_strides(p)
     launch(
         gradient_kernel, (cdiv(lanes(D, B), config.BLOCK_C) * splits,), x.device, config,
-        p_ptr=p, x=matrix(x), y=None if y is None else matrix(y), weights=weights(metric, x, cast=False),
+        p_ptr=p, x=matrix(x), y=None if y is None else matrix(y), weights=weights(metric),
         rows=None if rows is None else matrix(rows), dw_diag_ptr=dw_diag, dw_blocks_ptr=dw_blocks,
+        scale=scale, radial_ptr=None if scaling is None or rows is None else scaling.radial,
         stride_pz=strides.batch, stride_pm=strides.row, stride_pn=strides.column,
         batch=batch, M=M, N=N, D=D, lane_count=lanes(D, B), splits=splits, EVEN_P=strides.even,
         TILE=tile(
             config, *(t for t in (x, y, rows) if t is not None), B=B, kind=GradientTile,
-            **_numerics(product_dtype, x.dtype, architecture(x.device), tf32),
+            **_numerics(
+                product_dtype, scaling.dtype if scaling else x.dtype, arch, tf32, scaling is None or adds_chains(arch)
+            ),
         ),
     )  # fmt: skip
 
 
 @cache
-def _numerics(dtype: torch.dtype, features: torch.dtype, arch: str, tf32: bool) -> dict[str, Any]:
-    """Of products of `dtype`, and of the epilogue's, which are in float32 at least and in TF32 for half precision."""
+def _numerics(dtype: torch.dtype, features: torch.dtype, arch: str, tf32: bool, chains: bool) -> dict[str, Any]:
+    """Of products of `dtype`, and of the epilogue's, which are in float32 at least and in TF32 for half precision.
+
+    `chains`: exact float32 may be three products of the epilogue's; if not, it runs on the slower FMA units.
+    """
     acc, tf32 = accumulate_dtype(dtype), tf32 or features in (torch.float16, torch.bfloat16)
     return {
         "PRECISION": dot_precision(dtype, arch, tf32=tf32),
-        "EPILOGUE_PRECISION": dot_precision(acc, arch, tf32=tf32, whole_rows=True),
+        "EPILOGUE_PRECISION": dot_precision(acc, arch, tf32=tf32, whole_rows=chains),
         "ACC": acc_type(acc),
     }

@@ -6,8 +6,9 @@ import os
 import tempfile
 import warnings
 from collections.abc import Hashable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import le
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.kernels import toolchain
+from gssf_triton.kernels import toolchain, warm
 from gssf_triton.kernels.args import Blocks, Matrix, Tile, Vector, Weights
-from gssf_triton.kernels.configs import dot_precision, padded_block, tf32_allowed
+from gssf_triton.kernels.configs import BoundedConfig, dot_precision, padded_block, tf32_allowed
 from gssf_triton.kernels.devices import identify
 from gssf_triton.kernels.targets import MAX_GRID
 from gssf_triton.kernels.tile import INTERPRETED
@@ -27,7 +28,7 @@ from gssf_triton.metric import Metric, accumulate_dtype
 INT32_LIMIT = 2**31
 
 #: A multiple of every BLOCK_K there is.
-LONGEST_STEP = 128
+LONGEST_STEP = 256
 
 #: If sizes and strides are multiples of this, tiles move 16 bytes at a time, in every dtype.
 ALIGNMENT = 16
@@ -71,19 +72,27 @@ def matrix(x: Tensor) -> Matrix:
     return Matrix(x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
 
 
-def weights(metric: Metric, features: Tensor, cast: bool = True) -> Weights:
-    """The weights as a kernel's argument.
+def batch_of(x: Tensor) -> Matrix:
+    """`matrix` of x (Z, M, D), or of plain rows (M, D) as a batch of one, which runs the same kernel."""
+    return matrix(x)._replace(batch=0) if x.dim() == 2 else matrix(x)
 
-    `cast` converts the blocks to the features' dtype, so that both operands of the fold's product have one dtype. The
-    G·B·B numbers are cast once a call rather than once a tile.
-    """
+
+def weights(metric: Metric) -> Weights:
+    """The weights as a kernel's argument."""
     W_diag, W_blocks = metric.W_diag, metric.W_blocks
-    if W_blocks is not None and cast:
-        W_blocks = W_blocks.to(features.dtype)
     return Weights(
         None if W_diag is None else Vector(W_diag, W_diag.stride(0)),
         None if W_blocks is None else Blocks(W_blocks, *W_blocks.stride()),
     )
+
+
+def blocks_like(x: Tensor, metric: Metric) -> Metric:
+    """The metric with its blocks in x's dtype, so that both operands of the fold's product have one.
+
+    The G·B·B numbers are cast once a call rather than once a tile.
+    """
+    W_blocks = metric.W_blocks
+    return metric if W_blocks is None or W_blocks.dtype == x.dtype else Metric(metric.W_diag, W_blocks.to(x.dtype))
 
 
 class PairStrides(NamedTuple):
@@ -158,18 +167,32 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, config: Opt
     Triton starts kernels on the current device. With tensors of another device they fail, or, if one device can read
     the other's memory, run on the wrong device, unordered with what writes the tensors.
     """
-    assert all(n <= most for n, most in zip(grid, MAX_GRID, strict=False)), f"a grid of {grid}, beyond {MAX_GRID}"
-    find_room()
+    assert all(map(le, grid, MAX_GRID)), f"a grid of {grid}, beyond {MAX_GRID}"
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            _launch(kernel, grid, device, config, arguments)
+    else:
+        _launch(kernel, grid, device, config, arguments)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, config: Options, arguments: dict[str, Any]
+) -> None:
     # Fused multiply-adds are set explicitly: Triton's default is changing.
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        name = getattr(kernel, "__name__", "")
-        if not toolchain.is_watched(name) or toolchain.is_sound(arch := architecture(device)):
-            kernel[grid](**arguments, **options)
-            return
+    if isinstance(config, BoundedConfig):
+        options["maxnreg"] = config.maxnreg
+    if warm.again(kernel, grid, options, arguments):
+        return
+    find_room()
+    further: dict[str, Any] = {}
+    context: AbstractContextManager[None] = nullcontext()
+    name = getattr(kernel, "__name__", "")
+    if toolchain.is_watched(name) and not toolchain.is_sound(arch := architecture(device)):
         further, context = toolchain.launch_options(name, arguments, arch)
-        with context:
-            kernel[grid](**arguments, **options, **further)
+    with context:
+        compiled = kernel[grid](**arguments, **options, **further)
+    warm.learn(compiled, kernel, grid, options, arguments)
 
 
 @cache

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gssf_triton.kernels import choice
-from gssf_triton.kernels.launch import cdiv, lanes, launch, matrix, tile, weights
+from gssf_triton.kernels.launch import blocks_like, cdiv, lanes, launch, matrix, tile, weights
 from gssf_triton.kernels.tile import (
     cast,
     clamped_rows,
@@ -20,6 +20,7 @@ from gssf_triton.kernels.tile import (
     scaled,
     squares_of,
 )
+from gssf_triton.kernels.warm import remembered
 from gssf_triton.metric import Metric
 
 
@@ -46,14 +47,20 @@ def paired_kernel(a, b, weights, s_ptr, M, D, chunks, TILE: tl.constexpr, NORMAL
 
 def paired(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor:
     """The similarity of a[i] with b[i], (M,), of a and b (M, D)."""
-    (M, D), B = a.shape, metric.block_size
+    M, D = a.shape
     if M == 0 or D == 0:
         return torch.zeros(M, dtype=out_dtype, device=a.device)
     out = torch.empty(M, dtype=out_dtype, device=a.device)
+    _launch(a, b, blocks_like(a, metric), out, normalize)
+    return out
+
+
+@remembered
+def _launch(a: Tensor, b: Tensor, metric: Metric, out: Tensor, normalize: bool) -> None:
+    (M, D), B = a.shape, metric.block_size
     config = choice.choose("paired", a.device, a.dtype, M, 0, D, B)
     launch(
         paired_kernel, (cdiv(M, config.BLOCK_M),), a.device, config,
-        a=matrix(a), b=matrix(b), weights=weights(metric, a), s_ptr=out, M=M, D=D,
+        a=matrix(a), b=matrix(b), weights=weights(metric), s_ptr=out, M=M, D=D,
         chunks=cdiv(lanes(D, B), config.BLOCK_K), TILE=tile(config, a, b, B=B), NORMALIZE=normalize,
     )  # fmt: skip
-    return out

@@ -15,11 +15,12 @@ from gssf_triton.kernels.args import PairMatrix
 from gssf_triton.kernels.configs import PairwiseConfig, drains, stores_both
 from gssf_triton.kernels.launch import (
     architecture,
+    batch_of,
+    blocks_like,
     cdiv,
     items_a_grid,
     lanes,
     launch,
-    matrix,
     pair_strides,
     runs,
     tile,
@@ -35,6 +36,7 @@ from gssf_triton.kernels.tile import (
     pair_rows,
     similarity_tile,
 )
+from gssf_triton.kernels.warm import remembered
 from gssf_triton.metric import Metric
 
 
@@ -84,8 +86,10 @@ def _settings(config: PairwiseConfig, B: int, dtype: torch.dtype, arch: str, ter
     return drains(config, B, dtype, arch, terms=terms), stores_both(arch, terms=terms)
 
 
+@remembered
 def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_diag: Tensor | None) -> None:
-    (batch, M, D), N, B = a.shape, b.shape[1], metric.block_size
+    (*batches, M, D), N, B = a.shape, b.shape[-2], metric.block_size
+    batch = batches[0] if batches else 1
     if s.numel() == 0:
         return
     if D == 0:
@@ -105,7 +109,7 @@ def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_
     drain, both = _settings(config, B, a.dtype, architecture(a.device), terms)
     launch(
         pairwise_kernel, (batch * tiles,), a.device, config,
-        a=matrix(a), b=matrix(b), weights=weights(metric, a), s_ptr=s, s_diag_ptr=s_diag,
+        a=batch_of(a), b=batch_of(b), weights=weights(metric), s_ptr=s, s_diag_ptr=s_diag,
         stride_sz=strides.batch, stride_sm=strides.row, stride_sn=strides.column, even_s=int(strides.even),
         M=M, N=N, D=D, chunks=cdiv(lanes(D, B), config.BLOCK_K),
         TILE=tile(config, a, b, B=B), NORMALIZE=normalize,
@@ -114,8 +118,8 @@ def _launch(a: Tensor, b: Tensor, metric: Metric, normalize: bool, s: Tensor, s_
 
 
 def pairwise(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out: Tensor) -> Tensor:
-    """Fill out (Z, M, N), of any strides and float dtype, with S of a (Z, M, D) and b (Z, N, D)."""
-    _launch(a, b, metric, normalize, out, None)
+    """Fill out (Z, M, N), of any strides and float dtype, with S of a (Z, M, D) and b (Z, N, D); or plain rows."""
+    _launch(a, b, blocks_like(a, metric), normalize, out, None)
     return out
 
 
@@ -125,5 +129,5 @@ def pairwise_terms(
     """The (diagonal, block) terms of S, each (Z, M, N), from one pass with two accumulators."""
     s = torch.empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype, device=a.device)
     s_diag = torch.empty_like(s)
-    _launch(a, b, metric, normalize, s, s_diag)
+    _launch(a, b, blocks_like(a, metric), normalize, s, s_diag)
     return s_diag, s

@@ -1,7 +1,14 @@
-"""The streaming kernel: the similarity tile, and an epilogue in place of the store of S."""
+"""The streaming kernel: the similarity tile, and an epilogue in place of the store of S.
+
+A program owns a span of each side, a run of row tiles by a run of column tiles, and walks it in a fixed order. Its row
+states stay in registers along a row of tiles; its column states lie in a slice that no other program writes. So all of
+S is one launch and one merge a side, whose memory grows with M + N, and the same call gives the same bits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,10 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gssf_triton.kernels import choice, epilogues
+from gssf_triton.kernels import choice, epilogues, toolchain
 from gssf_triton.kernels.args import Vector
-from gssf_triton.kernels.epilogues import Pairs, StreamTile, Vectors
-from gssf_triton.kernels.launch import ALIGNMENT, cdiv, launch, matrix, tile
+from gssf_triton.kernels.configs import (
+    MERGE_CONFIG,
+    BoundedConfig,
+    PairwiseConfig,
+    may_store,
+    stream_config,
+    stream_spans,
+)
+from gssf_triton.kernels.epilogues import EMPTY_MAX, Pairs, StreamTile, Vectors, as_bits, merge_sums, negatives
+from gssf_triton.kernels.launch import ALIGNMENT, architecture, cdiv, launch, matrix, tile
+from gssf_triton.kernels.release import TRITON_RELEASE
 from gssf_triton.kernels.stream_values import Epilogue, Kept, Operands
 from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, product_tile, rows_of
 from gssf_triton.metric import accumulate_dtype
@@ -20,6 +36,21 @@ from gssf_triton.metric import accumulate_dtype
 #: float16 slopes are stored times this: softmaxes below 2⁻²⁴ would vanish otherwise. A power of two, so exact; slopes
 #: are at most 2 in size (`losses.common.Loss.incoming`), so 2¹⁴ leaves them below float16's 65,504.
 HALF_SLOPE_SCALE = 2.0**14
+
+#: The largest number that is stored, the smallest being its negative, and what NaN and Inf are stored as.
+LARGEST_STORED, NOT_A_NUMBER = tl.constexpr(32767.0), tl.constexpr(-32768.0)
+
+
+class Stored(NamedTuple):
+    """Pointers to all of S as it is stored, and to what is known of each row of a tile.
+
+    Of half-precision operands it is where s lies between the smallest and the largest of its tile's row, in 16
+    bits; tops are (2, column tiles, M), the largest ones and how far the smallest lie below them. A floating-point
+    exponential would lose what is small in its row, and may be large in its column. Of others it is s itself.
+    """
+
+    ptr: Any
+    tops: Any
 
 
 class Ids(NamedTuple):
@@ -29,61 +60,196 @@ class Ids(NamedTuple):
     columns: Any
 
 
+@triton.constexpr_function
+def count(state):
+    """How many outputs a state of the tile has."""
+    return len(state)
+
+
 @triton.jit
 def store_all(vectors, values):
     for i in tl.static_range(len(values)):
         tl.store(vectors.at + i * vectors.stride, values[i], mask=vectors.mask)
 
 
-@triton.jit(do_not_specialize=["stride_rk", "stride_ck", "stride_sm", "M", "N", "chunks", "teacher_chunks", "diagonal"])
-def stream_kernel(
-    t, y, teacher_t, teacher_y, ids, scalars, rows, stride_rk, columns, stride_ck, row_out, column_out, totals, slope,
-    stride_sm, M, N, D, chunks, E, teacher_chunks, diagonal, slope_scale,
-    EPILOGUE: tl.constexpr, TILE: tl.constexpr, TEACHER: tl.constexpr,
-):  # fmt: skip
-    """What EPILOGUE keeps of S = t yᵀ (M, N), t folded before; one program owns one [BLOCK_M, BLOCK_N] tile.
+@triton.jit
+def load_all(vectors, OUTPUTS: tl.constexpr):
+    state = ()
+    for i in tl.static_range(OUTPUTS):
+        state += (tl.load(vectors.at + i * vectors.stride, mask=vectors.mask, other=0.0),)  # type: ignore[assignment]
+    return state
 
-    Its outputs are (outputs, tiles of the other side, length), which the host merges in a fixed order; S is in ACC and
-    never leaves the registers but as the slope. Source: as `gssf_triton.losses` says of each loss.
+
+@triton.jit
+def merge_into(vectors, first, new, MERGE: tl.constexpr, EMPTY: tl.constexpr, INDEX: tl.constexpr):
+    """Merge new values into the state at `vectors`; at the `first` tile into the EMPTY state."""
+    DTYPE: tl.constexpr = vectors.at.dtype.element_ty
+    state = ()
+    for i in tl.static_range(count(EMPTY)):
+        empty = tl.full([], EMPTY[i], DTYPE)
+        if i == INDEX:
+            empty = as_bits(empty.to(tl.int32), DTYPE)
+        old = tl.load(vectors.at + i * vectors.stride, mask=vectors.mask, other=0.0)
+        state += (tl.where(first, empty, old),)  # type: ignore[assignment]
+    store_all(vectors, MERGE(state, new))
+
+
+@triton.jit
+def store_similarities(stored, stride_z, s, negative, offs_m, offs_n, tile_n, M, N, BLOCK_N: tl.constexpr):
+    """Store a tile of S. Only negatives are read again, and only they have a top."""
+    if stored.tops is not None:
+        finite = negative & (tl.abs(s) < float("inf"))
+        top = tl.max(tl.where(finite, s, EMPTY_MAX), 1)
+        reach = top - tl.min(tl.where(finite, s, float("inf")), 1)
+        # Of rows with nothing finite, or one number, any.
+        top = tl.where(top == EMPTY_MAX, 0.0, top)
+        reach = tl.where((reach > 0) & (reach < float("inf")), reach, 1.0)
+        at_top = stored.tops + tile_n.to(tl.int64) * M + offs_m
+        tl.store(at_top, top, mask=offs_m < M)
+        tl.store(at_top + tl.cdiv(N, BLOCK_N).to(tl.int64) * M, reach, mask=offs_m < M)
+        step = (s - top[:, None]) / reach[:, None] * (2 * LARGEST_STORED) + LARGEST_STORED
+        # Matches and other excluded pairs may lie beyond; what a softmax makes NaN of has a number of its own.
+        step = tl.floor(tl.minimum(tl.maximum(step, -LARGEST_STORED), LARGEST_STORED) + 0.5)
+        s = tl.where(s < float("inf"), step, NOT_A_NUMBER)
+    at = stored.ptr + (offs_m.to(tl.int64) * (stride_z // 16 * 16))[:, None] + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]
+    tl.store(at, cast(s, stored.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_similarities(stored, stride_z, offs_m, offs_n, tile_n, M, N, BLOCK_N: tl.constexpr, ACC: tl.constexpr):
+    """A tile of S that `store_similarities` has stored, [BLOCK_M, BLOCK_N] in ACC."""
+    at = stored.ptr + (offs_m.to(tl.int64) * (stride_z // 16 * 16))[:, None] + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]
+    s = tl.load(at, mask=mask, other=0).to(ACC)
+    if stored.tops is not None:
+        at_top = stored.tops + tile_n.to(tl.int64) * M + offs_m
+        top = tl.load(at_top, mask=offs_m < M, other=0.0)
+        reach = tl.load(at_top + tl.cdiv(N, BLOCK_N).to(tl.int64) * M, mask=offs_m < M, other=0.0)
+        near = (s - LARGEST_STORED) * (0.5 / LARGEST_STORED) * reach[:, None] + top[:, None]
+        s = tl.where(s == NOT_A_NUMBER, float("nan"), near)
+    return s
+
+
+@triton.jit
+def span_of(number, tiles, spans):
+    """(first, length) of a side's `number`-th run of tiles; the lengths differ by one at most."""
+    first = number * (tiles // spans) + tl.minimum(number, tiles % spans)
+    return first, tiles // spans + (number < tiles % spans).to(tl.int32)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_rk", "stride_ck", "stride_sm", "M", "N", "chunks", "teacher_chunks", "diagonal", "first_m", "first_n",
+        "tiles_m", "tiles_n", "spans_m", "spans_n", "stride_z",
+    ]
+)  # fmt: skip
+def stream_kernel(
+    t, y, teacher_t, teacher_y, ids, scalars, rows, stride_rk, columns, stride_ck, row_out, column_out, fresh, totals,
+    slope, stride_sm, stored, stride_z, M, N, D, chunks, E, teacher_chunks, diagonal, slope_scale, first_m, first_n,
+    tiles_m, tiles_n, spans_m, spans_n,
+    EPILOGUE: tl.constexpr, MERGE: tl.constexpr, TILE: tl.constexpr, TEACHER: tl.constexpr,
+):  # fmt: skip
+    """What EPILOGUE keeps of a part of S = t yᵀ (M, N), t folded before: tiles_m × tiles_n from (first_m, first_n).
+
+    One program owns a span of row tiles by a span of column tiles. Row states are (spans_n, outputs, M), column states
+    (spans_m, outputs, N), totals (totals, programs); parts after the first add to what is there. `fresh` (programs,
+    outputs, BLOCK_N) is for a program's use. S is in ACC and leaves the registers only as the slope, or as `stored`.
+    Source: as `gssf_triton.losses` says of each loss.
     """
-    tiles_m = tl.cdiv(M, TILE.BLOCK_M)
-    tiles_n = tl.cdiv(N, TILE.BLOCK_N)
     pid = tl.program_id(0)
-    tile_m, tile_n = grouped_tile(pid, tiles_m, tiles_n, TILE.GROUP_M)
-    offs_m, rows_m = clamped_rows(tile_m, M, TILE.BLOCK_M)
-    offs_n, rows_n = clamped_rows(tile_n, N, TILE.BLOCK_N)
-    mask_m = offs_m < M
-    mask_n = offs_n < N
-    s = product_tile(rows_of(t, rows_m), rows_of(y, rows_n), D, chunks, TILE)
-    second = None
-    if TEACHER is not None:
-        second = product_tile(rows_of(teacher_t, rows_m), rows_of(teacher_y, rows_n), E, teacher_chunks, TEACHER)
-    valid = mask_m[:, None] & mask_n[None, :]
-    match = offs_n[None, :] == offs_m[:, None] + diagonal
-    same = match & (match == 0)
-    if ids is not None:
-        same = tl.load(ids.rows + rows_m)[:, None] == tl.load(ids.columns + rows_n)[None, :]
-    of_rows = None
-    if rows is not None:
-        of_rows = Vectors(rows.ptr + rows_m * rows.stride, stride_rk, mask_m)
-    of_columns = None
-    if columns is not None:
-        of_columns = Vectors(columns.ptr + rows_n * columns.stride, stride_ck, mask_n)
-    pairs = Pairs(s, second, valid, match, same, tile_m * TILE.BLOCK_M, tile_n * TILE.BLOCK_N)
-    kept_rows, kept_columns, sums, slope_tile = EPILOGUE(pairs, of_rows, of_columns, scalars, TILE)
-    if row_out is not None:
-        store_all(Vectors(row_out + tile_n.to(tl.int64) * M + offs_m, tiles_n.to(tl.int64) * M, mask_m), kept_rows)
-    if column_out is not None:
-        store_all(
-            Vectors(column_out + tile_m.to(tl.int64) * N + offs_n, tiles_m.to(tl.int64) * N, mask_n), kept_columns
-        )
-    if totals is not None:
-        store_all(Vectors(totals + pid, tiles_m * tiles_n, None), sums)
-    if slope is not None:
-        # Rows of the slope end at a multiple of 16, and so does what is stored of them: 16 bytes at a time, whatever N.
-        ptrs = slope + (offs_m.to(tl.int64) * (stride_sm // 16 * 16))[:, None] + offs_n[None, :]
-        stored = mask_m[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]
-        tl.store(ptrs, cast(slope_tile * slope_scale, slope.dtype.element_ty), mask=stored)
+    span_m, span_n = grouped_tile(pid, spans_m, spans_n, TILE.GROUP_M)
+    begin_m, height = span_of(span_m, tiles_m, spans_m)
+    begin_n, width = span_of(span_n, tiles_n, spans_n)
+    # One loop, and nothing hoisted: what the compiler would keep in registers is not worth a second program's room.
+    tile_m = begin_m
+    tile_n = begin_n
+    for i in tl.range(0, height * width, disable_licm=True):
+        offs_m, rows_m = clamped_rows(first_m + tile_m, M, TILE.BLOCK_M)
+        offs_n, rows_n = clamped_rows(first_n + tile_n, N, TILE.BLOCK_N)
+        mask_m = offs_m < M
+        mask_n = offs_n < N
+        if TILE.STORED == "read":
+            s = load_similarities(stored, stride_z, offs_m, offs_n, first_n + tile_n, M, N, TILE.BLOCK_N, TILE.ACC)
+        else:
+            s = product_tile(rows_of(t, rows_m), rows_of(y, rows_n), D, chunks, TILE)
+        second = None
+        if TEACHER is not None:
+            second = product_tile(rows_of(teacher_t, rows_m), rows_of(teacher_y, rows_n), E, teacher_chunks, TEACHER)
+        valid = mask_m[:, None] & mask_n[None, :]
+        match = offs_n[None, :] == offs_m[:, None] + diagonal
+        same = match & (match == 0)
+        if ids is not None:
+            same = tl.load(ids.rows + rows_m)[:, None] == tl.load(ids.columns + rows_n)[None, :]
+        of_rows = None
+        if rows is not None:
+            of_rows = Vectors(rows.ptr + rows_m * rows.stride, stride_rk, mask_m)
+        of_columns = None
+        if columns is not None:
+            of_columns = Vectors(columns.ptr + rows_n * columns.stride, stride_ck, mask_n)
+        place = (first_m + tile_m) * TILE.BLOCK_M, (first_n + tile_n) * TILE.BLOCK_N
+        pairs = Pairs(s, second, valid, match, same, place[0], place[1])
+        if TILE.STORED == "write":
+            store_similarities(
+                stored, stride_z, s, negatives(pairs), offs_m, offs_n, first_n + tile_n, M, N, TILE.BLOCK_N
+            )
+        kept_rows, kept_columns, sums, slope_tile = EPILOGUE(pairs, of_rows, of_columns, scalars, TILE)
+        if slope is not None:
+            # Rows of the slope end at a multiple of 16, and so does what is stored of them: 16 bytes at a time,
+            # whatever N.
+            local_m = tile_m * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
+            local_n = tile_n * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+            ptrs = slope + (local_m.to(tl.int64) * (stride_sm // 16 * 16))[:, None] + local_n[None, :]
+            inside = mask_m[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]
+            tl.store(ptrs, cast(slope_tile * slope_scale, slope.dtype.element_ty), mask=inside)
+        if row_out is not None:
+            at = row_out + ((span_n * count(TILE.OF_ROWS)).to(tl.int64) * M + place[0])
+            of_row = Vectors(at + tl.arange(0, TILE.BLOCK_M), M, mask_m)
+            merge_into(of_row, first_n + tile_n == begin_n, kept_rows, MERGE, TILE.OF_ROWS, TILE.INDEX)
+        if column_out is not None:
+            # By way of memory: a thread holds the sums of 16 columns, and would merge all of them, as others would.
+            fresh_at = fresh + pid * (count(TILE.OF_COLUMNS) * TILE.BLOCK_N) + tl.arange(0, TILE.BLOCK_N)
+            store_all(Vectors(fresh_at, TILE.BLOCK_N, mask_n), kept_columns)
+            tl.debug_barrier()
+            new_columns = load_all(Vectors(fresh_at, TILE.BLOCK_N, mask_n), count(TILE.OF_COLUMNS))
+            at_n = column_out + ((span_m * count(TILE.OF_COLUMNS)).to(tl.int64) * N + place[1])
+            of_column = Vectors(at_n + tl.arange(0, TILE.BLOCK_N), N, mask_n)
+            merge_into(of_column, first_m + tile_m == begin_m, new_columns, MERGE, TILE.OF_COLUMNS, TILE.INDEX)
+        if totals is not None:
+            at_total = Vectors(totals + pid, spans_m * spans_n, i >= 0)
+            merge_into(at_total, first_m + first_n + i == 0, sums, merge_sums, TILE.TOTALS, None)
+        # The next tile reads back what other threads may have written.
+        tl.debug_barrier()
+        tile_n += 1
+        if tile_n == begin_n + width:
+            tile_n = begin_n
+            tile_m += 1
+
+
+@triton.jit(do_not_specialize=["spans", "length"])
+def merge_kernel(states, out, spans, length, OUTPUTS: tl.constexpr, MERGE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """States (spans, outputs, length) as one (outputs, length), merged in order; one program owns BLOCK_M of length."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = offs < length
+    stride = length.to(tl.int64)
+    state = load_all(Vectors(states + offs, stride, mask), OUTPUTS)
+    for span in tl.range(1, spans, loop_unroll_factor=4):
+        state = MERGE(state, load_all(Vectors(states + span * OUTPUTS * stride + offs, stride, mask), OUTPUTS))
+    store_all(Vectors(out + offs, stride, mask), state)
+
+
+def merge(states: Tensor, function: Any) -> Tensor:
+    """States (spans, outputs, length) as one (outputs, length), by a merging function of `epilogues`."""
+    spans, outputs, length = states.shape
+    if spans == 1:
+        return states[0]
+    out = states.new_empty((outputs, length))
+    launch(
+        merge_kernel, (cdiv(length, MERGE_CONFIG.BLOCK_M),), states.device, MERGE_CONFIG,
+        states=states, out=out, spans=spans, length=length,
+        OUTPUTS=outputs, MERGE=function, BLOCK_M=MERGE_CONFIG.BLOCK_M,
+    )  # fmt: skip
+    return out
 
 
 def vectors(x: Tensor | None) -> tuple[Vector | None, int]:
@@ -91,48 +257,127 @@ def vectors(x: Tensor | None) -> tuple[Vector | None, int]:
     return (None, 0) if x is None else (Vector(x, x.stride(1)), x.stride(0))
 
 
-def stream(x: Operands, epilogue: Epilogue, wants_slope: bool, whole: tuple[int, int]) -> Kept:
-    """What the epilogue keeps of a chunk, which is part of an S of the shape `whole`.
+@cache
+def bounded(config: PairwiseConfig, dtype: torch.dtype, arch: str) -> PairwiseConfig:
+    """The tile of a small epilogue, in 128 registers where the assembler would take up to 186 that it does not need.
 
-    States are (outputs, tiles, length), not merged yet, and totals (totals, tiles). Half-precision operands have
-    half-precision slopes, times `slope_scale`.
+    So do those of Triton 3.6 to 3.8 for sm_90. That of 3.9 takes 128 or fewer itself, and would spill some if told to.
     """
-    t, y = x.t, x.y
-    (M, D), N = t.shape, y.shape[0]
-    kernel: Literal["stream", "stream_teacher"] = "stream_teacher" if epilogue.teacher else "stream"
-    config = choice.choose(kernel, t.device, t.dtype, *whole, D)
-    tiles_m, tiles_n = cdiv(M, config.BLOCK_M), cdiv(N, config.BLOCK_N)
+    takes_more = arch.startswith("sm_90") and TRITON_RELEASE < toolchain.SOUND_TRITON
+    if takes_more and dtype.itemsize == 2 and config == stream_config(dtype, arch):
+        return BoundedConfig(**vars(config))
+    return config
 
-    def output(count: int, *shape: int) -> Tensor | None:
-        return t.new_empty((count, *shape), dtype=accumulate_dtype(t.dtype)) if count else None
 
-    row_out, column_out = output(len(epilogue.rows), tiles_n, M), output(len(epilogue.columns), tiles_m, N)
-    totals = output(epilogue.totals if wants_slope or not epilogue.slope else 0, tiles_m * tiles_n)
-    pitch = cdiv(N, ALIGNMENT) * ALIGNMENT
-    slope = t.new_empty((M, pitch)) if wants_slope else None
-    (rows, stride_rk), (columns, stride_ck) = vectors(x.rows), vectors(x.columns)
-    ids = None
-    if x.row_ids is not None and x.column_ids is not None:
-        ids = Ids(x.row_ids.contiguous(), x.column_ids.contiguous())
-    shape = tile(config, t, y, kind=StreamTile, COLUMNS=epilogue.both, SUMS=epilogue.sums, SLOPE=wants_slope)
-    teacher: dict[str, Any] = {"teacher_t": None, "teacher_y": None, "E": None, "teacher_chunks": None, "TEACHER": None}
-    if x.teacher_t is not None and x.teacher_y is not None:
-        E = x.teacher_t.shape[1]
-        teacher = {
-            "teacher_t": matrix(x.teacher_t), "teacher_y": matrix(x.teacher_y), "E": E,
-            "teacher_chunks": cdiv(E, config.BLOCK_K),
-            "TEACHER": tile(config, x.teacher_t, x.teacher_y, PRECISION=shape.PRECISION, ACC=shape.ACC),
+class Part(NamedTuple):
+    """A part of S: where it lies, and its slope (R, C), which the next part overwrites; None without one."""
+
+    rows: slice
+    columns: slice
+    slope: Tensor | None
+
+
+class Pass:
+    """A pass over all of S, neither of whose sides is empty.
+
+    Args:
+        x: The operands. Half-precision ones have half-precision slopes, times `slope_scale`.
+        epilogue: What is kept.
+        part: Rows and columns of S to take at a time, with their slope; None for all of S at once, and no slope.
+        stores: S is stored, for a later pass; where that cannot be, the later pass computes it.
+    """
+
+    def __init__(
+        self, x: Operands, epilogue: Epilogue, part: tuple[int, int] | None = None, stores: bool = False
+    ) -> None:
+        t, y = x.t, x.y
+        (M, D), N = t.shape, y.shape[0]
+        kernel: Literal["stream", "stream_teacher"] = "stream_teacher" if epilogue.teacher else "stream"
+        # The tile is chosen by all of S: equal rows must have equal similarities in the last part, too.
+        config = choice.choose(kernel, t.device, t.dtype, M, N, D)
+        if part is None and not (epilogue.sums or epilogue.teacher):
+            config = bounded(config, t.dtype, architecture(t.device))
+        block_m, block_n = config.BLOCK_M, config.BLOCK_N
+        tiles_m, tiles_n = cdiv(M, block_m), cdiv(N, block_n)
+        slope = None
+        if part is not None:
+            # Whole tiles, but for the last part's.
+            tiles_m = tiles_m if part[0] >= M else max(1, part[0] // block_m)
+            tiles_n = tiles_n if part[1] >= N else max(1, part[1] // block_n)
+            R, C = min(M, tiles_m * block_m), min(N, tiles_n * block_n)
+            slope = t.new_empty((R, cdiv(C, ALIGNMENT) * ALIGNMENT))
+        spans_m, spans_n = stream_spans(M, N, tiles_m, tiles_n, architecture(t.device))
+        self.size, self.step, self.config = (M, N), (tiles_m * block_m, tiles_n * block_n), config
+        self.grid, self.merge = (spans_m * spans_n,), getattr(epilogues, epilogue.merge.__name__)
+        totals, of_columns = epilogue.totals_of(part is not None), len(epilogue.columns)
+
+        def states(*shape: int) -> Tensor | None:
+            return t.new_empty(shape, dtype=accumulate_dtype(t.dtype)) if all(shape) else None
+
+        self.states = Kept(
+            states(spans_n, len(epilogue.rows), M), states(spans_m, of_columns, N), states(totals, *self.grid), slope
+        )  # fmt: skip
+        if x.tops is not None and x.tops.shape[1] != cdiv(N, block_n):
+            # Another tile is chosen than when S was stored: it is computed again.
+            x = x._replace(stored=None, tops=None)
+        self.stored = None if x.stored is None else (x.stored, x.tops)
+        stores = stores and may_store(t.dtype, architecture(t.device), sums=epilogue.sums)
+        if stores:
+            tops = t.new_empty((2, cdiv(N, block_n), M), dtype=torch.float32) if t.dtype == torch.float16 else None
+            like = torch.int16 if t.dtype == torch.float16 else t.dtype
+            self.stored = t.new_empty((M, cdiv(N, ALIGNMENT) * ALIGNMENT), dtype=like), tops
+        mode = "write" if stores else "" if self.stored is None else "read"
+        shape = tile(
+            config, t, y, kind=StreamTile, STORED=mode,
+            COLUMNS=epilogue.both, SUMS=epilogue.sums, SLOPE=slope is not None,
+            OF_ROWS=epilogue.rows, OF_COLUMNS=epilogue.columns, INDEX=epilogue.index, TOTALS=(0.0,) * totals,
+        )  # fmt: skip
+        teacher: dict[str, Any] = dict.fromkeys(("teacher_t", "teacher_y", "E", "teacher_chunks", "TEACHER"))
+        if x.teacher_t is not None and x.teacher_y is not None:
+            E = x.teacher_t.shape[1]
+            teacher = {
+                "teacher_t": matrix(x.teacher_t), "teacher_y": matrix(x.teacher_y), "E": E,
+                "teacher_chunks": cdiv(E, config.BLOCK_K),
+                "TEACHER": tile(config, x.teacher_t, x.teacher_y, PRECISION=shape.PRECISION, ACC=shape.ACC),
+            }  # fmt: skip
+        ids = None
+        if x.row_ids is not None and x.column_ids is not None:
+            ids = Ids(x.row_ids.contiguous(), x.column_ids.contiguous())
+        (rows, stride_rk), (columns, stride_ck) = vectors(x.rows), vectors(x.columns)
+        self.arguments: dict[str, Any] = {
+            "t": matrix(t), "y": matrix(y), **teacher, "ids": ids, "scalars": x.scalars,
+            "rows": rows, "stride_rk": stride_rk, "columns": columns, "stride_ck": stride_ck,
+            "row_out": self.states.rows, "column_out": self.states.columns,
+            "fresh": states(*self.grid, of_columns, block_n), "totals": self.states.totals,
+            "slope": slope, "stride_sm": 0 if slope is None else slope.shape[1],
+            "stored": None if self.stored is None else Stored(*self.stored),
+            "stride_z": 0 if self.stored is None else self.stored[0].shape[1],
+            "M": M, "N": N, "D": D, "chunks": cdiv(D, config.BLOCK_K),
+            "diagonal": x.offset, "slope_scale": slope_scale(t.dtype), "spans_m": spans_m, "spans_n": spans_n,
+            "EPILOGUE": getattr(epilogues, epilogue.triton), "MERGE": self.merge, "TILE": shape,
         }  # fmt: skip
-    launch(
-        stream_kernel, (tiles_m * tiles_n,), t.device, config,
-        t=matrix(t), y=matrix(y), **teacher, ids=ids, scalars=x.scalars,
-        rows=rows, stride_rk=stride_rk, columns=columns, stride_ck=stride_ck,
-        row_out=row_out, column_out=column_out, totals=totals, slope=slope, stride_sm=pitch,
-        M=M, N=N, D=D, chunks=cdiv(D, config.BLOCK_K),
-        diagonal=x.offset, slope_scale=slope_scale(t.dtype),
-        EPILOGUE=getattr(epilogues, epilogue.triton), TILE=shape,
-    )  # fmt: skip
-    return Kept(row_out, column_out, totals, None if slope is None else slope[:, :N])
+
+    def parts(self) -> Iterator[Part]:
+        """Launch part after part, in order; without slopes all of S is one."""
+        (M, N), (step_m, step_n), config, slope = self.size, self.step, self.config, self.states.slope
+        for row in range(0, M, step_m):
+            for column in range(0, N, step_n):
+                R, C = min(step_m, M - row), min(step_n, N - column)
+                launch(
+                    stream_kernel, self.grid, self.arguments["scalars"].device, config, **self.arguments,
+                    first_m=row // config.BLOCK_M, tiles_m=cdiv(R, config.BLOCK_M),
+                    first_n=column // config.BLOCK_N, tiles_n=cdiv(C, config.BLOCK_N),
+                )  # fmt: skip
+                yield Part(slice(row, row + R), slice(column, column + C), None if slope is None else slope[:R, :C])
+
+    def kept(self) -> Kept:
+        """What is kept of all parts: states (outputs, M) and (outputs, N), and totals."""
+        rows, columns, totals, _ = self.states
+        return Kept(
+            None if rows is None else merge(rows, self.merge),
+            None if columns is None else merge(columns, self.merge),
+            None if totals is None else totals.sum(1),
+        )
 
 
 def slope_scale(dtype: torch.dtype) -> float:

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gssf_triton.metric import accumulate_dtype
+
 
 class Operands(NamedTuple):
-    """All that an epilogue may know of S = t yᵀ, t (M, D) folded before: of the whole of it, or of one chunk.
+    """All that an epilogue may know of S = t yᵀ, t (M, D) folded before.
 
     Attributes:
         t: Rows, (M, D).
@@ -23,6 +25,8 @@ class Operands(NamedTuple):
         teacher_t: Rows of a second product, (M, E), or None.
         teacher_y: Its columns, (N, E), or None.
         offset: Row i matches column i + offset.
+        stored: S as an earlier pass has stored it (`kernels.stream.Stored`), or None: it is computed.
+        tops: The rest of it.
     """
 
     t: Tensor
@@ -35,25 +39,8 @@ class Operands(NamedTuple):
     teacher_t: Tensor | None = None
     teacher_y: Tensor | None = None
     offset: int = 0
-
-    def chunk(self, rows: slice, columns: slice) -> Operands:
-        """The operands of S[rows, columns]."""
-
-        def cut(x: Tensor | None, run: slice) -> Tensor | None:
-            return None if x is None else x[run]
-
-        return Operands(
-            self.t[rows],
-            self.y[columns],
-            self.scalars,
-            None if self.rows is None else self.rows[:, rows],
-            None if self.columns is None else self.columns[:, columns],
-            cut(self.row_ids, rows),
-            cut(self.column_ids, columns),
-            cut(self.teacher_t, rows),
-            cut(self.teacher_y, columns),
-            rows.start + self.offset - columns.start,
-        )
+    stored: Tensor | None = None
+    tops: Tensor | None = None
 
 
 class Kept(NamedTuple):
@@ -63,6 +50,43 @@ class Kept(NamedTuple):
     columns: Tensor | None = None
     totals: Tensor | None = None
     slope: Tensor | None = None
+
+
+class Result(NamedTuple):
+    """What an epilogue keeps of all of S.
+
+    Attributes:
+        rows: The rows' states, (outputs, M).
+        columns: The columns' states, (outputs, N).
+        totals: Its sums, (totals,); empty where it makes a slope and none is asked for.
+        d_t: slope @ y, (M, D); empty where no slope is asked for.
+        d_y: slopeᵀ @ t, (N, D); empty where no slope is asked for.
+        stored: S, for a later pass; empty where that is not asked for.
+        tops: The rest of it.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    totals: Tensor
+    d_t: Tensor
+    d_y: Tensor
+    stored: Tensor
+    tops: Tensor
+
+    @classmethod
+    def of(cls, x: Operands, kept: Kept, *more: Tensor | None) -> Result:
+        """What is kept of all of S, then the slope's products and what is stored; empty where there is none."""
+        wide = accumulate_dtype(x.t.dtype)
+
+        def result(found: Tensor | None, *shape: int) -> Tensor:
+            return x.t.new_empty(shape, dtype=wide) if found is None else found
+
+        return cls(
+            result(kept.rows, 0, x.t.shape[0]),
+            result(kept.columns, 0, x.y.shape[0]),
+            result(kept.totals, 0),
+            *(result(found, 0) for found in (*more, None, None, None, None)[:4]),
+        )
 
 
 #: Joins two states (outputs, length) of the same rows, the first of the columns that come first.
@@ -76,11 +100,11 @@ class Epilogue:
     Attributes:
         torch: Computes a chunk: takes a `streaming.epilogues.Chunk`, returns what is `Kept` of it.
         triton: The function of `kernels.epilogues` that computes a tile.
-        merge: Joins the states of tiles, chunks and processes.
+        merge: Joins the states of chunks and processes; the function of `kernels.epilogues` of its name joins tiles'.
         rows: A row's state before anything is merged: a number an output.
         columns: A column's state.
         totals: How many sums over all of S.
-        index: Which output is an index: within the chunk, and in a state within the whole side (see `index_bits`).
+        index: Which output is an index within the whole side, as an integer's bits (`streaming.epilogues.index_bits`).
         both: Columns are treated as rows are.
         sums: Plain sums are kept too.
         slope: Makes ∂loss/∂(scale·s) where one is asked for.
@@ -98,3 +122,7 @@ class Epilogue:
     sums: bool = False
     slope: bool = False
     teacher: bool = False
+
+    def totals_of(self, wants_slope: bool) -> int:
+        """How many sums are made: those of a slope only with it."""
+        return self.totals if wants_slope or not self.slope else 0

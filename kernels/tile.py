@@ -204,8 +204,9 @@ def fold_chunk(a, weights, chunk, D, CONFINE: tl.constexpr, TILE: tl.constexpr):
     """One chunk of the `Rows` a, and of the two terms of T(a) = a ⊙ W_diag + [a_1 W_1 | … | a_G W_G].
 
     Returns (a, diagonal, block), [BLOCK_M, BLOCK_K] each: a in its own dtype, the terms in ACC. If a term has no
-    weight, a is returned as an unused placeholder. CONFINE keeps a row's NaN or Inf in its own block of T(a): packed
-    blocks share a product, in which zero times NaN is NaN. Needed only if T(a) is the result.
+    weight, a is returned as an unused placeholder. The product is in the blocks' dtype: a's, or a wider one. CONFINE
+    keeps a row's NaN or Inf in its own block of T(a): packed blocks share a product, in which zero times NaN is NaN.
+    Needed only if T(a) is the result.
     """
     offs, valid = channels(chunk, D, TILE)
     x = load_masked(a.at[:, None] + (offs * a.channel)[None, :], valid[None, :], TILE.EVEN_D)
@@ -217,7 +218,7 @@ def fold_chunk(a, weights, chunk, D, CONFINE: tl.constexpr, TILE: tl.constexpr):
     if weights.blocks is not None:
         block = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_K], TILE.ACC)
         if TILE.BLOCK_B <= TILE.BLOCK_K:
-            w = nearest(cast(block_weight(chunk, chunk, weights.blocks, D, TILE), x.dtype), TILE.PRECISION)
+            w = nearest(block_weight(chunk, chunk, weights.blocks, D, TILE), TILE.PRECISION)
             if CONFINE and TILE.BLOCK_B < TILE.BLOCK_K:
                 GROUPS: tl.constexpr = TILE.BLOCK_K // TILE.BLOCK_B
                 not_finite = nothing_of(x, TILE.ACC)
@@ -225,16 +226,16 @@ def fold_chunk(a, weights, chunk, D, CONFINE: tl.constexpr, TILE: tl.constexpr):
                 spread = tl.broadcast_to(by_group, [TILE.BLOCK_M, GROUPS, TILE.BLOCK_B])
                 block = tl.reshape(spread, [TILE.BLOCK_M, TILE.BLOCK_K])
                 finite = tl.where(not_finite == 0, x, 0.0).to(x.dtype)
-                block = dot(nearest(finite, TILE.PRECISION), w, block, TILE.PRECISION)
+                block = dot(nearest(finite, TILE.PRECISION).to(w.dtype), w, block, TILE.PRECISION)
             else:
-                block = dot(nearest(x, TILE.PRECISION), w, block, TILE.PRECISION)
+                block = dot(nearest(x, TILE.PRECISION).to(w.dtype), w, block, TILE.PRECISION)
         else:
             PARTS: tl.constexpr = TILE.BLOCK_B // TILE.BLOCK_K
             first = chunk // PARTS * PARTS
             for part in range(first, first + PARTS):
                 y = load_chunk(a, part, D, TILE)
-                w = nearest(cast(block_weight(part, chunk, weights.blocks, D, TILE), x.dtype), TILE.PRECISION)
-                block = dot(nearest(y, TILE.PRECISION), w, block, TILE.PRECISION)
+                w = nearest(block_weight(part, chunk, weights.blocks, D, TILE), TILE.PRECISION)
+                block = dot(nearest(y, TILE.PRECISION).to(w.dtype), w, block, TILE.PRECISION)
     return x, diagonal, block
 
 

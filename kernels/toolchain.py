@@ -47,6 +47,9 @@ WATCHED = {
     "cross_attention_kernel": "x",
 }
 
+#: Products with fewer rows don't use sm_90's asynchronous instructions, and so none that reads overwritten registers.
+ASYNCHRONOUS_ROWS = 64
+
 #: Half precision as torch's dtypes, and as the compiler's types of pointers.
 HALVES = (torch.float16, torch.bfloat16, "*fp16", "*bf16")
 
@@ -142,6 +145,7 @@ class Variant(NamedTuple):
         has_diag: Whether the kernel folds by W_diag.
         has_blocks: Whether it folds by W_blocks; the gradient kernel: whether it multiplies by blocks or sums their
             gradient.
+        rows: Of its products, at least; of `fold` and `gradient` alone.
     """
 
     kernel: str
@@ -149,6 +153,7 @@ class Variant(NamedTuple):
     precision: str = "ieee"
     has_diag: bool = False
     has_blocks: bool = False
+    rows: int = ASYNCHRONOUS_ROWS
 
     @property
     def takes_registers(self) -> bool:
@@ -158,6 +163,8 @@ class Variant(NamedTuple):
         The compile gate checks the answer against compiled kernels.
         """
         tf32 = self.precision.startswith("tf32")
+        if self.rows < ASYNCHRONOUS_ROWS:
+            return False
         if self.kernel == "pairwise":
             return (self.half or tf32) and (self.has_diag or self.has_blocks)
         if self.kernel == "fold":  # half precision: where blocks share a tile and NaN is confined
@@ -183,10 +190,22 @@ def variant_of(kernel: str, arguments: Mapping[str, Any]) -> Variant:
         has_blocks = arguments["dw_blocks_ptr"] is not None or (arguments["rows"] is not None and has_blocks)
     elif kernel == "cross_attention_kernel":
         precision = tile.GRAM_PRECISION
+    rows = tile.BLOCK_M if kernel in ("fold_kernel", "gradient_kernel") else ASYNCHRONOUS_ROWS
+    rows = getattr(rows, "value", rows)
     half = getattr(features, "dtype", features) in HALVES
     has_diag = weights is not None and weights.diag is not None
     precision = getattr(precision, "value", precision)
-    return Variant(kernel.removesuffix("_kernel"), half, precision, has_diag, has_blocks)
+    return Variant(kernel.removesuffix("_kernel"), half, precision, has_diag, has_blocks, rows)
+
+
+def overwrites_operands(arch: str) -> bool:
+    """True if operands in registers may be overwritten, but for products of fewer rows than `ASYNCHRONOUS_ROWS`."""
+    return arch.startswith("sm_90") and not toolchain(arch).is_safe
+
+
+def adds_chains(arch: str) -> bool:
+    """False if several products that add to one accumulator are added up wrongly."""
+    return TRITON_RELEASE >= SOUND_TRITON or not arch.startswith("sm_10")
 
 
 def _fault(variant: Variant, arch: str) -> str | None:
@@ -201,7 +220,7 @@ def _fault(variant: Variant, arch: str) -> str | None:
             return (
                 f'Triton {_dotted(TRITON_RELEASE)} overwrites operands that are being read: pip install "triton>=3.7"'
             )
-    if arch.startswith("sm_10") and variant.chains_products and TRITON_RELEASE < SOUND_TRITON:
+    if variant.chains_products and not adds_chains(arch):
         return f'Triton {_dotted(TRITON_RELEASE)} adds chained products up wrongly on {arch}: pip install "triton>=3.9"'
     return None
 
@@ -272,7 +291,7 @@ def is_sound(arch: str) -> bool:
     """True if every kernel is compiled correctly, so that launches need no check."""
     if arch.startswith("sm_90"):
         return TRITON_RELEASE >= SOUND_TRITON and toolchain(arch).assembler.is_safe
-    return TRITON_RELEASE >= SOUND_TRITON or not arch.startswith("sm_10")
+    return adds_chains(arch)
 
 
 class _InUse:

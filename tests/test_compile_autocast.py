@@ -112,6 +112,7 @@ def operator_samples(device: str) -> dict[str, list[tuple]]:
         ],
         "pairwise_terms": [(a, b, W_diag, W_blocks, False, f32), (b, a, W_diag, W_blocks, True, f32)],
         "paired": [(rows, others, W_diag, W_blocks, True, f32), (rows, others, W_diag, None, False, f32)],
+        "unit_rows_vjp": [(rows.detach(), others.detach()), (a.detach(), a.detach().clone())],
         "gradient": [
             (P, b, a, W_diag, W_blocks, 8, True, True, True),
             (P, b, a, W_diag, None, 0, True, True, False),
@@ -132,7 +133,9 @@ def test_every_operator_has_a_sample(device: str) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("name", ["fold", "pairwise", "pairwise_planned", "pairwise_terms", "paired", "gradient"])
+@pytest.mark.parametrize(
+    "name", ["fold", "pairwise", "pairwise_planned", "pairwise_terms", "paired", "unit_rows_vjp", "gradient"]
+)
 def test_operators_keep_pytorchs_rules(name: str, device: str) -> None:
     """Schema, fake implementation, autograd registration, and compilation with static and dynamic shapes."""
     for sample in operator_samples(device)[name]:

@@ -173,7 +173,10 @@ PROGRAMS: dict[str, Callable[[], Callable[[list[str]], Any]]] = {
     "autotune/__main__.py": lambda: cli.main,
     "autotune/compile_gate.py": lambda: compile_gate.main,
     "autotune/rehearse.py": lambda: rehearse.main,
-    **{f"perf/{name}.py": lambda name=name: program(name) for name in ("sweep", "report", "first_run", "gpu_check")},
+    **{
+        f"perf/{name}.py": lambda name=name: program(name)
+        for name in ("sweep", "report", "host", "first_run", "gpu_check")
+    },
     **{
         f"examples/{name}.py": lambda name=name: program(name)
         for name in ("demo_report", "glyph_retrieval", "studies", "study_look")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"", "__main__", "autotune", "command", "integrations", "nn", "training", "viz"},
     {"attention", "data", "losses", "metrics", "region_word", "retrieval", "similarity"},
-    {"backend", "checks", "once", "precision", "processes", "remembered", "streaming", "tracing"},
+    {"backend", "checks", "once", "operators", "precision", "processes", "remembered", "streaming", "tracing"},
     {"kernels"},
     {"console", "constants", "metric", "optional", "progress", "slices", "storage"},
 )

@@ -248,7 +248,8 @@ def test_every_loss_is_data(name: str) -> None:
     given = arguments(loss, *pair())
     for call in (loss, torch.compile(loss, fullgraph=True, backend="eager")):
         with torch.inference_mode():
-            expected = call(*given)
+            call(*given)
+        expected = loss(*given)
         for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
             assert torch.equal(other(*given), expected)
             for x, y in zip(other.parameters(), loss.parameters(), strict=True):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from support import reference
 from support.losses_problem import LOSSES, Problem, problem
-from support.reference import tolerance
+from support.reference import assert_close, tolerance
 from torch import Tensor
 
 import gssf_triton
+from gssf_triton.kernels import choice
+from gssf_triton.kernels.configs import ChunkConfig
 
 losses = pytest.mark.parametrize("loss", LOSSES)
 
@@ -187,3 +191,64 @@ def test_ties_give_the_gradient_to_the_lowest_index(N: int, backend: str, device
         b.detach(),
     )
     torch.testing.assert_close(b.grad, expected)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["stored", "streamed"])
+def test_nothing_of_an_excluded_pair_counts(later: bool, device: str) -> None:
+    """A row of NaN excludes a column, whose gradient is NaN only by the pairs that count."""
+    a, ids = torch.randn(4, 4, device=device), torch.tensor([0, 0, 1, 2], device=device)
+    a[1, 0] = float("nan")
+    b = torch.randn(4, 4, device=device, requires_grad=True)
+    with choice.use(chunk=ChunkConfig(2, 2)) if later else nullcontext():
+        loss = gssf_triton.info_nce(a, b, torch.ones(4, device=device), logit_scale=1.0, ids=ids, backend="torch")
+    (found,) = torch.autograd.grad(loss, b)
+    assert found[0].isnan().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("size", [30.0, 1e4])
+@pytest.mark.parametrize("later", [False, True], ids=["stored", "streamed"])
+def test_a_margin_beside_large_similarities(size: float, later: bool, device: str) -> None:
+    x, W_diag = torch.full((3, 4), size, device=device), torch.ones(4, device=device)
+    with choice.use(chunk=ChunkConfig(2, 2)) if later else nullcontext():
+        loss, violations = gssf_triton.triplet_loss(x, x, W_diag, margin=0.2, return_violations=True, backend="torch")
+    assert loss.item() == pytest.approx(1.2) and violations.tolist() == [3, 3]
+
+
+def test_a_teacher_wider_than_its_student(backend: str, device: str) -> None:
+    """Numbers beyond float16 in a float32 teacher; autocast rounds them, before and after a call without it."""
+    a, b = (torch.randn(24, 16, device=device).bfloat16() for _ in "ab")
+    teacher = {
+        "teacher_a": torch.randn(24, 8, device=device) * 1e5,
+        "teacher_b": torch.randn(24, 8, device=device) / 1e5,
+    }
+
+    def call(**more: Any) -> Tensor:
+        options: dict[str, Any] = {**teacher, "logit_scale": 1.0, **more}
+        return gssf_triton.distillation_loss(a, b, torch.ones(16, device=device), **options)
+
+    plain = call(backend=backend)
+    expected = call(backend="torch")
+    assert_close(plain, expected, tolerance(torch.bfloat16))
+    with torch.autocast(device, torch.bfloat16):
+        rounded = call(backend=backend)
+    assert rounded.isfinite() and torch.equal(call(backend=backend), plain)
+
+
+def test_a_frozen_student_of_a_teacher_that_learns(backend: str, device: str) -> None:
+    x, teacher = torch.randn(6, 8, device=device), torch.randn(6, 8, device=device, requires_grad=True)
+    loss = gssf_triton.distillation_loss(
+        x, x, torch.ones(8, device=device), teacher_a=teacher, teacher_b=teacher, logit_scale=1.0, backend=backend
+    )
+    assert not loss.requires_grad
+
+
+def test_the_first_fault_is_named() -> None:
+    """In the order of the arguments: features, backend, then the loss's own."""
+    a, W_diag = torch.randn(6, 8), torch.ones(8)
+    given: dict[str, Any] = {"logit_scale": "x", "reduction": "max", "backend": "z"}
+    with pytest.raises(ValueError, match="backend must be"):
+        gssf_triton.info_nce(a, a, W_diag, **given)
+    with pytest.raises(TypeError, match="margin must be"):
+        gssf_triton.triplet_loss(a, a[:2], W_diag, margin="x", hardest=3)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="backend must be"):
+        gssf_triton.distillation_loss(a, a, W_diag, teacher_a=a[:2], teacher_b=a, **given)

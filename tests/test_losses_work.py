@@ -13,9 +13,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_triton
-from gssf_triton.kernels import choice
+from gssf_triton.kernels import choice, configs
 from gssf_triton.kernels.configs import ChunkConfig
+from gssf_triton.kernels.stream_values import Operands
 from gssf_triton.nn import GSSF, TripletLoss
+from gssf_triton.streaming.driver import stream
+from gssf_triton.streaming.epilogues import index_bits
 
 losses = pytest.mark.parametrize("loss", LOSSES)
 
@@ -52,6 +55,7 @@ def both_passes(p: Problem, backend: str) -> Callable[[], tuple[Tensor, ...]]:
 #: Products of N × N × D: (loss, options) to those of a call without a gradient, and of forward and backward.
 WORK: list[tuple[str, dict[str, Any], int, int]] = [
     ("info_nce", {}, 1, 4),
+    ("info_nce", {"memory": "fast"}, 1, 3),
     ("info_nce", {"symmetric": False, "label_smoothing": 0.1}, 1, 4),
     ("info_nce", {"reduction": "none"}, 1, 4),
     ("sigmoid_loss", {}, 1, 3),
@@ -97,6 +101,48 @@ def test_nothing_waits_for_the_device(loss: str, options: dict[str, Any], backen
             captured = call()
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(captured, call(), strict=True))
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (3, 7), (40, 79), (256, 512), (1, 15_625), (15_625, 2), (70_000, 140_000)])
+@pytest.mark.parametrize("arch", ["sm_90", "interpreter"])
+def test_states_of_spans_grow_with_the_sides(tiles: tuple[int, int], arch: str) -> None:
+    """Every tile is in one program, the programs are as many as wanted, and their states take no more than the rows."""
+    (tiles_m, tiles_n), (M, N) = tiles, (tiles[0] * 128 - 5, tiles[1] * 64 - 3)
+    spans_m, spans_n = configs.stream_spans(M, N, tiles_m, tiles_n, arch)
+    programs = 4 if arch == "interpreter" else configs.STREAM_PROGRAMS
+    assert 1 <= spans_m <= tiles_m and 1 <= spans_n <= tiles_n
+    assert min(programs, tiles_m * tiles_n) <= spans_m * spans_n <= 2 * programs
+    assert spans_n * M + spans_m * N <= 1.1 * programs**0.5 * (M + N) + programs * 128
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_pass_without_slopes_is_one_launch_and_one_merge_a_side(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several tiles a program each way; of equal negatives the lowest index."""
+    from gssf_triton.kernels import stream as kernel
+
+    launches: list[str] = []
+    launch = kernel.launch
+
+    def counted(function: Any, *arguments: Any, **named: Any) -> None:
+        launches.append(function.__name__)
+        launch(function, *arguments, **named)
+
+    monkeypatch.setattr(kernel, "launch", counted)
+    M, N = (100, 170) if device == "cpu" else (5003, 9001)
+    t, y = (torch.randint(-2, 3, (n, 6), device=device).to(dtype) for n in (M, N))
+    x = Operands(t, y, torch.ones(1, dtype=dtype, device=device), offset=3)
+    rows, columns, *_ = stream("hinge_hardest", x, backend="triton")
+    S = t @ y.mT
+    S.diagonal(3).fill_(-torch.inf)
+    for state, (values, indices) in ((rows, S.max(1)), (columns, S.max(0))):
+        assert state[0].equal(values) and index_bits(state[1]).long().equal(indices)
+    rows, columns, *_ = stream("softmax_both", x, backend="triton")
+    assert launches == ["stream_kernel", "merge_kernel", "merge_kernel"] * 2
+    for state, dim in ((rows, 1), (columns, 0)):
+        torch.testing.assert_close(state[0] + state[1].log(), (t @ y.mT).logsumexp(dim))
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import gssf_triton
 from gssf_triton import nn
-from gssf_triton.streaming.driver import _merge_into
-from gssf_triton.streaming.epilogues import EPILOGUES, index_bits
+from gssf_triton.kernels.stream_values import Operands
+from gssf_triton.streaming.epilogues import EPILOGUES, Chunk, index_bits
 
 
 class NoFloat64(TorchDispatchMode):
@@ -100,9 +100,12 @@ def test_the_test_itself() -> None:
 
 def test_the_hardest_negative_of_a_batch_that_float32_cannot_count() -> None:
     """Indices lie in float32 states as an integer's bits: past 2²⁴ rows a float32 would skip every other one."""
-    epilogue, start = EPILOGUES["hinge_hardest"], 2**24
-    state = torch.full((2, 3), -torch.inf)
-    index_bits(state[1]).fill_(-1)
-    of_chunk = torch.tensor([[0.5, 0.25, -torch.inf], [7.0, 8.0, 0.0]])  # values, indices within the chunk
-    _merge_into(state, epilogue, of_chunk, slice(0, 3), start)
-    assert index_bits(state[1]).tolist() == [start + 7, start + 8, -1]
+    epilogue, start, y = EPILOGUES["hinge_hardest"], 2**24, torch.zeros(2**24 + 8, 1)
+    y[start + 5], y[start + 6] = -1.0, 1.0
+    ids = torch.zeros(3, dtype=torch.int64), torch.ones(1, dtype=torch.int64).expand(len(y))
+    x = Operands(torch.tensor([[1.0], [-1.0], [0.0]]), y, torch.ones(1), None, None, *ids)
+    chunk = slice(0, 3), slice(start, len(y))
+    kept = epilogue.torch(Chunk(x, epilogue, False, *chunk))
+    assert index_bits(kept.rows[1]).tolist() == [start + 6, start + 5, start], "the lowest of equal ones"
+    alike = x._replace(column_ids=torch.zeros(1, dtype=torch.int64).expand(len(y)))
+    assert index_bits(epilogue.torch(Chunk(alike, epilogue, False, *chunk)).rows[1]).eq(-1).all(), "no negative"

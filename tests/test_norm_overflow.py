@@ -84,7 +84,9 @@ def test_a_row_whose_norm_overflows_is_zero(kind: str, dtype: torch.dtype, backe
     ids = torch.arange(len(some), device=device)
     # Where 0 comes among the scores: the overflowing item, the second, is each query's match.
     ranks = gssf_triton.ranks(a[[0, 8]], b[some], **options, query_ids=ids[[1, 1]], gallery_ids=ids)
-    assert ranks.tolist() == [int((row > 0).sum()) for row in chosen[:2]]
+    for rank, row in zip(ranks.tolist(), chosen[:2], strict=True):
+        # Scores within rounding of 0 may come on either side of it.
+        assert (row > tol).sum() <= rank < (row > -tol).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

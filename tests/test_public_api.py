@@ -45,8 +45,8 @@ SIGNATURES = {
     ),
     "info_nce": (
         f"(a: Tensor, b: Tensor, {WEIGHTS}, *, logit_scale: Tensor | float, ids: Tensor | None = None, "
-        f"symmetric: bool = True, label_smoothing: float = 0.0, {NORMALIZE}, reduction: str = 'mean', {GROUP}) "
-        "-> Tensor"
+        f"symmetric: bool = True, label_smoothing: float = 0.0, memory: str = 'least', {NORMALIZE}, "
+        f"reduction: str = 'mean', {GROUP}) -> Tensor"
     ),
     "paired_sim": f"(a: Tensor, b: Tensor, {WEIGHTS}, *, {NUMERICS}) -> Tensor",
     "pairwise_sim": f"(a: Tensor, b: Tensor, {WEIGHTS}, *, {NUMERICS}) -> Tensor",

@@ -18,6 +18,8 @@ import torch
 import gssf_triton
 from gssf_triton.autotune.public_calls import loss, pairwise, ranking, search
 from gssf_triton.autotune.rehearsal import recording
+from gssf_triton.kernels.stream_values import Operands
+from gssf_triton.streaming.driver import stream
 
 found = {}
 for arch in ("sm_90", "gfx942"):
@@ -31,6 +33,14 @@ with recording("sm_90") as tape:
     for call in (search(64, 1_000_000, 10), ranking(64, 1_000_000), loss("info_nce", 4096)):
         records = call.rehearse(tape, "bf16")
         found[call.name] = sorted({launch.kernel for record in records for launch, _ in record.launches})
+    t = torch.empty(32_768, 1024, device="cuda", dtype=torch.float16)
+    sides = [torch.empty(4, 32_768, device="cuda") for _ in "rc"]
+    x = Operands(t, t, torch.empty(2, device="cuda"), *sides)
+    for name, wants_slope in (("softmax_both", False), ("softmax_slope_both", True), ("sigmoid", True)):
+        tape.cut()
+        stream(name, x, wants_slope=wants_slope, backend="triton")
+        record = tape.cut()
+        found[name] = [launch.short_name for launch, _ in record.launches], sum(record.operations.values())
     x = torch.empty(16, 64, device="cuda")
     try:
         x.sum().item()
@@ -53,6 +63,11 @@ def test_public_calls_are_rehearsed_at_real_sizes() -> None:
     assert found["topk 64×1,000,000 k=10"] == ["fold_kernel", "topk_kernel"]
     assert found["ranks 64×1,000,000"] == ["fold_kernel", "rank_kernel"]
     assert {"stream_kernel", "fold_kernel"} <= set(found["info_nce 4,096 pairs"])
+    assert found["softmax_both"] == [["stream", "merge", "merge"], 0], "S at 32,768 pairs, in one launch"
+    for name, merges in (("softmax_slope_both", 0), ("sigmoid", 1)):
+        launches, operations = found[name]
+        # The first to be recorded asks the library whether it adds half-precision products in float32.
+        assert launches == ["stream"] * 8 + ["merge"] * merges and operations <= 2 * 8 + 4, "chunks and their products"
     assert found["host"], "reading a value on the host must fail: a GPU would have to wait for it"
 
 

@@ -10,10 +10,13 @@ import torch
 from support.reference import assert_close, tolerance
 from torch import Tensor
 
+from gssf_triton import kernels
+from gssf_triton.kernels import choice
+from gssf_triton.kernels.configs import ChunkConfig
 from gssf_triton.kernels.stream_values import Operands
-from gssf_triton.streaming.driver import TorchEngine
-from gssf_triton.streaming.epilogues import EPILOGUES
-from gssf_triton.streaming.triton import TritonEngine, adds_halves_in_float32
+from gssf_triton.streaming.driver import stream
+from gssf_triton.streaming.epilogues import EPILOGUES, Chunk
+from gssf_triton.streaming.triton import add_product, adds_halves_in_float32
 
 pytestmark = pytest.mark.kernels
 
@@ -40,17 +43,53 @@ def test_rows_of_a_slope_end_evenly(M: int, N: int, dtype: torch.dtype, device: 
         torch.rand(4, n, device=device) + torch.tensor([[4.0], [0], [0], [0]], device=device) for n in (M, N)
     )
     operands, epilogue = Operands(t, y, torch.ones(2, device=device), rows, columns), EPILOGUES["softmax_slope_both"]
-    slope = TritonEngine(operands, epilogue, True).chunk(slice(0, M), slice(0, N)).slope
+    [(_, _, slope)] = kernels.stream.Pass(operands, epilogue, (M, N)).parts()
     assert slope is not None and slope.shape == (M, N) and slope.stride(1) == 1
     pitch = slope.stride(0)
     assert pitch % 16 == 0 and N <= pitch < N + 16
     whole = slope.as_strided((M, pitch), (pitch, 1))
     assert torch.equal(whole[:, N:], torch.zeros_like(whole[:, N:]))
     wide = operands._replace(t=t.float(), y=y.float())
-    expected = TorchEngine(wide, epilogue, True).chunk(slice(0, M), slice(0, N)).slope
+    expected = epilogue.torch(Chunk(wide, epilogue, True)).slope
     assert expected is not None
     scale = 2.0**14 if dtype == torch.float16 else 1.0
     assert_close(slope.float() / scale, expected, tolerance(dtype))
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nothing wrote is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge_all", "softmax_slope_both", "distillation_slope"])
+@pytest.mark.parametrize("chunk", [ChunkConfig(64, 64), ChunkConfig(20, 96)], ids=str)
+def test_chunks_add_up(name: str, chunk: ChunkConfig, device: str, poisoned: None) -> None:
+    """Several tiles a chunk and several chunks, ragged ones at the end: states, sums and both products."""
+    M, N, epilogue = 70, 100, EPILOGUES[name]
+    t, y, *teacher = (torch.randn(n, D, device=device) / D**0.25 for D in (12, 7) for n in (M, N))
+    rows, columns = (torch.rand(4, n, device=device) + 1 for n in (M, N))
+    x = Operands(
+        t, y, torch.tensor([1.3, -0.2], device=device), rows[: 3 if epilogue.teacher else 4], columns, offset=3
+    )
+    if epilogue.teacher:
+        x = x._replace(teacher_t=teacher[0], teacher_y=teacher[1])
+    wide = Operands(*(part.double() if isinstance(part, Tensor) else part for part in x))
+    expected = stream(name, wide, wants_slope=True, backend="torch")
+    with choice.use(chunk=chunk):
+        found = stream(name, x, wants_slope=True, backend="triton")
+        again = stream(name, x, wants_slope=True, backend="triton")
+    for field, ours, repeated, theirs in zip(found._fields, found, again, expected, strict=True):
+        assert torch.equal(ours, repeated), field
+        assert ours.shape == theirs.shape and (not theirs.numel() or _error(ours, theirs) < 1e-6), field
+
+
+def _error(x: Tensor, expected: Tensor) -> float:
+    return float((x - expected).norm() / expected.norm())
 
 
 def _product(M: int, N: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +99,16 @@ def _product(M: int, N: int, dtype: torch.dtype, device: str) -> tuple[Tensor, T
         torch.randn(M, N, device=device).to(dtype),
         torch.randn(N, 40, device=device).to(dtype),
     )
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize(("M", "N"), SIZES)
+def test_the_first_product_writes(M: int, N: int, dtype: torch.dtype, device: str, asked: None) -> None:
+    """Into memory that holds anything, NaN too."""
+    _, p, x = _product(M, N, dtype, device)
+    out = torch.full((M, 40), torch.nan, device=device)
+    add_product(out, p, x, beta=0)
+    assert_close(out, p.double() @ x.double() / (2.0**14 if dtype == torch.float16 else 1.0), tolerance(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -73,7 +122,7 @@ def test_no_product_is_rounded_before_it_is_added(
         p = p.mT.contiguous().mT
     scale = 2.0**14 if dtype == torch.float16 else 1.0
     expected = out.double() + p.double() @ x.double() / scale
-    TritonEngine.add_product(out, p, x)
+    add_product(out, p, x)
     assert_close(out, expected, tolerance(torch.float32))
 
 
@@ -95,7 +144,7 @@ def test_the_library_adds_in_float32_where_it_can(
     for M, N in SIZES:
         out, p, x = _product(M, N, dtype, device)
         expected = out.double() + p.double() @ x.double() / scale
-        TritonEngine.add_product(out, p, x)
+        add_product(out, p, x)
         sums, left, right, named = calls.pop()
         assert sums is out and left is p and right is x
         assert named == {"beta": 1, "alpha": 1 / scale, "out_dtype": torch.float32, "out": out}
@@ -117,6 +166,6 @@ def test_a_library_that_cannot_is_asked_once(
     for M, N in SIZES:
         out, p, x = _product(M, N, torch.float16, device)
         expected = out.double() + p.double() @ x.double() / 2**14
-        TritonEngine.add_product(out, p, x)
+        add_product(out, p, x)
         assert_close(out, expected, tolerance(torch.float32))
     assert len(calls) == 1

@@ -123,7 +123,7 @@ def test_a_newer_assembler_that_triton_carries_is_used_for_us_alone(
     from gssf_triton.kernels.args import Blocks, Matrix, Tile, Weights
 
     blocks = Weights(None, Blocks(None, 1, 1, 1))
-    arguments = {"x": Matrix(torch.empty(1, dtype=HALF), None, 1, 1), "TILE": Tile(16)}
+    arguments = {"x": Matrix(torch.empty(1, dtype=HALF), None, 1, 1), "TILE": Tile(64)}
 
     config = FoldConfig(16, 16, num_warps=4, num_stages=1)
 

@@ -123,11 +123,16 @@ def test_autocast_rounds_nothing_more(on_hopper: None, monkeypatch: pytest.Monke
 
 
 def test_a_direct_launch_is_refused(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gssf_triton.kernels import fold
+    from gssf_triton.kernels import fold, gradient, prepare
     from gssf_triton.metric import Metric
 
     install(monkeypatch, OLD)
-    metric = Metric(None, torch.randn(3, 8, 8))
-    with pytest.raises(RuntimeError, match=r"fold_kernel is not launched: ptxas 12\.8 .*/an/old/ptxas.*triton>=3\.9"):
-        fold.fold(torch.randn(4, 24).half(), metric, normalize=False)
-    assert fold.fold(torch.randn(4, 24), metric, normalize=False).isfinite().all()
+    metric, x = Metric(None, torch.randn(3, 8, 8)), torch.randn(4, 24).half()
+    refused = r"gradient_kernel is not launched: ptxas 12\.8 .*/an/old/ptxas.*triton>=3\.9"
+    with pytest.raises(RuntimeError, match=refused):
+        gradient.gradient(None, x[None], x[None], metric, 8, (True, False, True))
+    # Products of fewer rows are safe.
+    assert fold.fold(x, metric, normalize=False).isfinite().all()
+    rows, inverse = prepare.prepare(x, metric, True, HALF, None)
+    grads = prepare.finish(rows.float(), x, rows, None, inverse, metric, torch.ones(()), (True, False, True))
+    assert all(grad is None or grad.isfinite().all() for grad in grads)

@@ -34,8 +34,6 @@ from gssf_triton.kernels.plans import PlanChoice
 from gssf_triton.kernels.retrieval_configs import RANKED_ROWS
 from gssf_triton.kernels.targets import ARCHITECTURES
 from gssf_triton.streaming.chunks import chunk_shape
-from gssf_triton.streaming.driver import TorchEngine
-from gssf_triton.streaming.triton import TritonEngine
 
 TILE = Key("pairwise", "bf16", 1024, 32, 8192, 8192)
 LARGE = PairwiseConfig(128, 128, 64, num_warps=8, num_stages=3)
@@ -157,7 +155,7 @@ def test_candidates_start_with_the_models_choice_and_are_all_legal(key: Key, arc
 def test_a_chunk_keeps_to_the_losses_budget(arch: str) -> None:
     key = Key("chunk", "fp32", 1024, 0, 2**20, 2**20)
     device = torch.device("cpu" if arch == "cpu" else "cuda")
-    entry_bytes = (TorchEngine if arch == "cpu" else TritonEngine).ARRAYS * 4
+    entry_bytes = (configs.TORCH_CHUNK_ARRAYS if arch == "cpu" else configs.TRITON_CHUNK_ARRAYS) * 4
     found = model.candidates(key, arch)
     assert ChunkConfig(8192, 32768) not in found and len(found) >= 10
     for config in found[1:]:

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gssf_triton import checks
-from gssf_triton.losses.common import Batch, Loss, Product, check_features
+from gssf_triton.losses.common import Batch, Loss, Product, Sides, Whole
 from gssf_triton.metric import Metric
 from gssf_triton.streaming.epilogues import log_sum_exp
 
@@ -19,11 +18,10 @@ class _Distillation(Loss):
     """KL(softmax of the teacher's row ‖ softmax of the student's row); both similarities come from one pass."""
 
     NAME = "distillation_loss"
-    GRADIENTS = 3
+    GRADIENTS = 5
 
     def values(self, x: Product, scale: Tensor) -> tuple[Tensor, ...]:
-        assert x.teacher_unit is not None
-        scalars = scale * torch.stack((x.unit_t * x.unit_y, x.teacher_unit))
+        scalars = torch.stack((x.scaled(scale), x.scaled_teacher(scale)))
         row = self.stream("distillation", x, scalars).rows
         # Like terms first: the difference of two log-sum-exps of 100 would have lost three digits.
         loss = row[4] / row[3] + (row[0] - row[2]) + (row[1].log() - row[3].log()) if x.y.shape[0] else row[4]
@@ -34,7 +32,19 @@ class _Distillation(Loss):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.cat((lse, weight[None]))
         slope = self.stream("distillation_slope", x, scalars, rows, wants_slope=True)
-        return slope.d_t, slope.d_y, slope.totals
+        return slope.d_t, slope.d_y, slope.totals[0]
+
+    def whole(self, x: Product, scale: Tensor) -> Whole:
+        assert x.teacher_t is not None and x.teacher_y is not None
+        S = x.t @ x.y.mT
+        student = (S * scale).log_softmax(1)
+        teacher = ((x.teacher_t * scale) @ x.teacher_y.mT).log_softmax(1)
+        p = teacher.exp()
+        loss = torch.linalg.vecdot(p, teacher.sub_(student))
+        if not self.wants:
+            return Whole(loss)
+        slope = student.exp_().sub_(p)
+        return Whole(loss, slope=slope, totals=(torch.linalg.vecdot(slope, S).sum(),))
 
 
 def distillation_loss(
@@ -93,15 +103,8 @@ def distillation_loss(
         >>> gssf_triton.distillation_loss(a, a, torch.ones(3), teacher_a=a, teacher_b=a.flip(0), logit_scale=1.0)
         tensor(0.2428)
     """
-    student = check_features(a, b, Metric(W_diag, W_blocks), normalize, backend, paired=False)
-    teacher = check_features(
-        teacher_a, teacher_b, Metric(teacher_W_diag, teacher_W_blocks), normalize, backend,
-        paired=False, prefix="teacher_",
-    )  # fmt: skip
-    for name, x, like, of in (("teacher_a", teacher_a, a, "a"), ("teacher_b", teacher_b, b, "b")):
-        checks.check_same_device(of, like, name, x)
-        if x.shape[0] != like.shape[0]:
-            raise ValueError(
-                f"{name} must have {like.shape[0]} rows, as {of} {tuple(like.shape)} has, got {tuple(x.shape)}"
-            )
-    return Batch(student, reduction, group, None, {"logit_scale": logit_scale}, teacher).run(_Distillation)[0]
+    student = Sides(a, b, Metric(W_diag, W_blocks))
+    teacher = Sides(teacher_a, teacher_b, Metric(teacher_W_diag, teacher_W_blocks))
+    scalars = {"logit_scale": logit_scale}
+    batch = Batch(student, normalize, reduction, group, backend, scalars, teacher=teacher)
+    return batch.run(_Distillation)[0]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gssf_triton import checks
-from gssf_triton.losses.common import Batch, Loss, Product, check_features
+from gssf_triton.losses.common import Batch, Loss, Product, Sides, Whole
 from gssf_triton.metric import Metric
-from gssf_triton.streaming.epilogues import log_sum_exp, merge_softmax
+from gssf_triton.streaming.epilogues import EMPTY_MAX, log_sum_exp, merge_softmax
+
+MEMORY = ("least", "fast")
 
 
 @dataclass(frozen=True)
@@ -23,18 +26,32 @@ class _InfoNCE(Loss):
     """
 
     NAME = "info_nce"
-    GRADIENTS = 3
+    GRADIENTS = 5
 
     symmetric: bool
     label_smoothing: float
+    memory: str
+
+    @property
+    def stores(self) -> bool:
+        """Whether S is stored for the backward pass; a compiler would have to know how."""
+        return self.memory == "fast" and self.wants and not torch.compiler.is_compiling()
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        checks.check_flags(symmetric=options["symmetric"])
+        checks.check_fraction("label_smoothing", options["label_smoothing"])
+        checks.check_choice("memory", options["memory"], MEMORY)
 
     @property
     def directions(self) -> str:
         return "both" if self.symmetric else "rows"
 
     def values(self, x: Product, scale: Tensor) -> tuple[Tensor, ...]:
-        alpha, smoothing = scale * (x.unit_t * x.unit_y), self.label_smoothing
-        kept = self.stream(f"softmax_{'sums_' if smoothing else ''}{self.directions}", x, alpha[None])
+        alpha, smoothing = x.scaled(scale), self.label_smoothing
+        kept = self.stream(
+            f"softmax_{'sums_' if smoothing else ''}{self.directions}", x, alpha[None], stores=self.stores
+        )
         match, column = kept.rows[-1].clone(), kept.columns
         z = match * alpha
 
@@ -46,35 +63,86 @@ class _InfoNCE(Loss):
         if self.symmetric:
             column = self.parts.merge(column, merge_softmax)
             loss = (loss + loss_of(column[:, self.parts.own])) / 2
-        return loss, match, kept.rows, column
+        return loss, match, kept.rows, column, *((kept.stored, kept.tops) if self.stores else ())
 
     def slopes(
-        self, x: Product, weight: Tensor, scale: Tensor, match: Tensor, row: Tensor, column: Tensor
+        self, x: Product, weight: Tensor, scale: Tensor, match: Tensor, row: Tensor, column: Tensor, *stored: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts, wide = self.parts, match.dtype
-        alpha = scale * (x.unit_t * x.unit_y)
-        weight = weight * (0.5 if self.symmetric else 1.0)
+        parts, alpha, smoothing = self.parts, x.scaled(scale), self.label_smoothing
+        if self.symmetric:
+            weight = weight * 0.5
 
         def vectors(state: Tensor, weights: Tensor, matches: Tensor) -> Tensor:
             """(log-sum-exp, weight, what smoothing takes off every softmax, match) as the slope's epilogue reads."""
-            lse = log_sum_exp(state)
-            uniform = self.label_smoothing / state[3] if self.label_smoothing else torch.zeros_like(lse)
-            return torch.stack((lse, weights, uniform, matches))
+            uniform = smoothing / state[3] if smoothing else torch.zeros_like(matches)
+            return torch.stack((log_sum_exp(state), weights, uniform, matches))
 
-        rows, columns = vectors(row, weight, match), None
-        sides = [rows]
-        if self.symmetric:
-            weights = weight.new_full((x.y.shape[0],), 0.5) if self.summed else parts.gather(weight)
-            columns = vectors(column, weights, parts.gather(match))
-            sides.append(columns[:, parts.own])
-        slope = self.stream(f"softmax_slope_{self.directions}", x, alpha[None], rows, columns, wants_slope=True)
+        def at_match(side: Tensor) -> Tensor:
+            lse, w, uniform, _ = side
+            slope = torch.expm1(z - lse)
+            return w * (slope + smoothing - uniform if smoothing else slope)
+
         z = match * alpha
-        at_match = torch.zeros_like(z)
-        for lse, w, uniform, _ in sides:
-            at_match += w * (torch.expm1(z - lse) + self.label_smoothing - uniform)
-        slope.d_t.addcmul_(at_match[:, None], x.y[parts.own].to(wide))
-        slope.d_y[parts.own].addcmul_(at_match[:, None], x.t.to(wide))
-        return slope.d_t, slope.d_y, slope.totals
+        rows, columns = vectors(row, weight, match), None
+        slopes_at_match = at_match(rows)
+        if self.symmetric:
+            same = self.reduction != "none"
+            weights = weight.new_full((x.y.shape[0],), 0.5) if same else parts.gather(weight)
+            columns = vectors(column, weights, parts.gather(match))
+            slopes_at_match = slopes_at_match + at_match(columns[:, parts.own])
+        epilogue = f"softmax_slope_{self.directions}"
+        slope = self.stream(epilogue, x, alpha[None], rows, columns, stored, wants_slope=True)
+        slope.d_t.addcmul_(slopes_at_match[:, None], x.y[parts.own])
+        slope.d_y[parts.own].addcmul_(slopes_at_match[:, None], x.t)
+        return slope.d_t, slope.d_y, slope.totals[0]
+
+    def whole(self, x: Product, scale: Tensor) -> Whole:
+        S = x.t @ x.y.mT
+        excluded, z = None, S * scale if self.wants else S.mul_(scale)
+        if x.row_ids is not None and x.column_ids is not None:
+            excluded = (x.row_ids[:, None] == x.column_ids).fill_diagonal_(False)
+            z.masked_fill_(excluded, EMPTY_MAX)
+        sides = [self._direction(S, z, dim, excluded) for dim in ((1, 0) if self.symmetric else (1,))]
+        log_likelihood, slope, at_match, total = sides[0]
+        for other in sides[1:]:
+            log_likelihood = log_likelihood + other[0]
+            if slope is not None:
+                slope, at_match, total = slope.add_(other[1]), at_match + other[2], total + other[3]
+        if slope is None:
+            return Whole(log_likelihood * -self.weight)
+        slope.diagonal().copy_(at_match)
+        return Whole(log_likelihood * -self.weight, slope=slope, totals=(total,))
+
+    @property
+    def weight(self) -> float:
+        return 0.5 if self.symmetric else 1.0
+
+    def _direction(self, S: Tensor, z: Tensor, dim: int, excluded: Tensor | None) -> tuple[Any, ...]:
+        """(−losses, slope but for the matches, slope at the matches, Σ slope · S) of the softmax of z along `dim`."""
+        smoothing, uniform = self.label_smoothing, None
+        log_p = z.log_softmax(dim)
+        match = log_p.diagonal()
+        log_likelihood, at_match = match, torch.expm1(match) if self.wants else None
+        if smoothing:
+            kept, count = log_p, torch.full_like(match, z.shape[dim])
+            if excluded is not None:
+                kept, count = log_p.masked_fill(excluded, 0.0), count - excluded.sum(dim)
+            uniform = smoothing / count
+            log_likelihood = (1 - smoothing) * match + kept.sum(dim) * uniform
+        if at_match is None:
+            return log_likelihood, None, None, None
+        slope = log_p.exp()
+        if uniform is not None:
+            slope.sub_(uniform.unsqueeze(dim))
+            at_match = at_match + (smoothing - uniform)
+        if excluded is not None:
+            slope.masked_fill_(excluded, 0.0)
+        slope.fill_diagonal_(0.0)
+        total = match.new_zeros(())
+        if self.needs[4]:
+            # As in the epilogue: less the match's similarity, or the total would be what two large sums differ by.
+            total = (torch.linalg.vecdot(slope, S, dim=dim) - slope.sum(dim) * S.diagonal()).sum()
+        return log_likelihood, slope, at_match, total
 
 
 def info_nce(
@@ -87,6 +155,7 @@ def info_nce(
     ids: Tensor | None = None,
     symmetric: bool = True,
     label_smoothing: float = 0.0,
+    memory: str = "least",
     normalize: bool = False,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
@@ -97,7 +166,8 @@ def info_nce(
     $$L = \frac{1}{N} \sum_i \tfrac12 \left(-\log\frac{e^{\tau S_{ii}}}{\sum_j e^{\tau S_{ij}}}
     -\log\frac{e^{\tau S_{ii}}}{\sum_j e^{\tau S_{ji}}}\right)$$
 
-    Memory grows with N: S is computed in chunks of constant size, forward once, backward again (four products in all).
+    Memory grows with N: S is computed forward once, backward again (four products in all), and never stored unless it
+    is small or `memory` allows it.
 
     Args:
         a: Queries, (N, D), float16, bfloat16, float32 or float64.
@@ -110,6 +180,9 @@ def info_nce(
         symmetric: Both directions, halved; False takes a against b alone.
         label_smoothing: ε in [0, 1): the target is 1 − ε at the match and ε spread over all K candidates of the row,
             as in torch.nn.functional.cross_entropy.
+        memory: "least", or "fast": the forward pass keeps the similarities for the backward pass, which saves one of
+            four products, and takes 2 bytes a pair of half-precision features on Triton (2.2 GB at 32,768 pairs), and
+            on torch 4 or 8, the features' own. Errors keep to the same bounds. Under torch.compile it is "least".
         normalize: Put both sides on the unit sphere first.
         reduction: "mean", "sum", or "none" for one value a pair.
         group: A torch.distributed process group, or None: every process passes its part of the batch, of any length,
@@ -138,8 +211,6 @@ def info_nce(
         >>> gssf_triton.info_nce(a, a, torch.ones(3), logit_scale=0.0, reduction="none")
         tensor([1.0986, 1.0986, 1.0986])
     """
-    checks.check_flags(symmetric=symmetric)
-    checks.check_fraction("label_smoothing", label_smoothing)
-    student = check_features(a, b, Metric(W_diag, W_blocks), normalize, backend)
-    batch = Batch(student, reduction, group, ids, {"logit_scale": logit_scale})
-    return batch.run(_InfoNCE, symmetric=symmetric, label_smoothing=float(label_smoothing))[0]
+    student, scalars = Sides(a, b, Metric(W_diag, W_blocks)), {"logit_scale": logit_scale}
+    batch = Batch(student, normalize, reduction, group, backend, scalars, ids)
+    return batch.run(_InfoNCE, symmetric=symmetric, label_smoothing=label_smoothing, memory=memory)[0]

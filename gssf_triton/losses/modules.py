@@ -15,7 +15,7 @@ from gssf_triton import checks
 from gssf_triton.backend import CHOICES
 from gssf_triton.losses.common import check_reduction
 from gssf_triton.losses.distillation import distillation_loss
-from gssf_triton.losses.info_nce import info_nce
+from gssf_triton.losses.info_nce import MEMORY, info_nce
 from gssf_triton.losses.scales import bounded_exp
 from gssf_triton.losses.sigmoid import sigmoid_loss
 from gssf_triton.losses.triplet import triplet_loss
@@ -108,6 +108,7 @@ class InfoNCELoss(_ScaledLoss):
             past it, learns and comes back.
         symmetric: As in `info_nce`.
         label_smoothing: As in `info_nce`.
+        memory: As in `info_nce`.
         reduction: As in `info_nce`.
         group: As in `info_nce`.
         backend: As in `info_nce`.
@@ -120,6 +121,9 @@ class InfoNCELoss(_ScaledLoss):
         torch.Size([])
     """
 
+    #: Modules that were saved before there was a choice.
+    memory: str = "least"
+
     def __init__(
         self,
         metric: Metric,
@@ -129,23 +133,26 @@ class InfoNCELoss(_ScaledLoss):
         max_logit_scale: float = 100.0,
         symmetric: bool = True,
         label_smoothing: float = 0.0,
+        memory: str = "least",
         reduction: str = "mean",
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         checks.check_flags(symmetric=symmetric)
         checks.check_fraction("label_smoothing", label_smoothing)
+        checks.check_choice("memory", memory, MEMORY)
         common = {"reduction": reduction, "group": group, "backend": backend}
         super().__init__(metric, logit_scale, learn_scale, max_logit_scale, **common)
         self.symmetric = symmetric
         self.label_smoothing = label_smoothing
+        self.memory = memory
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor | None = None) -> Tensor:
         """The loss of a (N, D) against b (N, D), b[i] matching a[i]."""
-        smoothing = self.label_smoothing
         return self._loss(
-            info_nce, a, b, logit_scale=self.logit_scale, ids=ids, symmetric=self.symmetric, label_smoothing=smoothing
-        )
+            info_nce, a, b, logit_scale=self.logit_scale, ids=ids, symmetric=self.symmetric,
+            label_smoothing=self.label_smoothing, memory=self.memory,
+        )  # fmt: skip
 
 
 class SigmoidLoss(_ScaledLoss):

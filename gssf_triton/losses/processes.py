@@ -52,7 +52,7 @@ class Parts:
         return slice(start, start + self.sizes[self.index])
 
     def gather(self, x: Tensor) -> Tensor:
-        """x (own, …) of every process, in their order: (pairs, …). Not differentiable; see `gather_rows`."""
+        """x (own, …) of every process, in their order: (pairs, …). Not differentiable."""
         if self.group is None:
             return x
         # Collectives want equal shapes: parts travel padded to the longest. They write in place, without a gradient.
@@ -79,8 +79,8 @@ class Parts:
         """Σ over the processes of something small, added in their order: every one of them gets the same bits."""
         return x if self.group is None else gather_alike(x, self.group).sum(0)
 
-    def max(self, x: Tensor) -> Tensor:
-        """The largest of the processes' x, ()."""
+    def max(self, x: Any) -> Any:
+        """The largest of the processes' x, (); x itself, which may be None, of one process."""
         return x if self.group is None else gather_alike(x, self.group).amax(0)
 
     def sum_own(self, x: Tensor) -> Tensor:
@@ -104,24 +104,3 @@ def spread(
         return tuple(Parts(None, (size,), 0) for size in sizes)
     rows, index = agree(group, sizes, device, call), dist.get_rank(group)
     return tuple(Parts(group, of_all, index) for of_all in zip(*rows, strict=True))
-
-
-class _GatherRows(torch.autograd.Function):
-    """Every process's rows; backward, the sum over processes of their gradients of this process's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: Parts) -> Tensor:
-        ctx.parts = parts
-        return parts.gather(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.parts.sum_own(grad), None
-
-
-def gather_rows(x: Tensor, parts: Parts) -> Tensor:
-    """x (own, D) of every process, (pairs, D), differentiable."""
-    if parts.group is None:
-        return x
-    gathered: Tensor = _GatherRows.apply(x, parts)
-    return gathered

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from gssf_triton.losses.common import Batch, Loss, Product, check_features
+from gssf_triton.losses.common import Batch, Loss, Product, Sides, Whole
 from gssf_triton.metric import Metric
 from gssf_triton.streaming.driver import Result
 
@@ -24,35 +24,44 @@ class _Sigmoid(Loss):
     """
 
     NAME = "sigmoid_loss"
-    GRADIENTS = 4
-
-    def links(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Saved in the operands' place: gradients made at once depend on t and y, and need none of their memory."""
-        return (t[:0].clone(), y[:0].clone()) if self.at_once else ()
+    GRADIENTS = 6
 
     def values(self, x: Product, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        weight = scale.new_ones(x.t.shape[0])
-        kept = self._stream(x, weight, scale, bias, self.at_once)
-        return kept.rows[0], *((kept.d_t, kept.d_y, kept.totals) if self.at_once else ())
+        return (self._stream(x, None, scale, bias).rows[0],)
 
-    def saved(self, *inputs: Any) -> tuple[Tensor | None, ...]:
-        if not self.at_once:
-            return inputs[2:]
-        scale, bias, _, _, *others, link_t, link_y = inputs[2:]
-        return scale, bias, link_t, link_y, *others
+    def slopes(self, x: Product, weight: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        kept = self._stream(x, weight, scale, bias)
+        return kept.d_t, kept.d_y, *kept.totals.unbind()
 
-    def slopes(
-        self, x: Product, weight: Tensor, scale: Tensor, bias: Tensor, *made: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.at_once:
-            slope = self._stream(x, weight, scale, bias, True)
-            made = slope.d_t, slope.d_y, slope.totals
-        d_t, d_y, totals = made
-        return d_t, d_y, totals
+    def at_once(self, x: Product, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        kept = self._stream(x, scale.new_ones(x.t.shape[0]), scale, bias)
+        return kept.rows[0], kept.d_t, kept.d_y, *kept.totals.clone().unbind()
 
-    def _stream(self, x: Product, weight: Tensor, scale: Tensor, bias: Tensor, wants_slope: bool) -> Result:
-        scalars = torch.stack((scale * x.unit_t * x.unit_y, bias))
-        return self.stream("sigmoid", x, scalars, weight[None], wants_slope=wants_slope)
+    def whole(self, x: Product, scale: Tensor, bias: Tensor) -> Whole:
+        S = x.t @ x.y.mT
+        z = torch.addcmul(bias, S, scale)
+        positives = None
+        if x.row_ids is not None and x.column_ids is not None:
+            positives = (x.row_ids[:, None] == x.column_ids).fill_diagonal_(True)
+
+        def negate_positives(v: Tensor) -> Tensor:
+            if positives is not None:
+                return torch.where(positives, -v, v)
+            v.diagonal().neg_()
+            return v
+
+        z = negate_positives(z)
+        rows = F.softplus(z, threshold=40.0).sum(1)  # as in the epilogue
+        if not self.wants:
+            return Whole(rows)
+        slope = negate_positives(z.sigmoid_())
+        return Whole(rows, slope=slope, totals=(torch.linalg.vecdot(slope, S).sum(), slope.sum()))
+
+    def _stream(self, x: Product, weight: Tensor | None, scale: Tensor, bias: Tensor) -> Result:
+        """With slopes if their rows' weights are given."""
+        scalars = torch.stack((x.scaled(scale), bias))
+        rows = None if weight is None else weight[None]
+        return self.stream("sigmoid", x, scalars, rows, wants_slope=weight is not None)
 
 
 def sigmoid_loss(
@@ -105,6 +114,5 @@ def sigmoid_loss(
         >>> gssf_triton.sigmoid_loss(a, a, torch.ones(3), logit_scale=10.0, logit_bias=-5.0)
         tensor(0.0201)
     """
-    student = check_features(a, b, Metric(W_diag, W_blocks), normalize, backend)
-    batch = Batch(student, reduction, group, ids, {"logit_scale": logit_scale, "logit_bias": logit_bias})
-    return batch.run(_Sigmoid, at_once=True)[0]
+    student, scalars = Sides(a, b, Metric(W_diag, W_blocks)), {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    return Batch(student, normalize, reduction, group, backend, scalars, ids).run(_Sigmoid)[0]

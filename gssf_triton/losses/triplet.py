@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gssf_triton import checks
-from gssf_triton.losses.common import Batch, Loss, Product, check_features
-from gssf_triton.metric import Metric
+from gssf_triton.losses.common import Batch, Loss, Product, Sides, Whole
+from gssf_triton.metric import IDENTITY, Metric, accumulate_dtype
+from gssf_triton.similarity.functional import BACKENDS
 from gssf_triton.streaming.driver import Result
-from gssf_triton.streaming.epilogues import index_bits, merge_hardest, merge_sums
+from gssf_triton.streaming.epilogues import EMPTY_MAX, index_bits, merge_hardest, merge_sums
 
 
 def add_rows(out: Tensor, at: Tensor, rows: Tensor) -> None:
@@ -34,8 +35,12 @@ class _Hinge(Loss):
 
     def match(self, x: Product) -> Tensor:
         """The matching pairs' similarities, (M,)."""
-        wide = x.unit_t.dtype
-        return (x.t.to(wide) * x.y[self.parts.own].to(wide)).sum(1) * (x.unit_t * x.unit_y)
+        s = BACKENDS[self.form.backend].paired(x.t, x.y[self.parts.own], IDENTITY, False, accumulate_dtype(x.t.dtype))
+        return s if x.unit is None else s * x.unit
+
+    def unit(self, x: Product) -> Tensor:
+        """What S is of t yᵀ, (1,)."""
+        return x.t.new_ones(1, dtype=accumulate_dtype(x.t.dtype)) if x.unit is None else x.unit[None]
 
 
 @dataclass(frozen=True)
@@ -46,33 +51,52 @@ class _HardestHinge(_Hinge):
     row and a column: a gather and a segment sum, no product.
     """
 
+    MAKES_SLOPES = False
+
     def values(self, x: Product) -> tuple[Tensor, ...]:
         own = self.parts.own
-        row, column, *_ = self.stream("hinge_hardest", x, (x.unit_t * x.unit_y)[None])
+        row, column, *_ = self.stream("hinge_hardest", x, self.unit(x))
         if self.parts.group is not None:
             index_bits(column[1]).add_(own.start)
             column = self.parts.merge(column, merge_hardest)
-        losses = (self.margin + (torch.stack((row[0], column[0, own])) - self.match(x))).clamp_min(0)
-        violated = losses > 0
         hardest = torch.stack((index_bits(row[1]), index_bits(column[1, own]))).long()
+        return self._of(torch.stack((row[0], column[0, own])), hardest, self.match(x))
+
+    def stored(self, x: Product, *scalars: Tensor) -> tuple[Tensor, ...]:
+        s = x.t @ x.y.mT
+        match = s.diagonal().clone()
+        if x.row_ids is not None and x.column_ids is not None:
+            s.masked_fill_(x.row_ids[:, None] == x.column_ids, EMPTY_MAX)
+        s.fill_diagonal_(EMPTY_MAX)
+        if not len(s):
+            return self._of(s.new_empty(2, 0), s.new_empty(2, 0, dtype=torch.int64), match)
+        if not self.wants:
+            # Without indices, which take longer to find.
+            return self._of(torch.stack((s.amax(1), s.amax(0))), s.new_empty(0), match)
+        (row, at_column), (column, at_row) = s.max(1), s.max(0)
+        return self._of(torch.stack((row, column)), torch.stack((at_column, at_row)), match)
+
+    def _of(self, negative: Tensor, hardest: Tensor, match: Tensor) -> tuple[Tensor, ...]:
+        """Of every row and every column, (2, M), the hardest negative's similarity and index."""
+        # In this order: the margin is small beside a large similarity.
+        losses = (self.margin + (negative - match)).clamp_min_(0)
+        violated = losses > 0
         return losses.sum(0), self.parts.sum(violated.sum(1)), violated, hardest
 
-    def backward(self, grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
-        _, x, (violated, hardest) = self.unpacked(saved)
-        parts, own, wide = self.parts, self.parts.own, x.unit_t.dtype
-        t, y = x.t.to(wide) * x.unit_t, x.y.to(wide) * x.unit_y
-        factor, weight = self.incoming(grad, t)
+    def slopes(self, x: Product, weight: Tensor, violated: Tensor, hardest: Tensor) -> tuple[Tensor, ...]:
+        parts, own = self.parts, self.parts.own
+        y = x.y[own]
         # Not a product: an infinite weight times no violation is 0.
-        by_row, by_column = torch.where(violated, factor * weight, 0)
+        by_row, by_column = torch.where(violated, weight, 0)[..., None]
         # A column's hardest row may lie in another process: all of them gather every process's rows and columns.
-        all_t = parts.gather(t)
+        all_t = parts.gather(x.t)
         at_column, at_row = hardest.clamp_min(0)
-        d_t, d_y = torch.zeros_like(all_t), torch.zeros_like(y)
-        match = -(by_row + by_column)[:, None]
-        d_t[own] = by_row[:, None] * y[at_column] + match * y[own]
-        add_rows(d_t, at_row, by_column[:, None] * y[own])
-        d_y[own] = by_column[:, None] * all_t[at_row] + match * t
-        add_rows(d_y, at_column, by_row[:, None] * t)
+        match = by_row + by_column
+        d_t, d_y = by_row * x.y[at_column] - match * y, by_column * all_t[at_row] - match * x.t
+        if parts.group is not None:
+            d_t, d_y = (d.new_zeros(all_t.shape).slice_scatter(d, 0, own.start, own.stop) for d in (d_t, d_y))
+        add_rows(d_t, at_row, by_column * y)
+        add_rows(d_y, at_column, by_row * x.t)
         return parts.sum_own(d_t), d_y
 
 
@@ -80,34 +104,64 @@ class _HardestHinge(_Hinge):
 class _AllHinge(_Hinge):
     """Σ_j max(0, m + S_ij − S_ii) of every row, and of every column; one product each way, S computed once.
 
-    The gradients of a summed loss come out of the forward pass (`at_once`), up to a factor.
+    The gradients of a summed loss come out of the forward pass, up to a factor.
     """
 
     def values(self, x: Product) -> tuple[Tensor, ...]:
-        own = self.parts.own
         room = self.margin - self.match(x)
-        kept = self._stream(x, room, torch.ones_like(room), self.at_once)
-        row, column = kept.rows, self.parts.merge(kept.columns, merge_sums)[:, own]
-        losses, counts = row + column
-        violations = self.parts.sum(torch.stack((row[1], column[1])).long().sum(1))
-        return losses, violations, room, counts, *((kept.d_t, kept.d_y) if self.at_once else ())
+        losses, violations, counts, _ = self._of(x, room, torch.ones_like(room), False)
+        return losses, violations, room, counts
 
-    def slopes(
-        self, x: Product, weight: Tensor, room: Tensor, counts: Tensor, *made: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        own, wide = self.parts.own, room.dtype
-        d_t, d_y = made if self.at_once else self._stream(x, room, weight, True)[3:]
+    def slopes(self, x: Product, weight: Tensor, room: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
         # Not a product: an infinite weight times no violation is 0.
         at_match = torch.where(counts > 0, -counts * weight, 0)
-        d_t = torch.addcmul(d_t, at_match[:, None], x.y[own].to(wide))
-        d_y = d_y.clone()
-        d_y[own].addcmul_(at_match[:, None], x.t.to(wide))
-        return d_t, d_y, room.new_empty(0)
+        return self._with_matches(x, at_match, self._stream(x, room, weight, True))
+
+    def at_once(self, x: Product) -> tuple[Tensor, ...]:
+        room = self.margin - self.match(x)
+        losses, violations, counts, kept = self._of(x, room, torch.ones_like(room), True)
+        return losses, violations, *self._with_matches(x, -counts, kept)
+
+    def whole(self, x: Product) -> Whole:
+        s = x.t @ x.y.mT
+        room = self.margin - s.diagonal()
+        excluded = None
+        if x.row_ids is not None and x.column_ids is not None:
+            excluded = x.row_ids[:, None] == x.column_ids
+        parts, counts, slope = [], [], None
+        for dim in (1, 0):
+            violation = s + room.unsqueeze(dim)
+            if excluded is not None:
+                violation.masked_fill_(excluded, 0.0)
+            violation.diagonal().zero_()
+            # NaN stays a violation: it must not vanish from the loss.
+            positive = ~(violation <= 0)
+            parts.append(violation.relu_().sum(dim))
+            counts.append(positive.sum(dim))
+            if self.wants:
+                slope = positive.to(s.dtype) if slope is None else slope.add_(positive)
+        if slope is not None:
+            slope.diagonal().copy_(-(counts[0] + counts[1]))
+        return Whole(parts[0] + parts[1], (torch.stack([count.sum() for count in counts]),), slope)
+
+    def _of(self, x: Product, room: Tensor, weight: Tensor, wants_slope: bool) -> tuple[Tensor, Tensor, Tensor, Result]:
+        """(losses, how many pairs violate the margin each way, the same a row and column together, what was kept)."""
+        kept = self._stream(x, room, weight, wants_slope)
+        row, column = kept.rows, self.parts.merge(kept.columns, merge_sums)[:, self.parts.own]
+        losses, counts = row + column
+        return losses, self.parts.sum(torch.stack((row[1], column[1])).long().sum(1)), counts, kept
+
+    def _with_matches(self, x: Product, at_match: Tensor, kept: Result) -> tuple[Tensor, ...]:
+        """The slope's products, with its values at the matching pairs, (M,)."""
+        own, at_match = self.parts.own, at_match[:, None]
+        kept.d_t.addcmul_(at_match, x.y[own])
+        kept.d_y[own].addcmul_(at_match, x.t)
+        return kept.d_t, kept.d_y
 
     def _stream(self, x: Product, room: Tensor, weight: Tensor, wants_slope: bool) -> Result:
         rows = torch.stack((room, weight))
         columns = self.parts.gather(rows.mT).mT.contiguous() if self.parts.group is not None else rows
-        return self.stream("hinge_all", x, (x.unit_t * x.unit_y)[None], rows, columns, wants_slope=wants_slope)
+        return self.stream("hinge_all", x, self.unit(x), rows, columns, wants_slope=wants_slope)
 
 
 @overload
@@ -205,7 +259,6 @@ def triplet_loss(
     """
     checks.check_number("margin", margin)
     checks.check_flags(hardest=hardest, return_violations=return_violations)
-    student = check_features(a, b, Metric(W_diag, W_blocks), normalize, backend)
-    batch, options = Batch(student, reduction, group, ids, {}), {"margin": float(margin), "hardest": hardest}
-    loss, violations = batch.run(_HardestHinge if hardest else _AllHinge, at_once=not hardest, **options)
+    batch = Batch(Sides(a, b, Metric(W_diag, W_blocks)), normalize, reduction, group, backend, {}, ids)
+    loss, violations = batch.run(_HardestHinge if hardest else _AllHinge, margin=margin, hardest=hardest)
     return (loss, violations) if return_violations else loss

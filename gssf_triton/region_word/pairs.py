@@ -15,8 +15,7 @@ from torch import Tensor
 
 from gssf_triton.metric import accumulate_dtype
 from gssf_triton.region_word.packing import ItemBatch, Packing, reorder
-from gssf_triton.similarity.bilinear import unit_rows_vjp
-from gssf_triton.similarity.torch_backend import unit_rows
+from gssf_triton.similarity.torch_backend import unit_rows, unit_rows_vjp
 
 #: Bytes of one chunk's products. On the CPU they stay in the caches (measured: 2 MiB of float32, 1 MiB of L2 a core).
 CHUNK_BYTES = {"cpu": 2 << 20}

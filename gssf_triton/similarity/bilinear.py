@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gssf_triton import kernels
-from gssf_triton.constants import NORM_EPS
 from gssf_triton.kernels import choice
 from gssf_triton.kernels.plans import Plan
 from gssf_triton.kernels.toolchain import may_launch
 from gssf_triton.metric import IDENTITY, Metric, accumulate_dtype, as_rows
+from gssf_triton.operators import operator, wants_gradient
 from gssf_triton.precision import float16_operands, full_precision
 from gssf_triton.similarity import torch_backend
 
@@ -47,14 +47,15 @@ def cast_like(x: Maybe, like: Maybe) -> Maybe:
 
 def _size(n: int | torch.SymInt) -> int:
     """A size to choose a plan by. For a symbolic size its value at tracing, without a guard: every plan is correct."""
-    if isinstance(n, torch.SymInt):
-        return int(n.node.hint) if n.node.has_hint() else UNKNOWN_SIZE
-    return n
+    if not isinstance(n, torch.SymInt):
+        return n
+    return int(n.node.hint) if n.node.has_hint() else UNKNOWN_SIZE
 
 
 def _plan(a: Tensor, b: Tensor, metric: Metric) -> Plan:
-    batch, M, N, D = (_size(n) for n in (*a.shape[:2], b.shape[1], a.shape[2]))
-    plan = choice.choose("plan", a.device, a.dtype, M, N, D, _size(metric.block_size), batch).resolve(M, N)
+    *batches, M, D = map(_size, a.shape)
+    N, B, batch = _size(b.shape[-2]), _size(metric.block_size), batches[0] if batches else 1
+    plan = choice.choose("plan", a.device, a.dtype, M, N, D, B, batch).resolve(M, N)
     if plan.kind != "one_pass":
         return plan
     # One pass rounds T(a) to float16, whose range it may leave.
@@ -69,9 +70,7 @@ def _plan(a: Tensor, b: Tensor, metric: Metric) -> Plan:
 # ---------------------------------------------------------------------------------------------------------------- fold
 
 
-@torch.library.custom_op(
-    "gssf::fold", mutates_args=(), schema="(Tensor x, Tensor? w_diag, Tensor? w_blocks, bool normalize) -> Tensor"
-)
+@operator("gssf::fold", "(Tensor x, Tensor? w_diag, Tensor? w_blocks, bool normalize) -> Tensor")
 def _fold(x: Tensor, w_diag: Maybe, w_blocks: Maybe, normalize: bool) -> Tensor:
     return _folded(x, Metric(w_diag, w_blocks), normalize)
 
@@ -84,13 +83,14 @@ def _(x: Tensor, w_diag: Maybe, w_blocks: Maybe, normalize: bool) -> Tensor:
 def _folded(x: Tensor, metric: Metric, normalize: bool) -> Tensor:
     """T(x) of x (..., D), contiguous."""
     compute = kernels.fold.fold if has_kernel("fold", x, metric) else torch_backend.fold
-    return compute(as_rows(x), metric, normalize).view(x.shape)
+    folded = compute(as_rows(x), metric, normalize)
+    return folded if x.dim() == 2 else folded.view(x.shape)
 
 
 def fold(x: Tensor, metric: Metric, normalize: bool = False) -> Tensor:
     """T(x) of x (..., D); without weights the rows themselves, normalised."""
     folded: Tensor = _fold(as_rows(x), metric.W_diag, metric.W_blocks, normalize)
-    return folded.view(x.shape)
+    return folded if x.dim() == 2 else folded.view(x.shape)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -98,15 +98,23 @@ def unit_rows(x: Tensor) -> Tensor:
     return fold(x, IDENTITY, normalize=True)
 
 
+@operator("gssf::unit_rows_vjp", "(Tensor x, Tensor grad) -> Tensor")
+def _unit_rows_vjp(x: Tensor, grad: Tensor) -> Tensor:
+    return kernels.unit.unit_vjp(as_rows(x), as_rows(grad)).view(x.shape)
+
+
+@_unit_rows_vjp.register_fake
+def _(x: Tensor, grad: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def unit_rows_vjp(x: Tensor, grad: Maybe) -> Maybe:
     """Gradient with respect to x, given the one with respect to x / max(‖x‖, eps)."""
     if grad is None:
         return None
-    wide_x, wide_grad = x.to(accumulate_dtype(x.dtype)), grad.to(accumulate_dtype(x.dtype))
-    norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
-    unit = wide_x / norm.clamp_min(NORM_EPS)
-    radial = torch.where(norm > NORM_EPS, (unit * wide_grad).sum(-1, keepdim=True), 0)
-    return ((wide_grad - unit * radial) / norm.clamp_min(NORM_EPS)).to(x.dtype)
+    compute = torch_backend.unit_rows_vjp if wants_gradient(x, grad) else _unit_rows_vjp
+    of_x: Tensor = compute(x, grad)
+    return of_x
 
 
 def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -122,9 +130,9 @@ def _fold_backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     if metric.is_identity:
         return unit_rows_vjp(x, grad) if ctx.normalize else grad, None, None, None
     unit = unit_rows(x) if ctx.normalize else x
-    rows, d_diag, d_blocks = gradient(None, grad[None], unit[None], metric, (needs_x, needs_diag, needs_blocks))
-    if rows is not None:
-        rows = unit_rows_vjp(x, rows[0]) if ctx.normalize else rows[0]
+    rows, d_diag, d_blocks = gradient(None, grad, unit, metric, (needs_x, needs_diag, needs_blocks))
+    if ctx.normalize:
+        rows = unit_rows_vjp(x, rows)
     return rows, cast_like(d_diag, w_diag), cast_like(d_blocks, w_blocks), None
 
 
@@ -136,10 +144,9 @@ _fold.register_autograd(_fold_backward, setup_context=_fold_setup)
 
 # The plan is an argument, chosen outside: a compiled graph keeps the plan it was traced with, and the shape of the
 # second result depends on arguments only.
-@torch.library.custom_op(
+@operator(
     "gssf::pairwise_planned",
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype, str kind, "
+    "(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype, str kind, "
     "bool fold_b) -> (Tensor, Tensor)",
 )
 def _pairwise(
@@ -156,7 +163,7 @@ def _pairwise(
     metric = Metric(w_diag, w_blocks)
 
     def matrix() -> Tensor:
-        return torch.empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype, device=a.device)
+        return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
 
     if kind == "one_pass":
         # The kernel folds rows of a in every tile, whichever side has fewer rows.
@@ -185,7 +192,7 @@ def _pairwise(
 @_pairwise.register_fake
 def _(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, out_dtype, kind, fold_b = rest
-    S = a.new_empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype)
+    S = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
     side = b if fold_b else a
     return S, side.new_empty(0 if kind == "one_pass" or a.dtype == torch.float16 else side.shape)
 
@@ -209,7 +216,7 @@ torch.library.impl("gssf::pairwise", "CompositeImplicitAutograd", _pairwise_by_p
 
 
 def pairwise(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor:
-    """S (Z, M, N) of a (Z, M, D) and b (Z, N, D)."""
+    """S (Z, M, N) of a (Z, M, D) and b (Z, N, D), or (M, N) of plain rows."""
     # Only a compiler needs the operator; calling the function directly saves some microseconds.
     call = torch.ops.gssf.pairwise if torch.compiler.is_compiling() else _pairwise_by_plan
     S: Tensor = call(a, b, metric.W_diag, metric.W_blocks, normalize, out_dtype)
@@ -232,7 +239,7 @@ def bilinear_gradients(
     with fewer rows. `folded` is T of that side, if the forward pass has kept it: then the other side's gradient is a
     plain product.
     """
-    swap = b.shape[1] < a.shape[1] if fold_b is None else fold_b
+    swap = b.shape[-2] < a.shape[-2] if fold_b is None else fold_b
     needs_rows, needs_columns, needs_diag, needs_blocks = needs
     if swap:
         a, b, dS, metric = b, a, dS.mT, metric.mT
@@ -266,7 +273,7 @@ def _pairwise_backward(ctx: Any, dS: Maybe, _: Maybe) -> tuple[Maybe, ...]:
     if dS is None:
         return (None,) * 8
     a, b, w_diag, w_blocks, folded = ctx.saved_tensors
-    saved = folded if folded.dim() == 3 else None
+    saved = folded if folded.dim() > 1 else None
     needs = ctx.needs_input_grad[:4]
     grads = bilinear_gradients(dS, a, b, Metric(w_diag, w_blocks), ctx.normalize, needs, saved, ctx.fold_b)
     return (*grads, None, None, None, None)
@@ -278,10 +285,9 @@ _pairwise.register_autograd(_pairwise_backward, setup_context=_pairwise_setup)
 # ------------------------------------------------------------------------------------------------------------ gradient
 
 
-@torch.library.custom_op(
+@operator(
     "gssf::gradient",
-    mutates_args=(),
-    schema="(Tensor? p, Tensor x, Tensor? y, Tensor? w_diag, Tensor? w_blocks, SymInt block_size, bool needs_rows, "
+    "(Tensor? p, Tensor x, Tensor? y, Tensor? w_diag, Tensor? w_blocks, SymInt block_size, bool needs_rows, "
     "bool needs_diag, bool needs_blocks) -> (Tensor, Tensor, Tensor)",
 )
 def _gradient(
@@ -321,10 +327,14 @@ def gradient(
 ) -> tuple[Maybe, Maybe, Maybe]:
     """(T'(R), Σ_i y_i ⊙ R_i, y_gᵀ R_g) of R = P x, or R = x without P; None for those not in `needs`.
 
-    p (Z, M, N), x (Z, N, D), y (Z, M, D); needs is (rows, W_diag, W_blocks).
+    p (Z, M, N), x (Z, N, D), y (Z, M, D), or all without Z; needs is (rows, W_diag, W_blocks).
     """
     if not any(needs):
         return None, None, None
+    if x.dim() == 2:
+        p, y = None if p is None else p[None], None if y is None else y[None]
+        of_rows, of_diag, of_blocks = gradient(p, x[None], y, metric, needs)
+        return None if of_rows is None else of_rows[0], of_diag, of_blocks
     grads = _gradient(p, x, y, metric.W_diag, metric.W_blocks, metric.block_size, *needs)
     rows, d_diag, d_blocks = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
     return rows, d_diag, d_blocks

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 
 from gssf_triton.kernels import choice
-from gssf_triton.kernels.configs import CHUNK_BUDGET, ChunkConfig, chunk_config
+from gssf_triton.kernels.configs import CHUNK_BUDGET, TORCH_CHUNK_ARRAYS, ChunkConfig, chunk_config
+from gssf_triton.metric import accumulate_dtype
+
+#: S is stored if it is as large as this many chunks at most: on a CPU 1,024 × 1,024, 16 MiB in four arrays of float32.
+STORED_CHUNKS = 2
 
 
 def stream_chunk(M: int, N: int, D: int, dtype: torch.dtype, device: torch.device) -> ChunkConfig:
@@ -22,7 +26,7 @@ def stream_chunk(M: int, N: int, D: int, dtype: torch.dtype, device: torch.devic
         device: Where the features lie.
 
     Returns:
-        ChunkConfig(rows, columns): a measured one, or 512 × 1024 on a CPU and 4096 × 16384 on a GPU.
+        ChunkConfig(rows, columns): a measured one, or 512 × 1024 on a CPU and 16384 × 32768 on a GPU.
 
     Example:
         >>> import torch
@@ -39,10 +43,29 @@ def stream_chunk(M: int, N: int, D: int, dtype: torch.dtype, device: torch.devic
 def chunk_shape(
     M: int, N: int, D: int, dtype: torch.dtype, device: torch.device, *, entry_bytes: int
 ) -> tuple[int, int]:
-    """Rows and columns of S (M, N) that are held at a time, by a loop that holds `entry_bytes` an entry of a chunk."""
+    """Rows and columns of S (M, N) that are held at a time, by a loop that holds `entry_bytes` an entry of a chunk.
+
+    On a GPU that may be as much as its products with both sides, (M, D) and (N, D), take: more than the budget.
+    """
     chosen = stream_chunk(M, N, D, dtype, device)
     rows, columns = min(chosen.rows, max(M, 1)), min(chosen.columns, max(N, 1))
     budget = CHUNK_BUDGET["cpu" if device.type == "cpu" else "cuda"]
+    if device.type != "cpu":
+        budget = max(budget, (M + N) * D * accumulate_dtype(dtype).itemsize)
     while rows * columns * entry_bytes > budget:
         rows, columns = (rows, -(-columns // 2)) if columns >= rows else (-(-rows // 2), columns)
     return rows, columns
+
+
+def is_stored(M: int | torch.SymInt, N: int | torch.SymInt, D: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether S (M, N) is small enough to be stored, so that the backward pass need not compute it again.
+
+    Only torch's engine stores it. The kernel does not: at the bandwidth of a GPU's memory it is faster to multiply
+    again below 2,900 channels (see perf/NOTES.md).
+    """
+    # Traced sizes are not compared: that would be a guard.
+    if torch.compiler.is_compiling() or isinstance(M, torch.SymInt) or isinstance(N, torch.SymInt):
+        return False
+    chunk = stream_chunk(M, N, D, dtype, device)
+    held = CHUNK_BUDGET["cpu" if device.type == "cpu" else "cuda"] // (TORCH_CHUNK_ARRAYS * dtype.itemsize)
+    return bool(STORED_CHUNKS * min(chunk.rows * chunk.columns, held) >= M * N)

@@ -6,8 +6,8 @@ of every row (`rows`) and every column (`columns`), sums over the whole chunk (`
 in `gssf_triton.kernels.epilogues`; CONTRIBUTING.md has a worked example.
 
 What is kept of a row is a state: a few numbers that sum up the columns seen so far. Two states of the same row, of
-columns that do not overlap, merge into one of both. The kernel's tiles, the chunks and the processes of a group all use
-this one definition (`Epilogue.merge`), in a fixed order:
+columns that do not overlap, merge into one of both. The chunks and the processes of a group use `Epilogue.merge`, the
+kernel's tiles the function of the same name in `gssf_triton.kernels.epilogues`, all in a fixed order:
 
     softmax        m = max(m₁, m₂),  l = l₁·e^(m₁−m) + l₂·e^(m₂−m),  plain sums added (z's, the count, the match's s)
     hinge          the larger (value, index), of equal values the lower index, NaN above all;  or (Σ, count) added
@@ -30,6 +30,8 @@ from gssf_triton.kernels.stream_values import Epilogue, Kept, Operands
 
 #: A maximum of no similarity.
 EMPTY_MAX = float("-inf")
+#: All rows, or all columns.
+WHOLE = slice(0, None)
 
 
 class Chunk:
@@ -42,22 +44,26 @@ class Chunk:
         rows: Vectors along the rows, (count, R, 1).
         columns: Vectors along the columns, (count, 1, C).
         scalars: The scale first, then the epilogue's own.
+        first: Its place in S: row, column.
         diagonal: Row i matches column i + diagonal.
         epilogue: The record, for its flags.
         wants_slope: Whether the slope is asked for.
     """
 
-    def __init__(self, x: Operands, epilogue: Epilogue, wants_slope: bool) -> None:
-        self.s = x.t @ x.y.mT
+    def __init__(
+        self, x: Operands, epilogue: Epilogue, wants_slope: bool, rows: slice = WHOLE, columns: slice = WHOLE
+    ) -> None:
+        self.s = x.t[rows] @ x.y[columns].mT if x.stored is None else x.stored[rows, columns].clone()
         self.teacher = self.same = None
         if x.teacher_t is not None and x.teacher_y is not None:
-            self.teacher = x.teacher_t @ x.teacher_y.mT
+            self.teacher = x.teacher_t[rows] @ x.teacher_y[columns].mT
         if x.row_ids is not None and x.column_ids is not None:
-            self.same = x.row_ids[:, None] == x.column_ids
+            self.same = x.row_ids[rows, None] == x.column_ids[columns]
         nothing = x.scalars.new_empty(0)
-        self.rows = nothing if x.rows is None else x.rows[:, :, None]
-        self.columns = nothing if x.columns is None else x.columns[:, None]
-        self.scalars, self.diagonal = x.scalars, x.offset
+        self.rows = nothing if x.rows is None else x.rows[:, rows, None]
+        self.columns = nothing if x.columns is None else x.columns[:, None, columns]
+        self.scalars, self.first = x.scalars, (rows.start, columns.start)
+        self.diagonal = rows.start + x.offset - columns.start
         self.epilogue, self.wants_slope = epilogue, wants_slope
 
     def matches(self, x: Tensor) -> Tensor:
@@ -93,6 +99,11 @@ def index_bits(state: Tensor) -> Tensor:
     return state.view(torch.int32 if state.dtype == torch.float32 else torch.int64)
 
 
+def as_bits(index: Tensor, dtype: torch.dtype) -> Tensor:
+    """An index as a number of the same bits."""
+    return index.to(torch.int32 if dtype == torch.float32 else torch.int64).view(dtype)
+
+
 def merge_softmax(old: Tensor, new: Tensor) -> Tensor:
     """Two states (max, Σ exp(z − max), then plain sums): rescaled to the larger maximum, and added."""
     top = torch.maximum(old[0], new[0])
@@ -120,12 +131,13 @@ def merge_distillation(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat((student, teacher, cross[None]))
 
 
-def log_sum_exp(state: Tensor, less: Tensor | float = 0.0) -> Tensor:
+def log_sum_exp(state: Tensor, less: Tensor | float | None = None) -> Tensor:
     """log Σ exp(z) − `less` of a merged state (max, sum, …); −inf where nothing was merged.
 
     `less` is taken off the maximum first: of a match that is the maximum nothing is lost, however large both are.
     """
-    return torch.where(state[1] == 0, EMPTY_MAX, (state[0] - less) + torch.log(state[1]))
+    top = state[0] if less is None else state[0] - less
+    return top + torch.log(state[1])
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -134,7 +146,7 @@ def log_sum_exp(state: Tensor, less: Tensor | float = 0.0) -> Tensor:
 def _max_and_sum(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     top = z.amax(dim)
     floor = torch.where(top == EMPTY_MAX, 0.0, top)  # all excluded: exp(−inf − 0) = 0, no NaN
-    return top, torch.exp(z - floor.unsqueeze(dim)).sum(dim)
+    return top, (z - floor.unsqueeze(dim)).exp_().sum(dim)
 
 
 def _weighted_sum(x: Tensor, y: Tensor) -> Tensor:
@@ -224,12 +236,17 @@ def _sigmoid(chunk: Chunk) -> Kept:
 
 
 def _hinge_hardest(chunk: Chunk) -> Kept:
-    """(value, index within the chunk) of the most similar negative of each row and each column; lowest index first."""
+    """(value, index's bits) of the most similar negative of each row and each column; lowest index first."""
     s = chunk.s.mul_(chunk.scalars[0])
     if chunk.same is not None:
         s = s.masked_fill_(chunk.same, EMPTY_MAX)
     chunk.matches(s).fill_(EMPTY_MAX)
-    return Kept(*(torch.stack((top, at.to(s.dtype))) for top, at in (s.max(1), s.max(0))))
+    states = []
+    for dim in (1, 0):
+        value, index = s.max(dim)
+        index = (index + chunk.first[dim]).masked_fill_(value == EMPTY_MAX, -1)
+        states.append(torch.stack((value, as_bits(index, s.dtype))))
+    return Kept(*states)
 
 
 def _hinge_all(chunk: Chunk) -> Kept:
@@ -266,7 +283,7 @@ def _distillation_stats(chunk: Chunk) -> Kept:
     student, teacher = chunk.s.mul_(chunk.scalars[0]), chunk.teacher.mul_(chunk.scalars[1])
     top_s, sum_s = _max_and_sum(student, 1)
     top_t = teacher.amax(1)
-    weight = torch.exp(teacher - top_t.unsqueeze(1))
+    weight = (teacher - top_t.unsqueeze(1)).exp_()
     return Kept(torch.stack((top_s, sum_s, top_t, weight.sum(1), weight.mul_(teacher.sub_(student)).sum(1))))
 
 
@@ -274,9 +291,8 @@ def _distillation_slope(chunk: Chunk) -> Kept:
     """w·(softmax(student) − softmax(teacher)); rows hold (student's lse, teacher's lse, w). The total is Σ slope·s."""
     assert chunk.teacher is not None
     lse_s, lse_t, weight = chunk.rows
-    slope = torch.exp(chunk.s * chunk.scalars[0] - lse_s)
-    slope -= torch.exp(chunk.teacher * chunk.scalars[1] - lse_t)
-    slope *= weight
+    slope = (chunk.s * chunk.scalars[0]).sub_(lse_s).exp_()
+    slope.sub_(chunk.teacher.mul_(chunk.scalars[1]).sub_(lse_t).exp_()).mul_(weight)
     return Kept(totals=_weighted_sum(slope, chunk.s)[None], slope=slope)
 
 

@@ -1,70 +1,56 @@
-"""The host's part of the streaming kernel: tiles merged to chunks, and products with the slopes that it stores."""
+"""The host's part of the streaming kernel: parts of S in order, and products with the slopes that it stores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gssf_triton import kernels
 from gssf_triton.kernels.configs import TRITON_CHUNK_ARRAYS
-from gssf_triton.kernels.stream_values import Epilogue, Kept, Merge, Operands
-from gssf_triton.metric import IDENTITY
+from gssf_triton.kernels.stream_values import Epilogue, Operands, Result
+from gssf_triton.metric import IDENTITY, accumulate_dtype
+from gssf_triton.streaming.chunks import chunk_shape
 
 
-def merge_tiles(merge: Merge, states: Tensor | None) -> Tensor | None:
-    """(outputs, tiles, length) as one state (outputs, length): neighbours are merged, then pairs of them, and so on."""
-    if states is None:
-        return None
-    while states.shape[1] > 1:
-        even = states.shape[1] // 2 * 2
-        merged = merge(states[:, 0:even:2], states[:, 1:even:2])
-        states = torch.cat((merged, states[:, even:]), dim=1)
-    return states[:, 0]
+def walk(x: Operands, epilogue: Epilogue, wants_slope: bool, stores: bool) -> Result:
+    """What the epilogue keeps of S: one launch and a merge a side; with slopes, which are stored, a launch a chunk."""
+    if not wants_slope:
+        streamed = kernels.stream.Pass(x, epilogue, stores=stores)
+        for _ in streamed.parts():
+            pass
+        return Result.of(x, streamed.kept(), None, None, *(streamed.stored or ()))
+    (M, D), N, t, y = x.t.shape, x.y.shape[0], x.t, x.y
+    chunk = chunk_shape(M, N, D, t.dtype, t.device, entry_bytes=TRITON_CHUNK_ARRAYS * t.element_size())
+    streamed = kernels.stream.Pass(x, epilogue, chunk)
+    d_t, d_y = (side.new_empty(side.shape, dtype=accumulate_dtype(t.dtype)) for side in (t, y))
+    for rows, columns, slope in streamed.parts():
+        assert slope is not None
+        # The first product of a run of rows, or of columns, writes; others add.
+        add_product(d_t[rows], slope, y[columns], beta=int(columns.start > 0))
+        add_product(d_y[columns], slope.mT, t[rows], beta=int(rows.start > 0))
+    return Result.of(x, streamed.kept(), d_t, d_y)
 
 
-@dataclass(frozen=True)
-class TritonEngine:
-    """Chunks by `stream_kernel`, which stores slopes alone; half-precision operands have half-precision slopes."""
-
-    ARRAYS: ClassVar[int] = TRITON_CHUNK_ARRAYS
-
-    x: Operands
-    epilogue: Epilogue
-    wants_slope: bool
-
-    def chunk(self, rows: slice, columns: slice) -> Kept:
-        # The tile is chosen by all of S: equal rows must have equal similarities in the last chunk, too.
-        whole = self.x.t.shape[0], self.x.y.shape[0]
-        kept = kernels.stream.stream(self.x.chunk(rows, columns), self.epilogue, self.wants_slope, whole)
-        return Kept(
-            merge_tiles(self.epilogue.merge, kept.rows),
-            merge_tiles(self.epilogue.merge, kept.columns),
-            None if kept.totals is None else kept.totals.sum(1),
-            kept.slope,
-        )
-
-    @staticmethod
-    def add_product(out: Tensor, p: Tensor, x: Tensor) -> None:
-        if p.dtype == out.dtype:
-            out.addmm_(p, x)
-            return
-        alpha = 1 / kernels.stream.slope_scale(p.dtype)
-        if adds_halves_in_float32(p.dtype, out.dtype, p.device):
-            torch.addmm(out, p, x, alpha=alpha, out_dtype=out.dtype, out=out)
-            return
-        # This library would round a half-precision product to half precision before it is added. Ours takes whole steps
-        # of the sum alone, which need no masks: what is left of a batch would be another kernel for every kind of size.
-        longest = kernels.launch.LONGEST_STEP
-        steps = p.shape[1] // longest * longest
-        if steps:
-            product = torch.empty((1, *out.shape), dtype=out.dtype, device=out.device)
-            kernels.pairwise.pairwise(p[None, :, :steps], x[:steps].mT[None], IDENTITY, False, product)
-            out.add_(product[0], alpha=alpha)
-        out.addmm_(p[:, steps:].to(out.dtype), x[steps:].to(out.dtype), alpha=alpha)
+def add_product(out: Tensor, p: Tensor, x: Tensor, *, beta: int = 1) -> None:
+    """out = beta · out + p @ x, in out's dtype; undoing the scale of slopes (`kernels.stream.slope_scale`)."""
+    alpha = 1 / kernels.stream.slope_scale(p.dtype)
+    if p.dtype == out.dtype:
+        out.addmm_(p, x, beta=beta)
+        return
+    if adds_halves_in_float32(p.dtype, out.dtype, p.device):
+        torch.addmm(out, p, x, beta=beta, alpha=alpha, out_dtype=out.dtype, out=out)
+        return
+    # This library would round a half-precision product to half precision before it is added. Ours takes whole steps of
+    # the sum alone, which need no masks: what is left of a batch would be another kernel for every kind of size.
+    longest = kernels.launch.LONGEST_STEP
+    steps = p.shape[1] // longest * longest
+    out.addmm_(p[:, steps:].to(out.dtype), x[steps:].to(out.dtype), beta=beta, alpha=alpha)
+    if steps:
+        product = torch.empty((1, *out.shape), dtype=out.dtype, device=out.device)
+        kernels.pairwise.pairwise(p[None, :, :steps], x[:steps].mT[None], IDENTITY, False, product)
+        out.add_(product[0], alpha=alpha)
 
 
 @cache

@@ -76,6 +76,7 @@ def _loss(d: Draw, function: str) -> Case:
     if function == "info_nce":
         options["symmetric"] = d.maybe(0.7)
         options["label_smoothing"] = d.choice((0.0, 0.0, 0.1, 0.9))
+        options["memory"] = d.choice(("least", "fast"))
     if function == "triplet_loss":
         options["margin"] = d.choice((0.2, 0.2, 0.0078125, 1.3, -0.1))
         options["hardest"] = d.maybe(0.5, "hardest")

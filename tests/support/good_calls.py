@@ -140,7 +140,7 @@ FUNCTIONS: dict[str, Call] = {
         gssf_triton.info_nce,
         lambda device: with_loss(logit_scale=5.0)(device) | ids(device, ids=M),
         {**LOSS, "logit_scale": "number or tensor", "ids": "labels or None", "symmetric": "flag",
-         "label_smoothing": "fraction"},
+         "label_smoothing": "fraction", "memory": "choice"},
     ),
     "sigmoid_loss": Call(
         gssf_triton.sigmoid_loss,
@@ -242,7 +242,7 @@ MODULES: dict[str, Call] = {
     "nn.InfoNCELoss": Call(
         nn.InfoNCELoss,
         lambda device: {"metric": gssf(device)},
-        {**SCALED, "symmetric": "flag", "label_smoothing": "fraction"},
+        {**SCALED, "symmetric": "flag", "label_smoothing": "fraction", "memory": "choice"},
     ),
     "nn.InfoNCELoss.forward": Call(
         nn.InfoNCELoss.forward, lambda d: pair(d) | ids(d, ids=M), LABELLED, loss_module(nn.InfoNCELoss)

@@ -31,6 +31,7 @@ def _others_of_same_id(ids: Tensor | None, N: int) -> Tensor:
 def info_nce(
     a: Tensor, b: Tensor, *, W_diag: Tensor | None, W_blocks: Tensor | None, logit_scale: Tensor, ids: Tensor | None,
     symmetric: bool = True, label_smoothing: float = 0.0, normalize: bool = False, reduction: str = "mean",
+    memory: str = "least",
 ) -> Tensor:  # fmt: skip
     S = logit_scale * _similarities(a, b, {"W_diag": W_diag, "W_blocks": W_blocks}, normalize)
     barred = _others_of_same_id(ids, len(a))

@@ -16,7 +16,8 @@ from gssf_triton.kernels.choice import force_plan
 
 #: Every kernel of the package.
 KERNELS = (
-    "cross_attention", "fold", "gradient", "late_interaction", "paired", "pairwise", "rank", "stream", "topk",
+    "cross_attention", "finish", "fold", "gradient", "late_interaction", "merge", "paired", "pairwise", "rank",
+    "stream", "topk", "unit",
 )  # fmt: skip
 
 

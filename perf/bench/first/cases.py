@@ -16,6 +16,7 @@ from bench.cells import BOTH, FORWARD, Cell, Shape
 from bench.operation import Program
 from bench.registry import OPERATIONS
 from bench.timing import BRIEF, Effort, clock_for, interleave
+from gssf_triton import kernels
 from gssf_triton.autotune import workloads
 from gssf_triton.autotune.measure import Call, Sample
 from gssf_triton.autotune.space import Key
@@ -25,7 +26,7 @@ from gssf_triton.kernels.pairwise import pairwise
 from gssf_triton.kernels.stream_values import Operands
 from gssf_triton.metric import IDENTITY
 from gssf_triton.streaming.epilogues import EPILOGUES
-from gssf_triton.streaming.triton import TritonEngine
+from gssf_triton.streaming.triton import add_product
 
 #: A chunk of S as the losses' loop has it, and a small one for the interpreter.
 CHUNK, SMALL_CHUNK = (4096, 16384), (64, 96)
@@ -122,11 +123,11 @@ def _chunk_operands(place: Place, D: int) -> Operands:
 def _stream(epilogue: str, slope: bool, D: int, place: Place) -> Bench:
     x = _chunk_operands(place, D)
     (M, D), N = x.t.shape, x.y.shape[0]
-    engine = TritonEngine(x, EPILOGUES[epilogue], slope)
 
     def run() -> Any:
-        kept = engine.chunk(slice(0, M), slice(0, N))
-        return kept.slope if slope else kept.rows
+        streamed = kernels.stream.Pass(x, EPILOGUES[epilogue], (M, N) if slope else None)
+        [part] = streamed.parts()
+        return part.slope if slope else streamed.kept().rows
 
     def expected() -> Tensor:
         """exp(s − lse of the row) and of the column, weighted; matches without their own part."""
@@ -146,7 +147,7 @@ def _add_product(transposed: bool, place: Place) -> Bench:
     slope = place.normal(M, N, dtype=torch.float16)
     p, x = (slope.mT, operands.t) if transposed else (slope, operands.y)
     out = torch.zeros(p.shape[0], D, device=place.device)
-    run = partial(TritonEngine.add_product, out, p, x)
+    run = partial(add_product, out, p, x)
     return Bench(run, 2.0 * M * N * D, library=partial(torch.mm, p, x))
 
 
