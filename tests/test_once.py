@@ -239,7 +239,8 @@ def test_a_transform_under_compile() -> None:
 def test_forward_mode_is_refused(loss: str, device: str) -> None:
     p = problem(loss, 6, device=device)
     with forward_ad.dual_level():
-        p.leaves["a"] = forward_ad.make_dual(p.leaves["a"].detach(), torch.ones_like(p.leaves["a"]))
+        p.leaves = {name: x.detach() for name, x in p.leaves.items()}
+        p.leaves["a"] = forward_ad.make_dual(p.leaves["a"], torch.ones_like(p.leaves["a"]))
         with pytest.raises(NotImplementedError, match="jvp"):
             p.call("torch")
 
