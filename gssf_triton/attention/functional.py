@@ -18,6 +18,7 @@ from gssf_triton.metric import Metric
 from gssf_triton.precision import float16_operands, joined, product_dtype
 from gssf_triton.remembered import Remembered, look
 from gssf_triton.similarity.functional import fold_rows, folded
+from gssf_triton.similarity.torch_backend import as_dtype
 
 #: The leading dimensions of earlier calls, by all that their checks look at.
 _BATCHES = Remembered[tuple[int, ...]]()
@@ -87,7 +88,7 @@ def fold_queries(q: Tensor, k: Tensor, metric: Metric, *, backend: str) -> tuple
     dtype = product_dtype(q)
     if dtype == torch.float16:
         return float16_operands(fold_heads(q, metric, backend=backend, wide=True), k)
-    return fold_heads(q, metric, backend=backend), k.to(dtype)
+    return fold_heads(q, metric, backend=backend), as_dtype(k, dtype)
 
 
 def attention(
@@ -163,8 +164,9 @@ def attention(
         # PyTorch's fused attention on a CPU masks with −∞ before it scales: 0 · −∞ is NaN and −1 · −∞ is the maximum.
         q, scale = q * scale, 1.0
     q, k = fold_queries(q, k, Metric(W_diag, W_blocks), backend=backend)
-    v = v.to(q.dtype)
-    q, k, v = (x if x.shape[:-2] == batch else x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
+    v = as_dtype(v, q.dtype)
+    if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2] == batch:
+        q, k, v = (x.expand(*batch, *x.shape[-2:]) for x in (q, k, v))
     # PyTorch's fused kernels take four dimensions. With fewer, a GPU would store all attention weights.
     lead = max(4 - q.dim(), 0) if q.is_cuda else 0
     if lead:

@@ -18,6 +18,11 @@ from gssf_triton.metric import IDENTITY, Metric, accumulate_dtype, as_rows
 from gssf_triton.precision import SLOW_ON_CPU, float16_operands, full_precision, product_dtype
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype; faster than a `to` that does nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """x (..., D) on the unit sphere, x / max(‖x‖₂, 1e-12), as torch.nn.functional.normalize.
 
@@ -40,26 +45,34 @@ def fold(x: Tensor, metric: Metric, normalize: bool = False) -> Tensor:
 
     Weights of one metric a head, (H, D) and (H, G, B, B), fold x (..., H, D).
     """
+    with full_precision(x):
+        return fold_plainly(x, metric, normalize)
+
+
+def fold_plainly(x: Tensor, metric: Metric, normalize: bool = False) -> Tensor:
+    """The same where autocast is off."""
     if metric.is_identity and not normalize:
         return x
-    wide = accumulate_dtype(x.dtype)
-    rows, W_diag, W_blocks = x.to(wide), metric.W_diag, metric.W_blocks
+    dtype = x.dtype
+    wide = accumulate_dtype(dtype)
+    rows, W_diag, W_blocks = as_dtype(x, wide), metric.W_diag, metric.W_blocks
     if normalize:
         rows = unit_rows(rows)
     if W_blocks is None:
-        folded = rows if W_diag is None else rows * W_diag.to(wide)
-    else:
-        weight = W_blocks.to(wide)
-        if W_diag is not None:
-            # With the diagonal added to the blocks one batched product folds both terms, without a second pass over
-            # the rows.
-            weight = weight + torch.diag_embed(W_diag.to(wide).view(*W_diag.shape[:-1], *weight.shape[-3:-1]))
-        *heads, groups, size, _ = weight.shape
-        rows = rows.reshape(math.prod(x.shape[: -1 - len(heads)]), math.prod(heads) * groups, size)
-        with full_precision(x):
-            products = torch.bmm(rows.transpose(0, 1), weight.flatten(0, -3))
-        folded = products.transpose(0, 1).reshape(x.shape)
-    return folded.to(x.dtype)
+        return as_dtype(rows if W_diag is None else rows * as_dtype(W_diag, wide), dtype)
+    weight = as_dtype(W_blocks, wide)
+    if W_diag is not None:
+        # With the diagonal added to the blocks one batched product folds both terms, without a second pass over
+        # the rows.
+        diagonal = as_dtype(W_diag, wide).view(*W_diag.shape[:-1], *weight.shape[-3:-1])
+        weight = weight + torch.diag_embed(diagonal)
+    *heads, groups, size, _ = weight.shape
+    if heads:
+        weight, groups = weight.flatten(0, 1), heads[0] * groups
+    shape = x.shape
+    rows = rows.reshape(math.prod(shape[: -1 - len(heads)]), groups, size)
+    products = torch.bmm(rows.transpose(0, 1), weight)
+    return as_dtype(products.transpose(0, 1).reshape(*shape), dtype)
 
 
 def product(t: Tensor, y: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
@@ -68,7 +81,7 @@ def product(t: Tensor, y: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) ->
         dtype = torch.promote_types(accumulate_dtype(dtype), out_dtype)
     elif dtype == torch.float16:
         t, y = float16_operands(t, y)
-    return torch.matmul(t.to(dtype), y.to(dtype).mT).to(out_dtype)
+    return as_dtype(torch.matmul(as_dtype(t, dtype), as_dtype(y, dtype).mT), out_dtype)
 
 
 def folds_left(a: Tensor, b: Tensor) -> bool:
@@ -89,18 +102,18 @@ def operands(
     wide = accumulate_dtype(a.dtype)
 
     def as_they_are(x: Tensor) -> Tensor:
-        return fold(x.to(wide), IDENTITY, True) if normalize else x
+        return fold(as_dtype(x, wide), IDENTITY, True) if normalize else x
 
     if folds_left(a, b):
-        return fold(a.to(wide), metric, normalize), as_they_are(b)
-    return as_they_are(a), fold(b.to(wide), metric.mT, normalize)
+        return fold(as_dtype(a, wide), metric, normalize), as_they_are(b)
+    return as_they_are(a), fold(as_dtype(b, wide), metric.mT, normalize)
 
 
 def pairwise(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor:
     """S (..., M, N) of a (..., M, D) and b (..., N, D)."""
     dtype = product_dtype(a)
     with full_precision(a):
-        return product(*operands(a, b, metric, normalize, fold), dtype, out_dtype)
+        return product(*operands(a, b, metric, normalize, fold_plainly), dtype, out_dtype)
 
 
 def pairwise_terms(
@@ -115,8 +128,8 @@ def paired(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: tor
     """The diagonal of S, (..., N): a[i] against b[i]."""
     wide = accumulate_dtype(a.dtype)
     with full_precision(a):
-        products = fold(a.to(wide), metric, normalize) * fold(b.to(wide), IDENTITY, normalize)
-        return products.sum(-1).to(out_dtype)
+        folded = fold_plainly(as_dtype(a, wide), metric, normalize)
+        return as_dtype((folded * fold_plainly(as_dtype(b, wide), IDENTITY, normalize)).sum(-1), out_dtype)
 
 
 def gradient(
@@ -134,13 +147,16 @@ def gradient(
     R = x if p is None else torch.matmul(p.to(operands), x.to(operands))
     rows = d_diag = d_blocks = None
     if needs_rows:
-        rows = fold(R, metric.mT).to(x.dtype)
+        rows = as_dtype(fold_plainly(R, metric.mT), x.dtype)
     if needs_diag or needs_blocks:
         assert y is not None
-        wide_y, wide_R = as_rows(y).to(wide), as_rows(R).to(wide)
-        if needs_diag:
-            d_diag = (wide_y * wide_R).sum(0)
+        wide_y, wide_R = as_dtype(as_rows(y), wide), as_dtype(as_rows(R), wide)
         if needs_blocks:
-            shape = (wide_R.shape[0], x.shape[-1] // block_size, block_size)
+            count, channels = wide_R.shape
+            shape = count, channels // block_size, block_size
             d_blocks = torch.bmm(wide_y.view(shape).permute(1, 2, 0), wide_R.view(shape).transpose(0, 1))
+            if needs_diag:
+                d_diag = torch.diagonal_copy(d_blocks, dim1=-2, dim2=-1).flatten()
+        elif needs_diag:
+            d_diag = (wide_y * wide_R).sum(0)
     return rows, d_diag, d_blocks
