@@ -87,10 +87,12 @@ def _one_by_one(function: Callable[..., Any], info: Any, in_dims: Any, op: Once,
     return outputs, tuple(None if x is None else 0 for x in outputs)
 
 
-def _keep(ctx: Any, op: Once, tensors: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(
+    ctx: Any, op: Once, tensors: tuple[Any, ...], output: tuple[Tensor, ...], returned: tuple[Tensor, ...]
+) -> None:
     ctx.op, ctx.count = op, len(tensors)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1 if op.GRADIENTS else 0 :])
+    ctx.mark_non_differentiable(*returned[1 if op.GRADIENTS else 0 :])
     if op.GRADIENTS:
         ctx.save_for_backward(*op.saved(*tensors), *output[op.RESULTS :])
 
@@ -113,7 +115,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _keep(ctx, inputs[0], inputs[1:], output)
+        _keep(ctx, inputs[0], inputs[1:], output, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -132,8 +134,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Once, *inputs: Any) -> Any:
         output = op.forward(*inputs)
-        _keep(ctx, op, inputs, output)
-        return output
+        returned = output[: op.RESULTS]
+        _keep(ctx, op, inputs, output, returned)
+        return returned
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

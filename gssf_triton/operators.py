@@ -26,15 +26,17 @@ except ImportError:  # a torch that keeps these elsewhere: no call is plain
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """True if nothing but autograd's backward pass looks at what is computed of these tensors."""
-    return (
-        PLAIN.issuperset(map(type, tensors))
-        and not torch.compiler.is_compiling()
-        and not _len_torch_dispatch_stack()
-        and not _are_functorch_transforms_active()
-        and _get_tracing_state() is None
-        # Gradients of `is_grads_batched`, and of vectorised Jacobians.
-        and not any(x is not None and is_legacy_batchedtensor(x) for x in tensors)
-    )
+    if (
+        not PLAIN.issuperset(map(type, tensors))
+        or torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+    ):
+        return False
+    # The former are of `is_grads_batched` and of vectorised Jacobians; of the latter, imaginary parts of conjugates,
+    # torch makes plain numbers for an operator.
+    return not any(is_legacy_batchedtensor(x) or x.is_neg() for x in tensors if x is not None)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -42,18 +44,24 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 class Operator:
-    """A custom operator; the first of its arguments are all those that are tensors, or None."""
+    """A custom operator; the first of its arguments are all those that are tensors, or None.
+
+    Of several results the function may return None for some; the custom operator returns an empty tensor there.
+    """
 
     def __init__(self, name: str, schema: str, function: Callable[..., Any]) -> None:
         self.function = function
-        self.custom = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+        self.custom = torch.library.custom_op(name, _without_none(function), mutates_args=(), schema=schema)
         self.register_fake = self.custom.register_fake
         self.tensors = sum("Tensor" in str(argument.type) for argument in self.custom._opoverload._schema.arguments)
         self.recorded: Any = None
 
-    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+    def register_autograd(
+        self, backward: Callable[..., Any], *, setup_context: Callable[..., None], results: int | None = None
+    ) -> None:
+        """As torch.library's. `results`: how many there are for a caller; the rest only the backward pass needs."""
         self.custom.register_autograd(backward, setup_context=setup_context)
-        self.recorded = _recorded(self.function, backward, setup_context)
+        self.recorded = _recorded(self.function, backward, setup_context, results)
 
     def __call__(self, *inputs: Any) -> Any:
         tensors = inputs[: self.tensors]
@@ -62,12 +70,25 @@ class Operator:
         return self.recorded.apply(*inputs) if wants_gradient(*tensors) else self.function(*inputs)
 
 
+def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        results = function(*inputs)
+        if not isinstance(results, tuple):
+            return results
+        like = next(x for x in inputs if isinstance(x, Tensor))
+        return tuple(like.new_empty(0) if x is None else x for x in results)
+
+    return call
+
+
 def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]:
     """A decorator that makes an `Operator` of a function."""
     return lambda function: Operator(name, schema, function)
 
 
-def _recorded(function: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
+def _recorded(
+    function: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None], results: int | None
+) -> Any:
     class Recorded(torch.autograd.Function):
         """The function and its backward pass. With a `setup_context` of its own torch would take 20 µs more."""
 
@@ -75,7 +96,7 @@ def _recorded(function: Callable[..., Any], backward: Callable[..., Any], setup:
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = function(*inputs)
             setup(ctx, inputs, output)
-            return output
+            return output if results is None else output[:results]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

@@ -137,6 +137,11 @@ def use(**configurations: Config) -> Iterator[None]:
             _overrides = tuple(held for held in _overrides if held is not configurations)
 
 
+def is_forced(kernel: str) -> bool:
+    """Whether `use` has a configuration for a kernel."""
+    return any(kernel in held for held in _overrides)
+
+
 def force_plan(kind: str, fold: str = "fewer") -> AbstractContextManager[None]:
     """`use` of one plan for S and for its gradients.
 

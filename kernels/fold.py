@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gssf_triton.constants import NORM_EPS
 from gssf_triton.kernels import choice
 from gssf_triton.kernels.configs import dot_precision
 from gssf_triton.kernels.launch import architecture, blocks_like, cdiv, lanes, launch, matrix, tile, weights
@@ -23,8 +25,8 @@ from gssf_triton.kernels.tile import (
     rows_of,
 )
 from gssf_triton.kernels.toolchain import overwrites_operands
-from gssf_triton.kernels.warm import remembered
-from gssf_triton.metric import Metric
+from gssf_triton.kernels.warm import empty, remembered
+from gssf_triton.metric import Metric, accumulate_dtype
 
 #: Programs that fill a GPU. Beyond, a normalising program writes whole rows: each one reads them whole for their norms.
 PROGRAMS = 512
@@ -79,23 +81,29 @@ def fold_kernel(
 
 def fold(x: Tensor, metric: Metric, normalize: bool) -> Tensor:
     """T(x) of x (M, D), in x's dtype, contiguous; a metric with no weights only normalises."""
-    out = x.new_empty(x.shape)
-    fold_into(out, x, blocks_like(x, metric), normalize)
-    return out
+    return folded_rows(x, blocks_like(x, metric), normalize, x.dtype)[0]
+
+
+def unit_fold(x: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """(`fold` of x (M, D) on the unit sphere, 1 / max(‖x‖₂, 1e-12), (M,), in float32 at least)."""
+    out, inverse = folded_rows(x, blocks_like(x, metric), True, x.dtype, None, True)
+    assert inverse is not None
+    return out, inverse
 
 
 @remembered
-def fold_into(
-    out: Tensor, x: Tensor, metric: Metric, normalize: bool, *,
-    unit: Tensor | None = None, inverse: Tensor | None = None,
-) -> None:  # fmt: skip
-    """out = T(x) / unit, of the rows on the unit sphere with `normalize`; then `inverse` (M,) gets the inverse norms.
+def folded_rows(
+    x: Tensor, metric: Metric, normalize: bool, dtype: torch.dtype, unit: Tensor | None = None, norms: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(T(x) / unit in `dtype`, inverse norms) of x (M, D), on the unit sphere with `normalize`; norms with `norms`.
 
     The blocks' product is in W_blocks' dtype: x's, or float32 beside half-precision x, where it runs in TF32, which
     holds every number of x.
     """
+    out = empty(x.shape, dtype, x.device)
+    inverse = empty(x.shape[:1], accumulate_dtype(x.dtype), x.device) if norms else None
     if out.numel() == 0:
-        return
+        return out, None if inverse is None else inverse.fill_(1 / NORM_EPS)
     (M, D), B, arch = x.shape, metric.block_size, architecture(x.device)
     product, numerics = x.dtype if metric.W_blocks is None else metric.W_blocks.dtype, {}
     config = choice.choose("fold", x.device, product, M, 0, D, B)
@@ -112,3 +120,4 @@ def fold_into(
         M=M, D=D, chunks=chunks, chunks_per_program=chunks_per_program,
         TILE=tile(config, x, B=B, **numerics), NORMALIZE=normalize,
     )  # fmt: skip
+    return out, inverse

@@ -17,24 +17,24 @@ from torch import Tensor
 
 from gssf_triton.kernels import choice
 from gssf_triton.kernels.args import PairMatrix, Tile, Vector
-from gssf_triton.kernels.configs import GradientConfig, dot_precision, tf32_allowed
+from gssf_triton.kernels.configs import dot_precision, tf32_allowed
 from gssf_triton.kernels.fold import fold
 from gssf_triton.kernels.launch import (
     PairStrides,
     acc_type,
     architecture,
+    batch_of,
     cdiv,
     items_a_grid,
     lanes,
     launch,
-    matrix,
     pair_strides,
     tile,
     weights,
 )
 from gssf_triton.kernels.tile import cast, clamped_rows, dot, nearest, pair_columns, pair_mask, pair_rows
 from gssf_triton.kernels.toolchain import adds_chains, overwrites_operands
-from gssf_triton.kernels.warm import remembered
+from gssf_triton.kernels.warm import empty, remembered
 from gssf_triton.metric import Metric, accumulate_dtype
 
 
@@ -52,13 +52,15 @@ class Scaling(NamedTuple):
 
     Attributes:
         scale: R = scale · x, one number a row, (M,), or one for all, ().
-        radial: (M,): radial · y is taken off T'(R). None takes nothing off.
         dtype: Of y's features, and so of the result.
+        radial: (M,): radial · (inverse · y) is taken off T'(R). None takes nothing off.
+        inverse: (M,). Not in one number with the former, which leaves float32's range where rows are long.
     """
 
     scale: Tensor
-    radial: Tensor | None
     dtype: torch.dtype
+    radial: Tensor | None = None
+    inverse: Tensor | None = None
 
 
 @triton.jit
@@ -83,12 +85,13 @@ def pointers(x, z, rows, channels, WIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride_pz", "stride_pm", "stride_pn", "batch", "M", "N", "lane_count", "splits"])
 def gradient_kernel(
-    p_ptr, x, y, weights, rows, dw_diag_ptr, dw_blocks_ptr, scale, radial_ptr, stride_pz, stride_pm, stride_pn,
-    batch, M, N, D, lane_count, splits, EVEN_P: tl.constexpr, TILE: tl.constexpr,
+    p_ptr, x, y, weights, rows, dw_diag_ptr, dw_blocks_ptr, scale, radial_ptr, inverse_ptr, stride_pz, stride_pm,
+    stride_pn, batch, M, N, D, lane_count, splits, EVEN_P: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """rows = T'(R), dW_diag = Σ_i y_i ⊙ R_i, dW_g = y_gᵀ R_g of R = P x, or R = x without P; those that are not None.
 
-    Without P, the rows of R may be scaled by a `Vector` and radial · y be taken off T'(R), for a batch of one.
+    Without P, the rows of R may be scaled by a `Vector` and radial · (inverse · y) be taken off T'(R), for a batch of
+    one.
 
     One program owns BLOCK_C lanes, whole groups of them, and every `splits`-th tile of rows. Weight gradients are
     summed over its tiles in order, in a slice of the partial sums (splits, …) that no other program writes; the
@@ -147,7 +150,7 @@ def gradient_kernel(
             mask = mask_m[:, None] & valid_q[None, :]
             if radial_ptr is not None:
                 y_tile = tl.load(pointers(y, z, rows_m, offs_q, TILE.WIDE), mask=mask, other=0.0).to(ACC)
-                out -= tl.load(radial_ptr + rows_m)[:, None] * y_tile
+                out -= tl.load(radial_ptr + rows_m)[:, None] * (tl.load(inverse_ptr + rows_m)[:, None] * y_tile)
             out = cast(out, rows.ptr.dtype.element_ty)
             tl.store(pointers(rows, z, rows_m, offs_q, TILE.WIDE), out, mask=mask)
 
@@ -170,10 +173,12 @@ def gradient_kernel(
                     w = nearest(w, ROUNDING)
                     mask = mask_m[:, None] & valid_p[None, :]
                     out = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_P], ACC)
+                    out = dot(operand, tl.trans(w), out, TILE.EPILOGUE_PRECISION)
                     if radial_ptr is not None:
                         y_p = tl.load(pointers(y, z, rows_m, offs_p, TILE.WIDE), mask=mask, other=0.0).to(ACC)
-                        out -= tl.load(radial_ptr + rows_m)[:, None] * y_p
-                    out = cast(dot(operand, tl.trans(w), out, TILE.EPILOGUE_PRECISION), rows.ptr.dtype.element_ty)
+                        y_p *= tl.load(inverse_ptr + rows_m)[:, None]
+                        out -= y_p * tl.load(radial_ptr + rows_m)[:, None]
+                    out = cast(out, rows.ptr.dtype.element_ty)
                     tl.store(pointers(rows, z, rows_m, offs_p, TILE.WIDE), out, mask=mask)
                 if dw_blocks_ptr is not None:
                     channel_p = offs_p
@@ -200,31 +205,52 @@ def gradient(
     metric: Metric,
     block_size: int,
     needs: tuple[bool, bool, bool],
-    scaling: Scaling | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(T'(R), dW_diag, dW_blocks) of R = P x, those of them that `needs` asks for; the others None.
 
     Args:
         p: (Z, M, N), or None for R = x.
         x: (Z, N, D), or (Z, M, D) without p.
-        y: The rows that meet R in the weight gradients, (Z, M, D) in x's dtype, or with `scaling` in its dtype; None
-            where none is needed.
+        y: The rows that meet R in the weight gradients, (Z, M, D) in x's dtype; None where none is needed.
         metric: The weights that fold R; W_blocks is used transposed, as the gradient with respect to a has it.
         block_size: B of dW_blocks (the metric may lack the blocks).
         needs: Which of (rows, dW_diag, dW_blocks) to compute.
-        scaling: Of R = x, without p and of a batch of one.
 
     Returns:
-        Rows (Z, M, D) in x's dtype, or in that of `scaling`; dW_diag (D,) and dW_blocks (G, B, B) in float32 (float64
-        for float64).
+        Rows (Z, M, D) in x's dtype; dW_diag (D,) and dW_blocks (G, B, B) in float32 (float64 for float64). All may
+        lack Z.
+    """
+    rows, d_diag, d_blocks = partial_sums(p, x, y, metric, block_size, needs)
+    return rows, summed(d_diag, 1), summed(d_blocks, 3)
+
+
+def summed(slices: Tensor | None, dim: int) -> Tensor | None:
+    """Partial sums added up, with `dim` dimensions in the end."""
+    return slices if slices is None or slices.dim() == dim else slices.sum(0)
+
+
+@remembered
+def partial_sums(
+    p: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    metric: Metric,
+    block_size: int,
+    needs: tuple[bool, bool, bool],
+    scaling: Scaling | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`gradient`, but the weights' gradients may be slices (splits, …) whose sum they are.
+
+    With `scaling`, of R = x without p and without Z, rows and y are in its dtype.
     """
     needs_rows, needs_diag, needs_blocks = needs
     assert not needs_rows or not metric.is_identity
-    assert scaling is None or (p is None and x.shape[0] == 1)
-    batch, _, D = x.shape
-    M, N = (x.shape[1], 0) if p is None else (p.shape[1], p.shape[2])
+    assert scaling is None or (p is None and x.dim() == 2)
+    *batches, length, D = x.shape
+    batch = batches[0] if batches else 1
+    M, N = (length, 0) if p is None else p.shape[-2:]
     product_dtype = x.dtype if p is None else torch.promote_types(p.dtype, x.dtype)
-    wide = torch.promote_types(product_dtype, torch.float32)
+    wide = accumulate_dtype(product_dtype)
     kernel_block = block_size if needs_blocks or metric.W_blocks is not None else 0
     features = x.dtype if scaling is None else scaling.dtype
     tf32 = True if features in (torch.float16, torch.bfloat16) else None
@@ -235,13 +261,14 @@ def gradient(
         config = replace(config, BLOCK_M=few, BLOCK_P=16, num_stages=2)
     if config.rows_apart and needs_rows:
         R = x if p is None else torch.matmul(p.to(product_dtype), x.to(product_dtype))
-        _, sum_diag, sum_blocks = gradient(None, R, y, metric, block_size, (False, needs_diag, needs_blocks), scaling)
-        folded = fold(R.reshape(batch * M, D), metric.mT, normalize=False).view(batch, M, D)
+        of_weights = False, needs_diag, needs_blocks
+        _, dw_diag, dw_blocks = partial_sums(None, R, y, metric, block_size, of_weights, scaling)
+        folded = fold(R.reshape(batch * M, D), metric.mT, normalize=False).view(R.shape)
         if scaling is not None:
             folded *= scaling.scale[..., None]
-            if scaling.radial is not None and y is not None:
-                folded.addcmul_(scaling.radial[:, None], y, value=-1)
-        return folded.to(features), sum_diag, sum_blocks
+            if scaling.radial is not None and scaling.inverse is not None and y is not None:
+                folded.addcmul_(scaling.radial[:, None], scaling.inverse[:, None] * y, value=-1)
+        return folded.to(features), dw_diag, dw_blocks
 
     row_tiles = batch * cdiv(M, config.BLOCK_M)
     # All row tiles side by side, unless each would need its own slice of the weights' partial sums, or there are more
@@ -249,54 +276,35 @@ def gradient(
     splits = min(row_tiles, config.max_splits if needs_diag or needs_blocks else items_a_grid(max(D, 1)))
 
     work = batch and M and D and (p is None or N)
-    make = torch.empty if work else torch.zeros
-    rows = make((batch, M, D), dtype=features, device=x.device) if needs_rows else None
-    dw_diag = make((splits, D), dtype=wide, device=x.device) if needs_diag else None
+    slices = () if splits == 1 else (splits,)
+    rows = empty((*batches, M, D), features, x.device) if needs_rows else None
+    dw_diag = empty((*slices, D), wide, x.device) if needs_diag else None
     dw_blocks = None
     if needs_blocks:
-        dw_blocks = make((splits, D // block_size, block_size, block_size), dtype=wide, device=x.device)
-    if work and (needs_rows or needs_diag or needs_blocks):
-        p = None if p is None else p.to(product_dtype)
-        _launch(p, x, y, metric, kernel_block, (rows, dw_diag, dw_blocks), splits, config, scaling)
-    return (
-        rows,
-        None if dw_diag is None else dw_diag.sum(0),
-        None if dw_blocks is None else dw_blocks.sum(0),
-    )
-
-
-@remembered
-def _launch(
-    p: Tensor | None,
-    x: Tensor,
-    y: Tensor | None,
-    metric: Metric,
-    B: int,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    splits: int,
-    config: GradientConfig,
-    scaling: Scaling | None,
-) -> None:
-    rows, dw_diag, dw_blocks = grads
-    batch, _, D = x.shape
-    M, N = (x.shape[1], 0) if p is None else (p.shape[1], p.shape[2])
-    product_dtype, tf32, arch = x.dtype if p is None else p.dtype, tf32_allowed(), architecture(x.device)
+        dw_blocks = empty((*slices, D // block_size, block_size, block_size), wide, x.device)
+    if not work or not any(needs):
+        for grad in (rows, dw_diag, dw_blocks):
+            if grad is not None:
+                grad.zero_()
+        return rows, dw_diag, dw_blocks
+    p = None if p is None else p.to(product_dtype)
+    tf32, arch = tf32_allowed(), architecture(x.device)
     scale = None if scaling is None else Vector(scaling.scale, scaling.scale.dim())
+    radial, inverse = (None, None) if scaling is None or rows is None else (scaling.radial, scaling.inverse)
     strides = PairStrides(None, None, None, False) if p is None else pair_strides(p)
     launch(
-        gradient_kernel, (cdiv(lanes(D, B), config.BLOCK_C) * splits,), x.device, config,
-        p_ptr=p, x=matrix(x), y=None if y is None else matrix(y), weights=weights(metric),
-        rows=None if rows is None else matrix(rows), dw_diag_ptr=dw_diag, dw_blocks_ptr=dw_blocks,
-        scale=scale, radial_ptr=None if scaling is None or rows is None else scaling.radial,
+        gradient_kernel, (cdiv(lanes(D, kernel_block), config.BLOCK_C) * splits,), x.device, config,
+        p_ptr=p, x=batch_of(x), y=None if y is None else batch_of(y), weights=weights(metric),
+        rows=None if rows is None else batch_of(rows), dw_diag_ptr=dw_diag, dw_blocks_ptr=dw_blocks,
+        scale=scale, radial_ptr=radial, inverse_ptr=inverse,
         stride_pz=strides.batch, stride_pm=strides.row, stride_pn=strides.column,
-        batch=batch, M=M, N=N, D=D, lane_count=lanes(D, B), splits=splits, EVEN_P=strides.even,
+        batch=batch, M=M, N=N, D=D, lane_count=lanes(D, kernel_block), splits=splits, EVEN_P=strides.even,
         TILE=tile(
-            config, *(t for t in (x, y, rows) if t is not None), B=B, kind=GradientTile,
-            **_numerics(
-                product_dtype, scaling.dtype if scaling else x.dtype, arch, tf32, scaling is None or adds_chains(arch)
-            ),
+            config, *(t for t in (x, y, rows) if t is not None), B=kernel_block, kind=GradientTile,
+            **_numerics(product_dtype, features, arch, tf32, scaling is None or adds_chains(arch)),
         ),
     )  # fmt: skip
+    return rows, dw_diag, dw_blocks
 
 
 @cache

@@ -20,7 +20,7 @@ from gssf_triton.kernels.tile import (
     scaled,
     squares_of,
 )
-from gssf_triton.kernels.warm import remembered
+from gssf_triton.kernels.warm import empty, remembered
 from gssf_triton.metric import Metric
 
 
@@ -47,20 +47,19 @@ def paired_kernel(a, b, weights, s_ptr, M, D, chunks, TILE: tl.constexpr, NORMAL
 
 def paired(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor:
     """The similarity of a[i] with b[i], (M,), of a and b (M, D)."""
-    M, D = a.shape
-    if M == 0 or D == 0:
-        return torch.zeros(M, dtype=out_dtype, device=a.device)
-    out = torch.empty(M, dtype=out_dtype, device=a.device)
-    _launch(a, b, blocks_like(a, metric), out, normalize)
-    return out
+    return _paired(a, b, blocks_like(a, metric), normalize, out_dtype)
 
 
 @remembered
-def _launch(a: Tensor, b: Tensor, metric: Metric, out: Tensor, normalize: bool) -> None:
+def _paired(a: Tensor, b: Tensor, metric: Metric, normalize: bool, out_dtype: torch.dtype) -> Tensor:
     (M, D), B = a.shape, metric.block_size
+    if M == 0 or D == 0:
+        return torch.zeros(M, dtype=out_dtype, device=a.device)
+    out = empty((M,), out_dtype, a.device)
     config = choice.choose("paired", a.device, a.dtype, M, 0, D, B)
     launch(
         paired_kernel, (cdiv(M, config.BLOCK_M),), a.device, config,
         a=matrix(a), b=matrix(b), weights=weights(metric), s_ptr=out, M=M, D=D,
         chunks=cdiv(lanes(D, B), config.BLOCK_K), TILE=tile(config, a, b, B=B), NORMALIZE=normalize,
     )  # fmt: skip
+    return out

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from gssf_triton.constants import NORM_EPS
 from gssf_triton.kernels.configs import finish_config
-from gssf_triton.kernels.fold import fold_into
-from gssf_triton.kernels.gradient import Scaling, gradient
+from gssf_triton.kernels.fold import folded_rows
+from gssf_triton.kernels.gradient import Scaling, partial_sums, summed
 from gssf_triton.kernels.launch import architecture, cdiv, launch, matrix, tile
 from gssf_triton.kernels.tile import cast, channels, clamped_rows, load_chunk, rows_of
-from gssf_triton.kernels.warm import remembered
+from gssf_triton.kernels.warm import empty, remembered
 from gssf_triton.metric import Metric, accumulate_dtype
 
 #: Inverse norms above this are of rows no longer than NORM_EPS; a millionth less, since they are rounded.
@@ -49,9 +49,7 @@ def unit_of(metric: Metric, reach: Tensor | None) -> Tensor | None:
     others the same with B in place of √B, times their `reach`. Weights that are not finite leave no similarity finite,
     so their unit may be any.
     """
-    W_diag, W_blocks = (
-        None if w is None else w.detach().abs().amax().to(torch.float32) for w in (metric.W_diag, metric.W_blocks)
-    )
+    W_diag, W_blocks = (None if w is None else w.abs().amax().float() for w in (metric.W_diag, metric.W_blocks))
     times = sqrt(metric.block_size) if reach is None else metric.block_size
     if W_diag is not None and W_blocks is not None:
         limit = torch.add(W_diag, W_blocks, alpha=times)
@@ -90,16 +88,10 @@ def prepare(
         The operand (M, D) in `dtype`, contiguous, and 1 / max(‖x‖₂, 1e-12) (M,) in float32 at least: 0 where the norm
         overflows, as torch.nn.functional.normalize has it; None where rows are not normalised.
     """
-    wide, blocks = accumulate_dtype(x.dtype), metric.W_blocks
-    rows = x.new_empty(x.shape, dtype=dtype)
-    inverse = x.new_empty(x.shape[0], dtype=wide) if normalize else None
+    blocks = metric.W_blocks
     if blocks is not None and blocks.dtype != x.dtype:
-        metric = Metric(metric.W_diag, blocks.to(wide))
-    if rows.numel():
-        fold_into(rows, x, metric, normalize, unit=unit, inverse=inverse)
-    elif inverse is not None:
-        inverse.fill_(1 / NORM_EPS)
-    return rows, inverse
+        metric = Metric(metric.W_diag, blocks.to(accumulate_dtype(x.dtype)))
+    return folded_rows(x, metric, normalize, dtype, unit, normalize)
 
 
 @triton.jit(do_not_specialize=["M", "chunks"])
@@ -122,12 +114,14 @@ def finish_kernel(
     if unit_ptr is not None:
         unit = tl.load(unit_ptr).to(ACC)
     inverse = tl.load(inverse_ptr + rows_m)
-    scale = inverse * tl.load(factor_ptr).to(ACC)
+    scale = inverse
+    if factor_ptr is not None:
+        scale *= tl.load(factor_ptr).to(ACC)
     # The smallest norm is a constant: nothing flows through it.
     inner = tl.where(inverse > LARGEST_INVERSE, 0.0, tl.sum(products, axis=1) * unit)
     if scale_ptr is not None:
         tl.store(scale_ptr + offs_m, scale, mask=mask_m)
-        tl.store(radial_ptr + offs_m, scale * inverse * inner, mask=mask_m)
+        tl.store(radial_ptr + offs_m, scale * inner, mask=mask_m)
     else:
         for chunk in range(0, chunks):
             offs, valid = channels(chunk, D, TILE)
@@ -139,48 +133,58 @@ def finish_kernel(
 
 
 def finish(
-    R: Tensor, x: Tensor, rows: Tensor, unit: Tensor | None, inverse: Tensor | None, metric: Metric, factor: Tensor,
-    needs: tuple[bool, bool, bool],
+    R: Tensor, x: Tensor, rows: Tensor, unit: Tensor | None, inverse: Tensor | None, metric: Metric,
+    factor: Tensor | None, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, dW_diag, dW_blocks), those of them that `needs` says, of dT = factor · R, the gradient of T(x̂).
 
     Two launches where rows are normalised and folded, else one, and the sums of the weights' partial sums.
 
     Args:
-        R: (M, D), float32 (float64 for float64 features).
+        R: (M, D).
         x: The features, (M, D).
         rows: Their operand, as `prepare` returned it.
         unit: The operand's; None for 1.
         inverse: As `prepare` returned them.
         metric: As `prepare` took it.
-        factor: (), of R's dtype.
+        factor: (), float32 (float64 for float64 features); None for 1, of normalised rows.
         needs: Which of (dx, dW_diag, dW_blocks) to compute.
 
     Returns:
-        dx in x's dtype, the others in R's. 0 in rows whose norm overflows; norms up to 1e-12 count as constants.
+        dx in x's dtype, the others in float32 at least. 0 in rows whose norm overflows;
+        norms up to 1e-12 are constants.
     """
-    needs_x = needs[0]
-    dx = x.new_empty(x.shape) if needs_x and metric.is_identity else None
-    if metric.is_identity:
-        if dx is not None and inverse is None:
-            torch.mul(R, factor, out=dx)
-        elif dx is not None and inverse is not None:
-            _finish_rows(R, rows, unit, inverse, factor, dx)
-        return dx, None, None
-    scaling = Scaling(factor, None, x.dtype)
-    if inverse is not None and needs_x:
-        scale, radial = inverse.new_empty((2, x.shape[0]))
-        scaling = Scaling(scale, radial, x.dtype)
-        _finish_rows(R, rows, unit, inverse, factor, scaling)
-    elif inverse is not None:
-        scaling = Scaling(inverse * factor, None, x.dtype)
-    dx, d_diag, d_blocks = gradient(None, R[None], x[None], metric, metric.block_size, needs, scaling)
-    return None if dx is None else dx[0], d_diag, d_blocks
+    if metric.is_identity and inverse is None:
+        assert factor is not None
+        return torch.mul(R, factor, out=torch.empty_like(R, dtype=x.dtype)) if needs[0] else None, None, None
+    dx, d_diag, d_blocks = _finish(R, x, rows, unit, inverse, metric, factor, needs)
+    return dx, summed(d_diag, 1), summed(d_blocks, 3)
 
 
 @remembered
+def _finish(
+    R: Tensor, x: Tensor, rows: Tensor, unit: Tensor | None, inverse: Tensor | None, metric: Metric,
+    factor: Tensor | None, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """`finish`, with the weights' `partial_sums`."""
+    if metric.is_identity:
+        assert inverse is not None
+        dx = empty(x.shape, x.dtype, x.device) if needs[0] else None
+        if dx is not None:
+            _finish_rows(R, rows, unit, inverse, factor, dx)
+        return dx, None, None
+    scale, radial = factor, None
+    if inverse is not None and needs[0]:
+        scale, radial = (empty(inverse.shape, inverse.dtype, inverse.device) for _ in range(2))
+        _finish_rows(R, rows, unit, inverse, factor, Scaling(scale, x.dtype, radial))
+    elif inverse is not None:
+        scale = inverse if factor is None else inverse * factor
+    scaling = None if scale is None else Scaling(scale, x.dtype, radial, None if radial is None else inverse)
+    return partial_sums(None, R, x, metric, metric.block_size, needs, scaling)
+
+
 def _finish_rows(
-    R: Tensor, rows: Tensor, unit: Tensor | None, inverse: Tensor, factor: Tensor, out: Tensor | Scaling
+    R: Tensor, rows: Tensor, unit: Tensor | None, inverse: Tensor, factor: Tensor | None, out: Tensor | Scaling
 ) -> None:
     """Write dx, or the `Scaling` of the gradient that folds it."""
     if R.numel() == 0:

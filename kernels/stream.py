@@ -26,31 +26,18 @@ from gssf_triton.kernels.configs import (
     stream_config,
     stream_spans,
 )
-from gssf_triton.kernels.epilogues import EMPTY_MAX, Pairs, StreamTile, Vectors, as_bits, merge_sums, negatives
+from gssf_triton.kernels.epilogues import Pairs, StreamTile, Vectors, as_bits, merge_sums, negatives
 from gssf_triton.kernels.launch import ALIGNMENT, architecture, cdiv, launch, matrix, tile
 from gssf_triton.kernels.release import TRITON_RELEASE
+from gssf_triton.kernels.stored import Stored, load_similarities, store_similarities
 from gssf_triton.kernels.stream_values import Epilogue, Kept, Operands
 from gssf_triton.kernels.tile import cast, clamped_rows, grouped_tile, product_tile, rows_of
+from gssf_triton.kernels.warm import empty, remembered
 from gssf_triton.metric import accumulate_dtype
 
 #: float16 slopes are stored times this: softmaxes below 2⁻²⁴ would vanish otherwise. A power of two, so exact; slopes
 #: are at most 2 in size (`losses.common.Loss.incoming`), so 2¹⁴ leaves them below float16's 65,504.
 HALF_SLOPE_SCALE = 2.0**14
-
-#: The largest number that is stored, the smallest being its negative, and what NaN and Inf are stored as.
-LARGEST_STORED, NOT_A_NUMBER = tl.constexpr(32767.0), tl.constexpr(-32768.0)
-
-
-class Stored(NamedTuple):
-    """Pointers to all of S as it is stored, and to what is known of each row of a tile.
-
-    Of half-precision operands it is where s lies between the smallest and the largest of its tile's row, in 16
-    bits; tops are (2, column tiles, M), the largest ones and how far the smallest lie below them. A floating-point
-    exponential would lose what is small in its row, and may be large in its column. Of others it is s itself.
-    """
-
-    ptr: Any
-    tops: Any
 
 
 class Ids(NamedTuple):
@@ -92,43 +79,6 @@ def merge_into(vectors, first, new, MERGE: tl.constexpr, EMPTY: tl.constexpr, IN
         old = tl.load(vectors.at + i * vectors.stride, mask=vectors.mask, other=0.0)
         state += (tl.where(first, empty, old),)  # type: ignore[assignment]
     store_all(vectors, MERGE(state, new))
-
-
-@triton.jit
-def store_similarities(stored, stride_z, s, negative, offs_m, offs_n, tile_n, M, N, BLOCK_N: tl.constexpr):
-    """Store a tile of S. Only negatives are read again, and only they have a top."""
-    if stored.tops is not None:
-        finite = negative & (tl.abs(s) < float("inf"))
-        top = tl.max(tl.where(finite, s, EMPTY_MAX), 1)
-        reach = top - tl.min(tl.where(finite, s, float("inf")), 1)
-        # Of rows with nothing finite, or one number, any.
-        top = tl.where(top == EMPTY_MAX, 0.0, top)
-        reach = tl.where((reach > 0) & (reach < float("inf")), reach, 1.0)
-        at_top = stored.tops + tile_n.to(tl.int64) * M + offs_m
-        tl.store(at_top, top, mask=offs_m < M)
-        tl.store(at_top + tl.cdiv(N, BLOCK_N).to(tl.int64) * M, reach, mask=offs_m < M)
-        step = (s - top[:, None]) / reach[:, None] * (2 * LARGEST_STORED) + LARGEST_STORED
-        # Matches and other excluded pairs may lie beyond; what a softmax makes NaN of has a number of its own.
-        step = tl.floor(tl.minimum(tl.maximum(step, -LARGEST_STORED), LARGEST_STORED) + 0.5)
-        s = tl.where(s < float("inf"), step, NOT_A_NUMBER)
-    at = stored.ptr + (offs_m.to(tl.int64) * (stride_z // 16 * 16))[:, None] + offs_n[None, :]
-    mask = (offs_m < M)[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]
-    tl.store(at, cast(s, stored.ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_similarities(stored, stride_z, offs_m, offs_n, tile_n, M, N, BLOCK_N: tl.constexpr, ACC: tl.constexpr):
-    """A tile of S that `store_similarities` has stored, [BLOCK_M, BLOCK_N] in ACC."""
-    at = stored.ptr + (offs_m.to(tl.int64) * (stride_z // 16 * 16))[:, None] + offs_n[None, :]
-    mask = (offs_m < M)[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]
-    s = tl.load(at, mask=mask, other=0).to(ACC)
-    if stored.tops is not None:
-        at_top = stored.tops + tile_n.to(tl.int64) * M + offs_m
-        top = tl.load(at_top, mask=offs_m < M, other=0.0)
-        reach = tl.load(at_top + tl.cdiv(N, BLOCK_N).to(tl.int64) * M, mask=offs_m < M, other=0.0)
-        near = (s - LARGEST_STORED) * (0.5 / LARGEST_STORED) * reach[:, None] + top[:, None]
-        s = tl.where(s == NOT_A_NUMBER, float("nan"), near)
-    return s
 
 
 @triton.jit
@@ -240,10 +190,10 @@ def merge_kernel(states, out, spans, length, OUTPUTS: tl.constexpr, MERGE: tl.co
 
 def merge(states: Tensor, function: Any) -> Tensor:
     """States (spans, outputs, length) as one (outputs, length), by a merging function of `epilogues`."""
+    if states.dim() == 2:  # of one span
+        return states
     spans, outputs, length = states.shape
-    if spans == 1:
-        return states[0]
-    out = states.new_empty((outputs, length))
+    out = empty((outputs, length), states.dtype, states.device)
     launch(
         merge_kernel, (cdiv(length, MERGE_CONFIG.BLOCK_M),), states.device, MERGE_CONFIG,
         states=states, out=out, spans=spans, length=length,
@@ -305,17 +255,18 @@ class Pass:
             tiles_m = tiles_m if part[0] >= M else max(1, part[0] // block_m)
             tiles_n = tiles_n if part[1] >= N else max(1, part[1] // block_n)
             R, C = min(M, tiles_m * block_m), min(N, tiles_n * block_n)
-            slope = t.new_empty((R, cdiv(C, ALIGNMENT) * ALIGNMENT))
+            slope = empty((R, cdiv(C, ALIGNMENT) * ALIGNMENT), t.dtype, t.device)
         spans_m, spans_n = stream_spans(M, N, tiles_m, tiles_n, architecture(t.device))
         self.size, self.step, self.config = (M, N), (tiles_m * block_m, tiles_n * block_n), config
         self.grid, self.merge = (spans_m * spans_n,), getattr(epilogues, epilogue.merge.__name__)
         totals, of_columns = epilogue.totals_of(part is not None), len(epilogue.columns)
 
         def states(*shape: int) -> Tensor | None:
-            return t.new_empty(shape, dtype=accumulate_dtype(t.dtype)) if all(shape) else None
+            return empty(shape, accumulate_dtype(t.dtype), t.device) if all(shape) else None
 
         self.states = Kept(
-            states(spans_n, len(epilogue.rows), M), states(spans_m, of_columns, N), states(totals, *self.grid), slope
+            states(*several(spans_n), len(epilogue.rows), M), states(*several(spans_m), of_columns, N),
+            states(totals, *self.grid), slope,
         )  # fmt: skip
         if x.tops is not None and x.tops.shape[1] != cdiv(N, block_n):
             # Another tile is chosen than when S was stored: it is computed again.
@@ -323,9 +274,9 @@ class Pass:
         self.stored = None if x.stored is None else (x.stored, x.tops)
         stores = stores and may_store(t.dtype, architecture(t.device), sums=epilogue.sums)
         if stores:
-            tops = t.new_empty((2, cdiv(N, block_n), M), dtype=torch.float32) if t.dtype == torch.float16 else None
+            tops = empty((2, cdiv(N, block_n), M), torch.float32, t.device) if t.dtype == torch.float16 else None
             like = torch.int16 if t.dtype == torch.float16 else t.dtype
-            self.stored = t.new_empty((M, cdiv(N, ALIGNMENT) * ALIGNMENT), dtype=like), tops
+            self.stored = empty((M, cdiv(N, ALIGNMENT) * ALIGNMENT), like, t.device), tops
         mode = "write" if stores else "" if self.stored is None else "read"
         shape = tile(
             config, t, y, kind=StreamTile, STORED=mode,
@@ -359,25 +310,55 @@ class Pass:
 
     def parts(self) -> Iterator[Part]:
         """Launch part after part, in order; without slopes all of S is one."""
-        (M, N), (step_m, step_n), config, slope = self.size, self.step, self.config, self.states.slope
+        (M, N), (step_m, step_n), slope = self.size, self.step, self.states.slope
         for row in range(0, M, step_m):
             for column in range(0, N, step_n):
                 R, C = min(step_m, M - row), min(step_n, N - column)
-                launch(
-                    stream_kernel, self.grid, self.arguments["scalars"].device, config, **self.arguments,
-                    first_m=row // config.BLOCK_M, tiles_m=cdiv(R, config.BLOCK_M),
-                    first_n=column // config.BLOCK_N, tiles_n=cdiv(C, config.BLOCK_N),
-                )  # fmt: skip
+                self.launch(row, column, R, C)
                 yield Part(slice(row, row + R), slice(column, column + C), None if slope is None else slope[:R, :C])
+
+    def launch(self, row: int, column: int, R: int, C: int) -> None:
+        """Launch the part (R, C) that begins at a row and a column."""
+        config = self.config
+        launch(
+            stream_kernel, self.grid, self.arguments["scalars"].device, config, **self.arguments,
+            first_m=row // config.BLOCK_M, tiles_m=cdiv(R, config.BLOCK_M),
+            first_n=column // config.BLOCK_N, tiles_n=cdiv(C, config.BLOCK_N),
+        )  # fmt: skip
 
     def kept(self) -> Kept:
         """What is kept of all parts: states (outputs, M) and (outputs, N), and totals."""
+        rows, columns, totals = self.merged()
+        return Kept(rows, columns, None if totals is None else totals.sum(1))
+
+    def merged(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """States (outputs, M) and (outputs, N), and the programs' totals (totals, programs)."""
         rows, columns, totals, _ = self.states
-        return Kept(
-            None if rows is None else merge(rows, self.merge),
-            None if columns is None else merge(columns, self.merge),
-            None if totals is None else totals.sum(1),
-        )
+        rows, columns = (None if side is None else merge(side, self.merge) for side in (rows, columns))
+        return rows, columns, totals
+
+
+def whole(
+    x: Operands, epilogue: Epilogue, wants_slope: bool, stores: bool
+) -> tuple[Kept, Tensor | None, Tensor | None]:
+    """What is kept of all of S, and S as it is stored, from one launch and a merge a side."""
+    rows, columns, totals, slope, stored, tops = _whole(x, epilogue, wants_slope, stores)
+    if slope is not None and slope.shape[1] > x.y.shape[0]:
+        slope = slope[:, : x.y.shape[0]]
+    return Kept(rows, columns, None if totals is None else totals.sum(1), slope), stored, tops
+
+
+@remembered
+def _whole(x: Operands, epilogue: Epilogue, wants_slope: bool, stores: bool) -> tuple[Tensor | None, ...]:
+    size = x.t.shape[0], x.y.shape[0]
+    streamed = Pass(x, epilogue, size if wants_slope else None, stores)
+    streamed.launch(0, 0, *size)
+    return *streamed.merged(), streamed.states.slope, *((streamed.stored if stores else None) or (None, None))
+
+
+def several(spans: int) -> tuple[int, ...]:
+    """The leading dimension of states: none of one span, which needs no merge."""
+    return () if spans == 1 else (spans,)
 
 
 def slope_scale(dtype: torch.dtype) -> float:

@@ -59,41 +59,38 @@ class Result(NamedTuple):
         rows: The rows' states, (outputs, M).
         columns: The columns' states, (outputs, N).
         totals: Its sums, (totals,); empty where it makes a slope and none is asked for.
-        d_t: slope @ y, (M, D); empty where no slope is asked for.
-        d_y: slopeᵀ @ t, (N, D); empty where no slope is asked for.
-        stored: S, for a later pass; empty where that is not asked for.
+        d_t: slope @ y, (M, D), where a slope is asked for.
+        d_y: slopeᵀ @ t, (N, D), where a slope is asked for.
+        stored: S, for a later pass, where that is asked for.
         tops: The rest of it.
+
+    The latter are None where there is nothing, of a compiled operator empty.
     """
 
     rows: Tensor
     columns: Tensor
     totals: Tensor
-    d_t: Tensor
-    d_y: Tensor
-    stored: Tensor
-    tops: Tensor
+    d_t: Any = None
+    d_y: Any = None
+    stored: Any = None
+    tops: Any = None
 
     @classmethod
     def of(cls, x: Operands, kept: Kept, *more: Tensor | None) -> Result:
-        """What is kept of all of S, then the slope's products and what is stored; empty where there is none."""
-        wide = accumulate_dtype(x.t.dtype)
+        """What is kept of all of S, then the slope's products and what is stored."""
 
         def result(found: Tensor | None, *shape: int) -> Tensor:
-            return x.t.new_empty(shape, dtype=wide) if found is None else found
+            return x.t.new_empty(shape, dtype=accumulate_dtype(x.t.dtype)) if found is None else found
 
-        return cls(
-            result(kept.rows, 0, x.t.shape[0]),
-            result(kept.columns, 0, x.y.shape[0]),
-            result(kept.totals, 0),
-            *(result(found, 0) for found in (*more, None, None, None, None)[:4]),
-        )
+        rows, columns = result(kept.rows, 0, x.t.shape[0]), result(kept.columns, 0, x.y.shape[0])
+        return cls(rows, columns, result(kept.totals, 0), *more)
 
 
 #: Joins two states (outputs, length) of the same rows, the first of the columns that come first.
 Merge = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Epilogue:
     """What is kept of S, in both backends. CONTRIBUTING.md adds one.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gssf_triton.kernels.configs import finish_config
 from gssf_triton.kernels.launch import architecture, cdiv, launch, matrix, tile
 from gssf_triton.kernels.tile import NORM_EPS, cast, channels, clamped_rows, inverse_norm, load_chunk, rows_of
-from gssf_triton.kernels.warm import remembered
+from gssf_triton.kernels.warm import empty, remembered
 
 
 @triton.jit(do_not_specialize=["M", "chunks"])
@@ -40,19 +40,16 @@ def unit_kernel(x, grad, out, M, D, chunks, TILE: tl.constexpr):
         tl.store(ptrs, cast(dx, out.ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & valid[None, :])
 
 
+@remembered
 def unit_vjp(x: Tensor, grad: Tensor) -> Tensor:
     """The gradient with respect to x (M, D), in x's dtype, of `grad` with respect to its rows on the unit sphere."""
-    out = x.new_empty(x.shape)
-    if out.numel():
-        _launch(x, grad, out)
-    return out
-
-
-@remembered
-def _launch(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    out = empty(x.shape, x.dtype, x.device)
+    if out.numel() == 0:
+        return out
     (M, D), config = x.shape, finish_config(torch.promote_types(x.dtype, grad.dtype), architecture(x.device))
     launch(
         unit_kernel, (cdiv(M, config.BLOCK_M),), x.device, config,
         x=matrix(x), grad=matrix(grad), out=matrix(out), M=M, D=D, chunks=cdiv(D, config.BLOCK_K),
         TILE=tile(config, x, grad, out),
     )  # fmt: skip
+    return out

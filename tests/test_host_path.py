@@ -36,7 +36,7 @@ def test_remembered_launches(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert len(found) == 10 and {name: fault for name, fault in found.items() if fault} == {}
+    assert len(found) == 13 and {name: fault for name, fault in found.items() if fault} == {}
 
 
 def _similarity(a: Tensor, b: Tensor, W_diag: Tensor, W_blocks: Tensor) -> Tensor:
@@ -105,6 +105,15 @@ def test_whoever_looks_sees_an_operator(call: Callable[..., Tensor], device: str
     assert torch.equal(traced(*others), call(*others)) and torch.equal(graph(*others), call(*others))
     batch = torch.func.vmap(call, in_dims=(0, None, None, None))(torch.stack((inputs[0], others[0])), *inputs[1:])
     torch.testing.assert_close(batch, torch.stack((wanted, call(others[0], *inputs[1:]))))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_imaginary_parts_of_conjugates(call: Callable[..., Tensor], device: str) -> None:
+    """Tensors whose numbers lie in memory with the other sign."""
+    a, *others = _inputs(device)
+    turned = torch.complex(torch.zeros_like(a), a).conj().imag
+    assert turned.is_neg()
+    assert torch.equal(call(turned, *others), call(-a, *others))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -264,6 +264,9 @@ def test_backends_agree_on_everything_they_keep(device: str) -> None:
         x = Operands(t, y, scalars, rows, columns, *further)
         both = [stream(name, x, wants_slope=epilogue.slope, backend=backend) for backend in ("torch", "triton")]
         for ours, theirs in zip(*both, strict=True):
+            if ours is None or theirs is None:
+                assert ours is theirs
+                continue
             torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import gssf_triton
 from gssf_triton.kernels import choice
 from gssf_triton.kernels.configs import ChunkConfig
-from gssf_triton.losses import common
+from gssf_triton.losses import batch
 from gssf_triton.remembered import Remembered
 
 losses = pytest.mark.parametrize("loss", LOSSES)
@@ -216,6 +216,68 @@ def test_a_margin_beside_large_similarities(size: float, later: bool, device: st
     assert loss.item() == pytest.approx(1.2) and violations.tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("hardest", [True, False])
+def test_violations_are_counted_alike(hardest: bool, backend: str, device: str) -> None:
+    """With and without a gradient, of a sum and of every pair, with ids. Of all negatives NaN is a violation."""
+    a, b = (torch.randn(9, 4, device=device) for _ in "ab")
+    a[2, 1] = float("nan")
+    W_diag = torch.ones(4, device=device)
+    for ids in (None, torch.arange(9, device=device) // 2):
+        counts = [
+            gssf_triton.triplet_loss(
+                a, b, W_diag.clone().requires_grad_(wants), hardest=hardest, ids=ids, reduction=reduction,
+                return_violations=True, backend=backend,
+            )[1].tolist()
+            for wants in (False, True)
+            for reduction in ("sum", "none")
+        ]  # fmt: skip
+        assert counts[1:] == counts[:1] * 3
+    _, counted = gssf_triton.triplet_loss(
+        a, b, W_diag, margin=-1e3, hardest=hardest, return_violations=True, backend=backend
+    )
+    assert counted.tolist() == ([0, 0] if hardest else [8, 16])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_match_that_is_alone_hides_no_nan(symmetric: bool, reduction: str, backend: str, device: str) -> None:
+    """Nothing else in its row is NaN where all others are excluded, or there are none."""
+    a, b, W_diag = torch.randn(3, 4, device=device), torch.randn(3, 4, device=device), torch.ones(4, device=device)
+    a[0, 1] = torch.nan
+    leaves = a.requires_grad_(), W_diag.requires_grad_()
+    ids = torch.zeros(3, dtype=torch.int64, device=device)
+    loss = gssf_triton.info_nce(
+        a, b, W_diag, logit_scale=1.0, ids=ids, symmetric=symmetric, reduction=reduction, backend=backend
+    )
+    d_a, d_diag = torch.autograd.grad(loss.sum(), leaves)
+    assert loss.isnan().any() and d_a[0].isnan().any() and d_diag.isnan().any()
+    assert not d_a[1:].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"label_smoothing": 0.1}])
+def test_losses_of_pairs_in_batched_gradients(options: dict[str, Any], backend: str, device: str) -> None:
+    """Those of `is_grads_batched`, of which vectorised Jacobians are made: an incoming gradient is a batch."""
+    a, b = torch.randn(5, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device)
+    loss = gssf_triton.info_nce(
+        a, b, torch.ones(8, device=device), logit_scale=2.0, reduction="none", backend=backend, **options
+    )
+    rows = torch.eye(5, device=device)
+    (jacobian,) = torch.autograd.grad(loss, a, rows, is_grads_batched=True, retain_graph=True)
+    for row, found in zip(rows, jacobian, strict=True):
+        (expected,) = torch.autograd.grad(loss, a, row, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+
+
+def test_gradients_of_both_weights_share_no_memory(backend: str, device: str) -> None:
+    """One block's diagonal is the diagonal term's gradient; adding to one must not change the other."""
+    a, b, W_diag, W_blocks = (torch.randn(shape, device=device) for shape in ((5, 4), (5, 4), (4,), (1, 4, 4)))
+    W_diag.requires_grad_(), W_blocks.requires_grad_()
+    loss = gssf_triton.info_nce(a, b, W_diag, W_blocks, logit_scale=1.0, backend=backend)
+    d_diag, d_blocks = torch.autograd.grad(loss, (W_diag, W_blocks))
+    torch.testing.assert_close(d_diag, d_blocks[0].diagonal())
+    assert d_diag.untyped_storage().data_ptr() != d_blocks.untyped_storage().data_ptr()
+
+
 def test_a_teacher_wider_than_its_student(backend: str, device: str) -> None:
     """Numbers beyond float16 in a float32 teacher; autocast rounds them, before and after a call without it."""
     a, b = (torch.randn(24, 16, device=device).bfloat16() for _ in "ab")
@@ -233,7 +295,7 @@ def test_a_teacher_wider_than_its_student(backend: str, device: str) -> None:
     assert_close(plain, expected, tolerance(torch.bfloat16))
     with torch.autocast(device, torch.bfloat16):
         rounded = call(backend=backend)
-        common._OPERATIONS = Remembered()
+        batch._OPERATIONS = Remembered()
         assert torch.equal(rounded, call(backend=backend))
     assert rounded.isfinite() and torch.equal(call(backend=backend), plain)
 

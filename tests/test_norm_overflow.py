@@ -123,6 +123,33 @@ def test_gradients_of_a_row_whose_norm_overflows(backend: str, device: str) -> N
         assert_close(d_W, known, tolerance(torch.float32))
 
 
+@pytest.mark.parametrize("call", ["pairwise_sim", "paired_sim", "info_nce"])
+@pytest.mark.parametrize("kind", ["diag", "diag+blocks"])
+@pytest.mark.parametrize(("length", "incoming"), [(3e18, 1e-3), (1e-6, 1e30)], ids=["long", "short"])
+def test_gradients_of_long_and_short_rows(
+    call: str, kind: str, length: float, incoming: float, backend: str, device: str
+) -> None:
+    """Neither a norm's square nor its inverse's comes between: they leave float32's range where gradients do not."""
+    a, b = features(5, 24, device=device), features(5, 24, device=device)
+    a = a / torch.linalg.vector_norm(a, dim=1, keepdim=True) * length
+    weight, grad = weights(kind, 3, 8, device=device), torch.randn(5, 5, device=device) * incoming
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        x = a.to(dtype).requires_grad_()
+        W_diag, W_blocks = (None if w is None else w.detach().to(dtype) for w in weight.values())
+        if call == "info_nce":
+            out = gssf_triton.info_nce(
+                x, b.to(dtype), W_diag, W_blocks, logit_scale=3.0, normalize=True, backend=backend
+            )
+        else:
+            out = getattr(gssf_triton, call)(x, b.to(dtype), W_diag, W_blocks, normalize=True, backend=backend)
+        given = {"pairwise_sim": grad, "paired_sim": grad[0], "info_nce": grad[0, 0]}[call]
+        (found,) = torch.autograd.grad(out, x, given.to(dtype))
+        return found
+
+    assert_close(gradient(torch.float32, backend), gradient(torch.float64, "torch"), tolerance(torch.float32))
+
+
 def test_losses_of_a_row_whose_norm_overflows(backend: str, device: str) -> None:
     a, b = (x[[0, 1, 3, 8]] for x in overflowing(torch.bfloat16, device))
     metric = weights("diag+blocks", 4, 16, device=device)

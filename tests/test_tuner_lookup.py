@@ -282,9 +282,13 @@ def test_forced_plans_nest_and_overlap() -> None:
 def test_a_plans_table_decides_for_the_operator() -> None:
     key = Key("plan", "fp32", 16, 4, 4, 8)
     a, b, metric = torch.randn(1, 5, 16), torch.randn(1, 7, 16), Metric(None, torch.randn(4, 4, 4))
-    assert bilinear._plan(a, b, metric).kind == "one_pass"
+    assert bilinear._plan(a, b, metric, False).kind == "one_pass"
+    # Gradients of normalised rows take what one pass does not keep, but where it is told to.
+    assert bilinear._plan(a, b, metric, True).kind == "fold_product"
+    with force_plan("one_pass"):
+        assert bilinear._plan(a, b, metric, True).kind == "one_pass"
     lookup.learn(identify(CPU), {key: measured(PlanChoice("fold_product", "more"))})
-    plan = bilinear._plan(a, b, metric)
+    plan = bilinear._plan(a, b, metric, False)
     assert (plan.kind, plan.fold_b) == ("fold_product", True)
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gssf_triton.losses.common import Batch, Loss, Product, Sides, Whole
+from gssf_triton.losses.batch import Batch, Sides
+from gssf_triton.losses.common import Loss, Product, Whole
 from gssf_triton.metric import Metric
 from gssf_triton.streaming.epilogues import log_sum_exp
 
@@ -37,13 +38,12 @@ class _Distillation(Loss):
     def whole(self, x: Product, scale: Tensor) -> Whole:
         assert x.teacher_t is not None and x.teacher_y is not None
         S = x.t @ x.y.mT
-        student = (S * scale).log_softmax(1)
+        student = (S * scale if self.wants else S.mul_(scale)).log_softmax(1)
         teacher = ((x.teacher_t * scale) @ x.teacher_y.mT).log_softmax(1)
-        p = teacher.exp()
-        loss = torch.linalg.vecdot(p, teacher.sub_(student))
+        p, ratio = teacher.exp(), teacher.sub_(student)
         if not self.wants:
-            return Whole(loss)
-        slope = student.exp_().sub_(p)
+            return Whole(p.mul_(ratio).sum(1))
+        loss, slope = torch.linalg.vecdot(p, ratio), student.exp_().sub_(p)
         return Whole(loss, slope=slope, totals=(torch.linalg.vecdot(slope, S).sum(),))
 
 

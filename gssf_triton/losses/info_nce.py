@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gssf_triton import checks
-from gssf_triton.losses.common import Batch, Loss, Product, Sides, Whole
+from gssf_triton.losses.batch import Batch, Sides
+from gssf_triton.losses.common import Loss, Product, Whole
 from gssf_triton.metric import Metric
 from gssf_triton.streaming.epilogues import EMPTY_MAX, log_sum_exp, merge_softmax
 
@@ -52,48 +53,46 @@ class _InfoNCE(Loss):
         kept = self.stream(
             f"softmax_{'sums_' if smoothing else ''}{self.directions}", x, alpha[None], stores=self.stores
         )
-        match, column = kept.rows[-1].clone(), kept.columns
-        z = match * alpha
-
-        def loss_of(state: Tensor) -> Tensor:
-            loss = log_sum_exp(state, z)
-            return loss + smoothing * (z - state[2] / state[3]) if smoothing else loss
-
-        loss = loss_of(kept.rows)
+        state, match = kept.rows[:-1], kept.rows[-1].clone()
         if self.symmetric:
-            column = self.parts.merge(column, merge_softmax)
-            loss = (loss + loss_of(column[:, self.parts.own])) / 2
-        return loss, match, kept.rows, column, *((kept.stored, kept.tops) if self.stores else ())
+            # Both sides in one tensor, and then in half as many operations: the host's time.
+            state = torch.cat((state, self.parts.merge(kept.columns, merge_softmax)), 1)
+            match = torch.cat((match, self.parts.gather(match)))
+        z = match * alpha
+        loss = log_sum_exp(state, z)
+        if smoothing:
+            loss = loss + smoothing * (z - state[2] / state[3])
+        loss = self._joined(loss, x.t.shape[0]) * self.weight
+        stored = (kept.stored, kept.tops) if self.stores else ()
+        return loss, match, state, *(match.new_empty(0) if part is None else part for part in stored)
+
+    def _joined(self, values: Tensor, M: int | torch.SymInt) -> Tensor:
+        """Σ over the directions of values of all rows and, with both directions, then of all columns: (M,)."""
+        return values[:M] + values[M:][self.parts.own] if self.symmetric else values
 
     def slopes(
-        self, x: Product, weight: Tensor, scale: Tensor, match: Tensor, row: Tensor, column: Tensor, *stored: Tensor
+        self, x: Product, weight: Tensor, scale: Tensor, match: Tensor, state: Tensor, *stored: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts, alpha, smoothing = self.parts, x.scaled(scale), self.label_smoothing
-        if self.symmetric:
-            weight = weight * 0.5
-
-        def vectors(state: Tensor, weights: Tensor, matches: Tensor) -> Tensor:
-            """(log-sum-exp, weight, what smoothing takes off every softmax, match) as the slope's epilogue reads."""
-            uniform = smoothing / state[3] if smoothing else torch.zeros_like(matches)
-            return torch.stack((log_sum_exp(state), weights, uniform, matches))
-
-        def at_match(side: Tensor) -> Tensor:
-            lse, w, uniform, _ = side
-            slope = torch.expm1(z - lse)
-            return w * (slope + smoothing - uniform if smoothing else slope)
-
-        z = match * alpha
-        rows, columns = vectors(row, weight, match), None
-        slopes_at_match = at_match(rows)
-        if self.symmetric:
-            same = self.reduction != "none"
-            weights = weight.new_full((x.y.shape[0],), 0.5) if same else parts.gather(weight)
-            columns = vectors(column, weights, parts.gather(match))
-            slopes_at_match = slopes_at_match + at_match(columns[:, parts.own])
+        own, M, alpha, smoothing = self.parts.own, x.t.shape[0], x.scaled(scale), self.label_smoothing
+        if self.reduction != "none":
+            weight = torch.full_like(match, self.weight)
+        elif self.symmetric:
+            weight = torch.cat((weight, self.parts.gather(weight))) * self.weight
+        lse = log_sum_exp(state)
+        at_match = torch.expm1(match * alpha - lse)
+        uniform = torch.zeros_like(match)
+        if smoothing:
+            uniform = smoothing / state[3]
+            at_match = at_match + smoothing - uniform
+        at_match = self._joined(at_match * weight, M)[:, None]
+        # As the slope's epilogue reads: what smoothing takes off every softmax is third.
+        vectors = torch.stack((lse, weight, uniform, match))
+        # A copy is aligned, whatever M: no batch needs a kernel of its own.
+        rows, columns = (vectors[:, :M], vectors[:, M:].contiguous()) if self.symmetric else (vectors, None)
         epilogue = f"softmax_slope_{self.directions}"
         slope = self.stream(epilogue, x, alpha[None], rows, columns, stored, wants_slope=True)
-        slope.d_t.addcmul_(slopes_at_match[:, None], x.y[parts.own])
-        slope.d_y[parts.own].addcmul_(slopes_at_match[:, None], x.t)
+        slope.d_t.addcmul_(at_match, x.y[own])
+        slope.d_y[own].addcmul_(at_match, x.t)
         return slope.d_t, slope.d_y, slope.totals[0]
 
     def whole(self, x: Product, scale: Tensor) -> Whole:
@@ -102,14 +101,18 @@ class _InfoNCE(Loss):
         if x.row_ids is not None and x.column_ids is not None:
             excluded = (x.row_ids[:, None] == x.column_ids).fill_diagonal_(False)
             z.masked_fill_(excluded, EMPTY_MAX)
-        sides = [self._direction(S, z, dim, excluded) for dim in ((1, 0) if self.symmetric else (1,))]
-        log_likelihood, slope, at_match, total = sides[0]
-        for other in sides[1:]:
-            log_likelihood = log_likelihood + other[0]
+        log_likelihood, slope, at_match = self._direction(z, 1, excluded)
+        if self.symmetric:
+            other, of_column, at_column = self._direction(z, 0, excluded)
+            log_likelihood = log_likelihood + other
             if slope is not None:
-                slope, at_match, total = slope.add_(other[1]), at_match + other[2], total + other[3]
+                slope, at_match = slope.add_(of_column), at_match + at_column
         if slope is None:
             return Whole(log_likelihood * -self.weight)
+        total = at_match.new_zeros(())
+        if self.needs[4]:
+            # As in the epilogue: less the match's similarity, or the total would be what two large sums differ by.
+            total = (torch.linalg.vecdot(slope, S) + at_match * S.diagonal()).sum()
         slope.diagonal().copy_(at_match)
         return Whole(log_likelihood * -self.weight, slope=slope, totals=(total,))
 
@@ -117,32 +120,28 @@ class _InfoNCE(Loss):
     def weight(self) -> float:
         return 0.5 if self.symmetric else 1.0
 
-    def _direction(self, S: Tensor, z: Tensor, dim: int, excluded: Tensor | None) -> tuple[Any, ...]:
-        """(−losses, slope but for the matches, slope at the matches, Σ slope · S) of the softmax of z along `dim`."""
+    def _direction(self, z: Tensor, dim: int, excluded: Tensor | None) -> tuple[Any, ...]:
+        """(−losses, slope but for the matches, slope at the matches) of the softmax of z along `dim`."""
         smoothing, uniform = self.label_smoothing, None
         log_p = z.log_softmax(dim)
-        match = log_p.diagonal()
-        log_likelihood, at_match = match, torch.expm1(match) if self.wants else None
+        log_likelihood = log_p.diagonal().clone()  # a view would keep all of log_p
         if smoothing:
-            kept, count = log_p, torch.full_like(match, z.shape[dim])
+            kept, count = log_p, torch.full_like(log_likelihood, z.shape[dim])
             if excluded is not None:
                 kept, count = log_p.masked_fill(excluded, 0.0), count - excluded.sum(dim)
             uniform = smoothing / count
-            log_likelihood = (1 - smoothing) * match + kept.sum(dim) * uniform
-        if at_match is None:
-            return log_likelihood, None, None, None
+            log_likelihood = (1 - smoothing) * log_likelihood + kept.sum(dim) * uniform
+        if not self.wants:
+            return log_likelihood, None, None
         slope = log_p.exp()
         if uniform is not None:
             slope.sub_(uniform.unsqueeze(dim))
-            at_match = at_match + (smoothing - uniform)
         if excluded is not None:
             slope.masked_fill_(excluded, 0.0)
-        slope.fill_diagonal_(0.0)
-        total = match.new_zeros(())
-        if self.needs[4]:
-            # As in the epilogue: less the match's similarity, or the total would be what two large sums differ by.
-            total = (torch.linalg.vecdot(slope, S, dim=dim) - slope.sum(dim) * S.diagonal()).sum()
-        return log_likelihood, slope, at_match, total
+        # Slopes sum to 0. 1 minus the match's own softmax would lose the digits of a small sum.
+        at_match = slope.fill_diagonal_(0.0).sum(dim).neg_()
+        # A match that is alone has no other to be NaN with.
+        return log_likelihood, slope, torch.where(log_likelihood.isnan(), log_likelihood, at_match)
 
 
 def info_nce(

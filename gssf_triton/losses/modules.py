@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gssf_triton import checks
 from gssf_triton.backend import CHOICES
-from gssf_triton.losses.common import check_reduction
+from gssf_triton.losses.batch import check_reduction
 from gssf_triton.losses.distillation import distillation_loss
 from gssf_triton.losses.info_nce import MEMORY, info_nce
 from gssf_triton.losses.scales import bounded_exp

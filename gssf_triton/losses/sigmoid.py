@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from gssf_triton.losses.common import Batch, Loss, Product, Sides, Whole
+from gssf_triton.losses.batch import Batch, Sides
+from gssf_triton.losses.common import Loss, Product, Whole
 from gssf_triton.metric import Metric
 from gssf_triton.streaming.driver import Result
 

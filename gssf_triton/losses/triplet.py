@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gssf_triton import checks
-from gssf_triton.losses.common import Batch, Loss, Product, Sides, Whole
+from gssf_triton.losses.batch import Batch, Sides
+from gssf_triton.losses.common import Loss, Product, Whole
 from gssf_triton.metric import IDENTITY, Metric, accumulate_dtype
 from gssf_triton.similarity.functional import BACKENDS
 from gssf_triton.streaming.driver import Result
@@ -27,11 +28,14 @@ def add_rows(out: Tensor, at: Tensor, rows: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Hinge(Loss):
+    """Its second result, how many negatives violate the margin, may be empty without `return_violations`."""
+
     NAME = "triplet_loss"
     RESULTS = 2
 
     margin: float
     hardest: bool
+    return_violations: bool
 
     def match(self, x: Product) -> Tensor:
         """The matching pairs' similarities, (M,)."""
@@ -72,16 +76,18 @@ class _HardestHinge(_Hinge):
             return self._of(s.new_empty(2, 0), s.new_empty(2, 0, dtype=torch.int64), match)
         if not self.wants:
             # Without indices, which take longer to find.
-            return self._of(torch.stack((s.amax(1), s.amax(0))), s.new_empty(0), match)
+            return self._of(torch.stack((s.amax(1), s.amax(0))), None, match)
         (row, at_column), (column, at_row) = s.max(1), s.max(0)
         return self._of(torch.stack((row, column)), torch.stack((at_column, at_row)), match)
 
-    def _of(self, negative: Tensor, hardest: Tensor, match: Tensor) -> tuple[Tensor, ...]:
-        """Of every row and every column, (2, M), the hardest negative's similarity and index."""
+    def _of(self, negative: Tensor, hardest: Tensor | None, match: Tensor) -> tuple[Tensor, ...]:
+        """Of every row and every column, (2, M), the hardest negative's similarity and, for a gradient, its index."""
         # In this order: the margin is small beside a large similarity.
-        losses = (self.margin + (negative - match)).clamp_min_(0)
+        losses = (negative - match).add_(self.margin).clamp_min_(0)
+        if not (self.wants or self.return_violations):
+            return losses.sum(0), match.new_empty(0)
         violated = losses > 0
-        return losses.sum(0), self.parts.sum(violated.sum(1)), violated, hardest
+        return losses.sum(0), self.parts.sum(violated.sum(1)), *(() if hardest is None else (violated, hardest))
 
     def slopes(self, x: Product, weight: Tensor, violated: Tensor, hardest: Tensor) -> tuple[Tensor, ...]:
         parts, own = self.parts, self.parts.own
@@ -92,7 +98,8 @@ class _HardestHinge(_Hinge):
         all_t = parts.gather(x.t)
         at_column, at_row = hardest.clamp_min(0)
         match = by_row + by_column
-        d_t, d_y = by_row * x.y[at_column] - match * y, by_column * all_t[at_row] - match * x.t
+        d_t = (by_row * x.y.index_select(0, at_column)).addcmul_(match, y, value=-1)
+        d_y = (by_column * all_t.index_select(0, at_row)).addcmul_(match, x.t, value=-1)
         if parts.group is not None:
             d_t, d_y = (d.new_zeros(all_t.shape).slice_scatter(d, 0, own.start, own.stop) for d in (d_t, d_y))
         add_rows(d_t, at_row, by_column * y)
@@ -124,25 +131,29 @@ class _AllHinge(_Hinge):
 
     def whole(self, x: Product) -> Whole:
         s = x.t @ x.y.mT
-        room = self.margin - s.diagonal()
-        excluded = None
+        room, excluded = self.margin - s.diagonal(), None
         if x.row_ids is not None and x.column_ids is not None:
             excluded = x.row_ids[:, None] == x.column_ids
-        parts, counts, slope = [], [], None
-        for dim in (1, 0):
-            violation = s + room.unsqueeze(dim)
+
+        def direction(violation: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+            """(Σ violation along `dim`, 1 for each violation, else 0)."""
             if excluded is not None:
                 violation.masked_fill_(excluded, 0.0)
-            violation.diagonal().zero_()
-            # NaN stays a violation: it must not vanish from the loss.
-            positive = ~(violation <= 0)
-            parts.append(violation.relu_().sum(dim))
-            counts.append(positive.sum(dim))
-            if self.wants:
-                slope = positive.to(s.dtype) if slope is None else slope.add_(positive)
-        if slope is not None:
-            slope.diagonal().copy_(-(counts[0] + counts[1]))
-        return Whole(parts[0] + parts[1], (torch.stack([count.sum() for count in counts]),), slope)
+            total = violation.fill_diagonal_(0.0).relu_().sum(dim)
+            # Numbers, not booleans, which take ten times as long. NaN is a violation: it must not vanish from the loss.
+            return total, violation.ne_(0) if self.wants or self.return_violations else violation
+
+        (of_rows, slope), (of_columns, by_column) = direction(s + room[:, None], 1), direction(s.add_(room), 0)
+        losses = of_rows + of_columns
+        if not (self.wants or self.return_violations):
+            return Whole(losses, (losses.new_empty(0),))
+        row, column = slope.sum(1), by_column.sum(0)
+        counts = torch.stack((row, column)).long().sum(1)
+        if not self.wants:
+            return Whole(losses, (counts,))
+        slope = slope.add_(by_column)
+        torch.neg(row + column, out=slope.diagonal())
+        return Whole(losses, (counts,), slope)
 
     def _of(self, x: Product, room: Tensor, weight: Tensor, wants_slope: bool) -> tuple[Tensor, Tensor, Tensor, Result]:
         """(losses, how many pairs violate the margin each way, the same a row and column together, what was kept)."""
@@ -160,7 +171,8 @@ class _AllHinge(_Hinge):
 
     def _stream(self, x: Product, room: Tensor, weight: Tensor, wants_slope: bool) -> Result:
         rows = torch.stack((room, weight))
-        columns = self.parts.gather(rows.mT).mT.contiguous() if self.parts.group is not None else rows
+        # A view, so that a launcher can tell both sides apart.
+        columns = self.parts.gather(rows.mT).mT.contiguous() if self.parts.group is not None else rows.view_as(rows)
         return self.stream("hinge_all", x, self.unit(x), rows, columns, wants_slope=wants_slope)
 
 
@@ -260,5 +272,6 @@ def triplet_loss(
     checks.check_number("margin", margin)
     checks.check_flags(hardest=hardest, return_violations=return_violations)
     batch = Batch(Sides(a, b, Metric(W_diag, W_blocks)), normalize, reduction, group, backend, {}, ids)
-    loss, violations = batch.run(_HardestHinge if hardest else _AllHinge, margin=margin, hardest=hardest)
+    form = _HardestHinge if hardest else _AllHinge
+    loss, violations = batch.run(form, margin=margin, hardest=hardest, return_violations=return_violations)
     return (loss, violations) if return_violations else loss

@@ -9,6 +9,7 @@ derivatives of each, of any order, are operators of this file:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from gssf_triton.kernels.toolchain import may_launch
 from gssf_triton.metric import IDENTITY, Metric, accumulate_dtype, as_rows
 from gssf_triton.operators import operator, wants_gradient
 from gssf_triton.precision import float16_operands, full_precision
-from gssf_triton.similarity import torch_backend
+from gssf_triton.similarity import sides, torch_backend
+from gssf_triton.similarity.sides import has_kernel
 
 #: A tensor that may be absent.
 Maybe = Tensor | None
@@ -30,19 +32,13 @@ Maybe = Tensor | None
 UNKNOWN_SIZE = 8192
 
 
-def has_kernel(kernel: str, x: Tensor, metric: Metric) -> bool:
-    """Whether Triton's kernel may run. If not, torch's own operations compute the operator."""
-    has_diag, has_blocks = metric.W_diag is not None, metric.W_blocks is not None
-    return may_launch(kernel, x.dtype, x.device, has_diag=has_diag, has_blocks=has_blocks)
-
-
 def add(x: Maybe, y: Maybe) -> Maybe:
     return y if x is None else x if y is None else x + y
 
 
 def cast_like(x: Maybe, like: Maybe) -> Maybe:
     """A gradient in its tensor's dtype."""
-    return None if x is None or like is None else x.to(like.dtype)
+    return None if x is None or like is None else x if x.dtype == like.dtype else x.to(like.dtype)
 
 
 def _size(n: int | torch.SymInt) -> int:
@@ -52,17 +48,18 @@ def _size(n: int | torch.SymInt) -> int:
     return int(n.node.hint) if n.node.has_hint() else UNKNOWN_SIZE
 
 
-def _plan(a: Tensor, b: Tensor, metric: Metric) -> Plan:
+def _plan(a: Tensor, b: Tensor, metric: Metric, finishes: bool) -> Plan:
+    """The plan of S; `finishes`: gradients of normalised rows may follow, which take both sides' operands."""
     *batches, M, D = map(_size, a.shape)
     N, B, batch = _size(b.shape[-2]), _size(metric.block_size), batches[0] if batches else 1
     plan = choice.choose("plan", a.device, a.dtype, M, N, D, B, batch).resolve(M, N)
     if plan.kind != "one_pass":
         return plan
-    # One pass rounds T(a) to float16, whose range it may leave.
-    overflows = a.dtype == torch.float16
+    # One pass stores no operand. In float16 it rounds T(a), which may leave its range.
+    unfit = (finishes and not choice.is_forced("plan")) or a.dtype == torch.float16
     # Without blocks there is a diagonal.
     has_blocks = metric.W_blocks is not None
-    if overflows or not may_launch("pairwise", a.dtype, a.device, has_diag=True, has_blocks=has_blocks):
+    if unfit or not may_launch("pairwise", a.dtype, a.device, has_diag=True, has_blocks=has_blocks):
         return Plan("fold_product", plan.fold_b)
     return plan
 
@@ -142,12 +139,12 @@ _fold.register_autograd(_fold_backward, setup_context=_fold_setup)
 # ------------------------------------------------------------------------------------------------------------ pairwise
 
 
-# The plan is an argument, chosen outside: a compiled graph keeps the plan it was traced with, and the shape of the
-# second result depends on arguments only.
+# The plan is an argument, chosen outside: a compiled graph keeps the plan it was traced with, and the results' shapes
+# depend on arguments only.
 @operator(
     "gssf::pairwise_planned",
     "(Tensor a, Tensor b, Tensor? w_diag, Tensor? w_blocks, bool normalize, ScalarType out_dtype, str kind, "
-    "bool fold_b) -> (Tensor, Tensor)",
+    "bool fold_b) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _pairwise(
     a: Tensor,
@@ -158,8 +155,11 @@ def _pairwise(
     out_dtype: torch.dtype,
     kind: str,
     fold_b: bool,
-) -> tuple[Tensor, Tensor]:
-    """(S, T of the folded side); the second is empty if one pass computes S."""
+) -> tuple[Tensor, Maybe, Maybe, Maybe, Maybe]:
+    """(S, T of the folded side, the other's unit rows, the inverse norms of the first and of the second).
+
+    One pass keeps None, nor does float16, whose operands are scaled; rows that are not normalised keep T alone.
+    """
     metric = Metric(w_diag, w_blocks)
 
     def matrix() -> Tensor:
@@ -167,16 +167,19 @@ def _pairwise(
 
     if kind == "one_pass":
         # The kernel folds rows of a in every tile, whichever side has fewer rows.
-        return kernels.pairwise.pairwise(a, b, metric, normalize, matrix()), a.new_empty(0)
+        return kernels.pairwise.pairwise(a, b, metric, normalize, matrix()), None, None, None, None
 
     rows, columns, metric = (b, a, metric.mT) if fold_b else (a, b, metric)
     half = a.dtype == torch.float16
     if half:
         rows = rows.float()
         columns = columns.float() if normalize else columns
-    folded = _folded(rows, metric, normalize)
+    inverse_rows = inverse_columns = None
     if normalize:
-        columns = _folded(columns, IDENTITY, True)
+        folded, inverse_rows = sides.unit_fold(rows, metric)
+        columns, inverse_columns = sides.unit_fold(columns, IDENTITY)
+    else:
+        folded = _folded(rows, metric, False)
     if half:
         folded, columns = float16_operands(folded, columns)
     left, right = (columns, folded) if fold_b else (folded, columns)
@@ -185,16 +188,22 @@ def _pairwise(
             S = torch.matmul(left, right.mT)
     else:
         S = kernels.pairwise.pairwise(left, right, IDENTITY, False, matrix())
-    # In float16 T is scaled, and gradients are computed from unscaled rows.
-    return S, a.new_empty(0) if half else folded
+    if half:
+        return S, None, None, None, None
+    return S, folded, columns if normalize else None, inverse_rows, inverse_columns
 
 
 @_pairwise.register_fake
-def _(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, out_dtype, kind, fold_b = rest
+def _(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, normalize, out_dtype, kind, fold_b = rest
     S = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
-    side = b if fold_b else a
-    return S, side.new_empty(0 if kind == "one_pass" or a.dtype == torch.float16 else side.shape)
+    rows, columns = (b, a) if fold_b else (a, b)
+    keeps = kind != "one_pass" and a.dtype != torch.float16
+    folded = rows.new_empty(rows.shape if keeps else 0)
+    if not (keeps and normalize):
+        return S, folded, *(a.new_empty(0) for _ in range(3))
+    norms = (x.new_empty(math.prod(x.shape[:-1]), dtype=accumulate_dtype(x.dtype)) for x in (rows, columns))
+    return S, folded, columns.new_empty(columns.shape), *norms
 
 
 # A composite operator: a traced graph contains the chosen plan, not the choice.
@@ -207,7 +216,7 @@ torch.library.define(
 def _pairwise_by_plan(
     a: Tensor, b: Tensor, w_diag: Maybe, w_blocks: Maybe, normalize: bool, out_dtype: torch.dtype
 ) -> Tensor:
-    plan = _plan(a, b, Metric(w_diag, w_blocks))
+    plan = _plan(a, b, Metric(w_diag, w_blocks), normalize and wants_gradient(a, b, w_diag, w_blocks))
     S: Tensor = _pairwise(a, b, w_diag, w_blocks, normalize, out_dtype, plan.kind, plan.fold_b)[0]
     return S
 
@@ -260,26 +269,31 @@ def bilinear_gradients(
     return rows, columns, cast_like(d_diag, metric.W_diag), cast_like(d_blocks, metric.W_blocks)
 
 
-def _pairwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _pairwise_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Maybe, ...]) -> None:
     a, b, w_diag, w_blocks, normalize, _, _, fold_b = inputs
     ctx.normalize = normalize
     ctx.fold_b = fold_b
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(a, b, w_diag, w_blocks, output[1])
+    ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
+    ctx.save_for_backward(a, b, w_diag, w_blocks, *output[1:])
 
 
-def _pairwise_backward(ctx: Any, dS: Maybe, _: Maybe) -> tuple[Maybe, ...]:
+def _pairwise_backward(ctx: Any, dS: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
     if dS is None:
         return (None,) * 8
-    a, b, w_diag, w_blocks, folded = ctx.saved_tensors
-    saved = folded if folded.dim() > 1 else None
-    needs = ctx.needs_input_grad[:4]
-    grads = bilinear_gradients(dS, a, b, Metric(w_diag, w_blocks), ctx.normalize, needs, saved, ctx.fold_b)
+    a, b, w_diag, w_blocks, folded, unit, *norms = ctx.saved_tensors
+    metric, needs, fold_b = Metric(w_diag, w_blocks), ctx.needs_input_grad[:4], ctx.fold_b
+    # The custom operator returns plain vectors for what there is not.
+    if unit is not None and unit.dim() > 1 and dS.dtype == unit.dtype and not torch.is_grad_enabled():
+        da, db, d_diag, d_blocks = sides.gradients(dS, a, b, metric, needs, (folded, unit, *norms), fold_b)
+        grads: tuple[Maybe, ...] = da, db, cast_like(d_diag, w_diag), cast_like(d_blocks, w_blocks)
+    else:
+        saved = folded if folded is not None and folded.dim() > 1 else None
+        grads = bilinear_gradients(dS, a, b, metric, ctx.normalize, needs, saved, fold_b)
     return (*grads, None, None, None, None)
 
 
-_pairwise.register_autograd(_pairwise_backward, setup_context=_pairwise_setup)
+_pairwise.register_autograd(_pairwise_backward, setup_context=_pairwise_setup, results=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradient
@@ -292,31 +306,31 @@ _pairwise.register_autograd(_pairwise_backward, setup_context=_pairwise_setup)
 )
 def _gradient(
     p: Maybe, x: Tensor, y: Maybe, w_diag: Maybe, w_blocks: Maybe, block_size: int, *needs: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Maybe, ...]:
     needs_rows, needs_diag, needs_blocks = needs
     with full_precision(x):
         # Not the library's product in float16: rounded P x may leave the range though T'(P x) does not.
         if p is not None and p.dtype == x.dtype != torch.float16:
-            batch, M, N = p.shape
-            plan = choice.choose("gradient_plan", x.device, x.dtype, M, N, x.shape[2], block_size, batch)
+            *batches, M, N = p.shape
+            batch = batches[0] if batches else 1
+            plan = choice.choose("gradient_plan", x.device, x.dtype, M, N, x.shape[-1], block_size, batch)
             if plan.kind == "fold_product":
                 x = torch.matmul(p, x)
                 p = None
         has_blocks = needs_blocks or (needs_rows and w_blocks is not None)
         launches = may_launch("gradient", x.dtype, x.device, has_blocks=has_blocks)
         compute = kernels.gradient.gradient if launches else torch_backend.gradient
-        grads = compute(p, x, y, Metric(w_diag, w_blocks), block_size, (needs_rows, needs_diag, needs_blocks))
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+        return compute(p, x, y, Metric(w_diag, w_blocks), block_size, (needs_rows, needs_diag, needs_blocks))
 
 
 @_gradient.register_fake
 def _(
     p: Maybe, x: Tensor, y: Maybe, w_diag: Maybe, w_blocks: Maybe, block_size: int, *needs: bool
 ) -> tuple[Tensor, ...]:
-    batch, rows, D = x.shape[0], x.shape[1] if p is None else p.shape[1], x.shape[2]
+    D, rows = x.shape[-1], (*x.shape[:-2], (x if p is None else p).shape[-2])
     wide = accumulate_dtype(x.dtype if p is None else torch.promote_types(p.dtype, x.dtype))
     return (
-        x.new_empty((batch, rows, D) if needs[0] else 0),
+        x.new_empty((*rows, D) if needs[0] else 0),
         x.new_empty(D if needs[1] else 0, dtype=wide if needs[1] else x.dtype),
         x.new_empty((D // block_size, block_size, block_size), dtype=wide) if needs[2] else x.new_empty(0),
     )
@@ -331,10 +345,6 @@ def gradient(
     """
     if not any(needs):
         return None, None, None
-    if x.dim() == 2:
-        p, y = None if p is None else p[None], None if y is None else y[None]
-        of_rows, of_diag, of_blocks = gradient(p, x[None], y, metric, needs)
-        return None if of_rows is None else of_rows[0], of_diag, of_blocks
     grads = _gradient(p, x, y, metric.W_diag, metric.W_blocks, metric.block_size, *needs)
     rows, d_diag, d_blocks = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
     return rows, d_diag, d_blocks
@@ -343,7 +353,8 @@ def gradient(
 def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     p, x, y, w_diag, w_blocks, _, *needs = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(grad for grad, wanted in zip(output, needs, strict=True) if not wanted))
+    missing = (grad for grad, wanted in zip(output, needs, strict=True) if not wanted and grad is not None)
+    ctx.mark_non_differentiable(*missing)
     ctx.save_for_backward(p, x, y, w_diag, w_blocks)
 
 

@@ -23,11 +23,11 @@ from gssf_triton.similarity.bilinear import (
     bilinear_gradients,
     cast_like,
     gradient,
-    has_kernel,
     unit_rows,
     unit_rows_vjp,
 )
 from gssf_triton.similarity.bilinear import fold as fold  # a part of the backend
+from gssf_triton.similarity.sides import has_kernel
 
 
 def _as_matrices(a: Tensor, b: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor]:

@@ -8,7 +8,8 @@ from gssf_triton.kernels import choice
 from gssf_triton.kernels.configs import CHUNK_BUDGET, TORCH_CHUNK_ARRAYS, ChunkConfig, chunk_config
 from gssf_triton.metric import accumulate_dtype
 
-#: S is stored if it is as large as this many chunks at most: on a CPU 1,024 × 1,024, 16 MiB in four arrays of float32.
+#: S is stored if it is as large as this many chunks at most: on a CPU 1,024 × 1,024, which a loss takes 2 to 8 arrays
+#: of 4 MiB for in float32.
 STORED_CHUNKS = 2
 
 

@@ -1,6 +1,6 @@
 """What an epilogue keeps of S, in a fixed order: memory grows with M + N, and results are deterministic.
 
-Torch walks S in chunks of constant size. The kernel takes all of S in one launch, but where slopes are stored.
+Torch walks S in chunks of constant size. The kernel takes all of S in one launch, but where slopes take several chunks.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def _nothing_yet(x: Operands, epilogue: Epilogue, wants_slope: bool) -> Result:
             (index_bits(state[output]) if output == epilogue.index else state[output]).fill_(value)
         return state
 
-    d_t, d_y = (x.t.new_zeros(side.shape if wants_slope else 0, dtype=wide) for side in (x.t, x.y))
+    d_t, d_y = (side.new_zeros(side.shape, dtype=wide) if wants_slope else None for side in (x.t, x.y))
     rows, columns = empty_state(epilogue.rows, x.t.shape[0]), empty_state(epilogue.columns, x.y.shape[0])
     totals = x.t.new_zeros(epilogue.totals_of(wants_slope), dtype=wide)
-    return Result(rows, columns, totals, d_t, d_y, x.t.new_empty(0), x.t.new_empty(0))
+    return Result(rows, columns, totals, d_t, d_y)
 
 
 def _walk(x: Operands, epilogue: Epilogue, wants_slope: bool, stores: bool) -> Result:
@@ -85,14 +85,21 @@ def _run(epilogue: str, wants_slope: bool, stores: bool, backend: str, x: Operan
 )
 def stream_op(epilogue: str, wants_slope: bool, stores: bool, backend: str, *operands: Any) -> tuple[Tensor, ...]:
     """`stream` as one operator to the compiler's eyes; its arguments are flat."""
-    return tuple(_run(epilogue, wants_slope, stores, backend, Operands(*operands)))
+    x = Operands(*operands)
+    return _flat(x, _run(epilogue, wants_slope, stores, backend, x))
 
 
 @stream_op.register_fake
 def _(epilogue: str, wants_slope: bool, stores: bool, backend: str, *operands: Any) -> tuple[Tensor, ...]:
     # Nothing is stored where a compiler looks: the sizes of tiles would have to be known.
     assert not stores
-    return tuple(_nothing_yet(Operands(*operands), EPILOGUES[epilogue], wants_slope))
+    x = Operands(*operands)
+    return _flat(x, _nothing_yet(x, EPILOGUES[epilogue], wants_slope))
+
+
+def _flat(x: Operands, result: Result) -> tuple[Tensor, ...]:
+    """The result as an operator's, which are tensors: empty ones for None."""
+    return tuple(x.t.new_empty(0) if part is None else part for part in result)
 
 
 def stream(epilogue: str, x: Operands, *, wants_slope: bool = False, stores: bool = False, backend: str) -> Result:

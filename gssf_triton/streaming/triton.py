@@ -15,18 +15,22 @@ from gssf_triton.streaming.chunks import chunk_shape
 
 
 def walk(x: Operands, epilogue: Epilogue, wants_slope: bool, stores: bool) -> Result:
-    """What the epilogue keeps of S: one launch and a merge a side; with slopes, which are stored, a launch a chunk."""
-    if not wants_slope:
-        streamed = kernels.stream.Pass(x, epilogue, stores=stores)
-        for _ in streamed.parts():
-            pass
-        return Result.of(x, streamed.kept(), None, None, *(streamed.stored or ()))
+    """What the epilogue keeps of S: a merge a side, and one launch; a launch a chunk where slopes take several."""
     (M, D), N, t, y = x.t.shape, x.y.shape[0], x.t, x.y
-    chunk = chunk_shape(M, N, D, t.dtype, t.device, entry_bytes=TRITON_CHUNK_ARRAYS * t.element_size())
+    chunk = M, N
+    if wants_slope:
+        chunk = chunk_shape(M, N, D, t.dtype, t.device, entry_bytes=TRITON_CHUNK_ARRAYS * t.element_size())
+    wide, is_whole = accumulate_dtype(t.dtype), chunk[0] >= M and chunk[1] >= N
+    d_t, d_y = (side.new_empty(*side.shape, dtype=wide) if wants_slope else None for side in (t, y))
+    if is_whole:
+        kept, *stored = kernels.stream.whole(x, epilogue, wants_slope, stores)
+        if kept.slope is not None and d_t is not None and d_y is not None:
+            add_product(d_t, kept.slope, y, beta=0)
+            add_product(d_y, kept.slope.mT, t, beta=0)
+        return Result.of(x, kept, d_t, d_y, *stored)
     streamed = kernels.stream.Pass(x, epilogue, chunk)
-    d_t, d_y = (side.new_empty(side.shape, dtype=accumulate_dtype(t.dtype)) for side in (t, y))
     for rows, columns, slope in streamed.parts():
-        assert slope is not None
+        assert slope is not None and d_t is not None and d_y is not None
         # The first product of a run of rows, or of columns, writes; others add.
         add_product(d_t[rows], slope, y[columns], beta=int(columns.start > 0))
         add_product(d_y[columns], slope.mT, t[rows], beta=int(rows.start > 0))

@@ -86,6 +86,7 @@ def products(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[int], object],
     def fixed(*shape: int) -> Tensor:
         return features(*shape, dtype=dtype).detach()
 
+    fixed_weights = {name: weight.detach() for name, weight in weights().items()}
     for name, forward in (
         ("pairwise_sim", gssf.pairwise_sim),
         ("pairwise_sim, normalised", partial(gssf.pairwise_sim, normalize=True)),
@@ -102,7 +103,7 @@ def products(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[int], object],
         ):
             yield (
                 f"{name}, forward, {at}",
-                lambda n, forward=forward, shapes=shapes: forward(*(fixed(*x) for x in shapes(n)), **weights()),
+                lambda n, forward=forward, shapes=shapes: forward(*(fixed(*x) for x in shapes(n)), **fixed_weights),
                 sizes,
             )
     for normalize in (False, True):
@@ -114,8 +115,14 @@ def products(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[int], object],
             ),
             SQUARES,
         )
-    yield "pairwise_sim, 256 × n", lambda n: backward(gssf.pairwise_sim(*sides((256,), (n,)), **weights())), SIDES
-    yield "pairwise_sim, n × 256", lambda n: backward(gssf.pairwise_sim(*sides((n,), (256,)), **weights())), SIDES
+        for at, shapes in (("256 × n", lambda n: ((256,), (n,))), ("n × 256", lambda n: ((n,), (256,)))):
+            yield (
+                f"pairwise_sim, {at}{kind}",
+                lambda n, normalize=normalize, shapes=shapes: backward(
+                    gssf.pairwise_sim(*sides(*shapes(n)), **weights(), normalize=normalize)
+                ),
+                SIDES,
+            )
     yield (
         "pairwise_sim, 3 × n × 256",
         lambda n: backward(gssf.pairwise_sim(*sides((3, n), (3, 256)), **weights())),

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
-from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+import gssf_triton
 from gssf_triton.autotune import stub
 from gssf_triton.kernels import choice, fold, paired, warm
 from gssf_triton.kernels.args import Tile
@@ -144,14 +145,95 @@ def check_a_launch_by_its_inputs() -> None:
         wanted, found = ways(call)
         assert wanted == found
     elsewhere = torch.zeros(4)
-    twice = lambda x, out: (toy(x, out), toy(x, out))  # noqa: E731
+    other = X.clone()
+    for what, function in {
+        "another tensor": lambda x, out: toy(x, elsewhere),
+        "what torch writes": lambda x, out: toy(x, out.add_(1)),
+        "what torch computes": lambda x, out: (toy(x, out), torch.zeros(4)),
+        "a result that torch computes": lambda x, out: (toy(x, out), x.clone())[1],
+        "a view": lambda x, out: (toy(x, out), x[0])[1],
+        "a tensor that `empty` did not make": lambda x, out: toy(x, torch.empty_like(out)),
+        "what torch writes into what is made": lambda x, out: toy(x, warm.empty((4,), x.dtype, CPU).mul_(2)),
+        "no launch": lambda x, out: out,
+    }.items():
+        launcher = warm.remembered(function)
+        for inference in (False, True):
+            if inference and what == "what torch writes":
+                continue
+            with driver() as gpu, torch.inference_mode(inference):
+                for _ in range(4):
+                    launcher(X, OUT)
+                assert list(warm._known.values()) == [warm.NEVER], (what, inference)
+                assert len(gpu.seen) == (0 if what == "no launch" else 4), what
+    with driver() as gpu:
+        launcher = warm.remembered(lambda x, out: toy(x, out))
+        for _ in range(3):
+            launcher(X, X)
+        assert list(warm._known.values()) == [warm.ONCE], "one tensor that is two inputs"
+        for _ in range(3):
+            launcher(X, other)
+        assert repeated() and len(gpu.seen) == 6 and gpu.seen[-1][3][2] == other.data_ptr()
+
+
+def repeated() -> list[warm.Known]:
+    """What is remembered whole."""
+    return [known for known in warm._known.values() if known.steps]
+
+
+@warm.remembered
+def made(x: Tensor, wants: bool) -> tuple[Tensor, Any]:
+    """Two launches, the second of which takes what the first one makes."""
+    first, second = warm.empty(x.shape, torch.float32, CPU), warm.empty((3, 2), x.dtype, CPU)
+    toy(x, first)
+    toy(first, second, diag=second[:, 0] if wants else None)
+    return second, None
+
+
+def check_a_launcher_that_makes_its_tensors() -> None:
+    half = HALF[:, ::2]
+    with driver() as gpu:
+        for _ in range(3):
+            out, nothing = made(half, False)
+            assert nothing is None and out.shape == (3, 2) and out.dtype == half.dtype and out.is_contiguous()
+        assert len(gpu.seen) == 6
+        (x, *_), first = gpu.seen[5][3][0], gpu.seen[4][3]
+        assert first[0][0] == half.data_ptr() and x == first[2] and gpu.seen[5][3][2] == out.data_ptr()
+        assert [launch[2] for launch in gpu.seen[:2]] == [launch[2] for launch in gpu.seen[4:]]
+        [known] = repeated()
+        assert len(known.steps) == 2 and len(known.made) == 2
+        for _ in range(3):
+            made(half, True)  # a view of what it makes
+        assert len(repeated()) == 1
+        nested = warm.remembered(lambda x: (y := warm.empty((1,), x.dtype, CPU), toy(x, y), (y, (x, None, 3)))[2])
+        for inference in (False, True, True, False):
+            with torch.inference_mode(inference):
+                out, (same, rest, number) = nested(HALF)
+            assert same is HALF and rest is None and number == 3 and out.shape == (1,) and out.dtype == HALF.dtype
+        assert len(repeated()) == 2
+
+
+class Subclass(Tensor):
+    """Not a plain tensor."""
+
+
+def check_a_subclass_of_tensor() -> None:
+    """It may be anything: neither memory takes it for a plain one."""
+    with driver() as gpu:
+        for x in (X, X, X, X.as_subclass(Subclass), X):
+            remembered_toy(x, OUT, None, 3)
+            toy(x, OUT)
+        assert len(gpu.seen) == 10 and len(repeated()) == 1
+        half = HALF.as_subclass(Subclass)
+        assert type(paired.paired(half, half, Metric(), False, X.dtype)) is Tensor
+
+
+def check_the_hinges_launches() -> None:
+    """Whose vectors are those of both sides."""
+    a = torch.randn(4, 64)
     with driver():
-        warm.remembered(twice)(X, OUT)
-        warm.remembered(lambda x, out: toy(x, elsewhere))(X, OUT)
-        warm.remembered(lambda x, out: toy(x, out))(X, X)
-        assert not warm._known, "several launches, a tensor that is no input, one that is two of them"
-        warm.remembered(lambda x, out: toy(x, x))(X, OUT)
-        assert len(warm._known) == 1
+        for _ in range(3):
+            gssf_triton.triplet_loss(a, a.clone(), torch.ones(64), hardest=False, backend="triton")
+        assert warm._known and warm.NEVER not in warm._known.values() and warm.ONCE not in warm._known.values()
 
 
 def check_the_packages_launchers() -> None:
@@ -242,12 +324,14 @@ def check_another_device_and_choice() -> None:
             assert count.call_count == 1
         planned: list[int] = []
         launcher = warm.remembered(lambda x, out: (planned.append(1), toy(x, out))[1])
-        for change in (lambda: None, choice.forget, lambda: None):
-            change()
+        for change in (None, None, None, choice.forget, None, None, None):
+            if change:
+                change()
             launcher(X, OUT)
+        assert len(planned) == 4, "the first two calls of either version"
         with choice.use(fold=CONFIG):
             launcher(X, OUT)
-        assert len(planned) == 3
+        assert len(planned) == 5
 
 
 def check_memory_is_bounded() -> None:
@@ -262,11 +346,14 @@ def check_another_triton() -> None:
     """One that starts a compiled kernel otherwise: every launch takes its own way, and none is lost."""
     with driver() as gpu:
         toy(X, OUT)
-        with mock.patch.object(CompiledKernel, "__getitem__", lambda self, grid: lambda x: None):
-            for _ in range(2):
-                toy(X, OUT)
-                remembered_toy(X, OUT, None, 3)
-        assert not warm._usable and len(gpu.seen) == 5
+        device = gpu.get_current_device()
+        with mock.patch.object(warm, "driver", SimpleNamespace(active=mock.Mock(["get_current_device"]))) as other:
+            other.active.get_current_device.return_value = device
+            toy(X, OUT)
+        assert not warm._usable and len(gpu.seen) == 2
+        for _ in range(3):
+            remembered_toy(X, OUT, None, 3)
+        assert not warm._known and len(gpu.seen) == 5
         warm._usable = True
 
 
