@@ -64,6 +64,10 @@ def sigmoid_loss(a: Tensor, b: Tensor, W_diag: Tensor, W_blocks: Tensor) -> Tens
     )
 
 
+def triplet_loss(a: Tensor, b: Tensor, W_diag: Tensor, W_blocks: Tensor) -> Tensor:
+    return gssf_triton.triplet_loss(a, b, W_diag, W_blocks, normalize=True, backend="triton")
+
+
 def distillation_loss(a: Tensor, b: Tensor, W_diag: Tensor, W_blocks: Tensor) -> Tensor:
     x, y = a.detach(), b.detach()
     return gssf_triton.distillation_loss(
@@ -97,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         plain = a, b, torch.ones(D), torch.zeros(D // B, B, B, dtype=torch.bfloat16)
         leaves = [x.clone().requires_grad_() for x in plain]
         print(f"{'':18}forward  with a graph  backward")
-        # Not the hinge: its backward pass gathers the rows that its kernel, which does not run here, would have found.
-        for call in (cosine, pairwise_sim, paired_sim, transform, info_nce, sigmoid_loss, distillation_loss):
+        calls = cosine, pairwise_sim, paired_sim, transform, info_nce, sigmoid_loss, triplet_loss, distillation_loss
+        for call in calls:
             grad = torch.ones_like(call(*plain))
 
             forward = microseconds(partial(call, *plain))

@@ -96,7 +96,8 @@ class _HardestHinge(_Hinge):
         by_row, by_column = torch.where(violated, weight, 0)[..., None]
         # A column's hardest row may lie in another process: all of them gather every process's rows and columns.
         all_t = parts.gather(x.t)
-        at_column, at_row = hardest.clamp_min(0)
+        # Into range from either side: on the stub of a GPU no kernel has written them.
+        at_column, at_row = hardest.clamp(0, all_t.shape[0] - 1)
         match = by_row + by_column
         d_t = (by_row * x.y.index_select(0, at_column)).addcmul_(match, y, value=-1)
         d_y = (by_column * all_t.index_select(0, at_row)).addcmul_(match, x.t, value=-1)
