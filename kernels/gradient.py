@@ -172,13 +172,12 @@ def gradient_kernel(
                         w += tl.where(on_diagonal, diag_p[:, None], 0.0)
                     w = nearest(w, ROUNDING)
                     mask = mask_m[:, None] & valid_p[None, :]
+                    # Begun with, not taken off afterwards: that takes half as many registers again.
                     out = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_P], ACC)
-                    out = dot(operand, tl.trans(w), out, TILE.EPILOGUE_PRECISION)
                     if radial_ptr is not None:
                         y_p = tl.load(pointers(y, z, rows_m, offs_p, TILE.WIDE), mask=mask, other=0.0).to(ACC)
-                        y_p *= tl.load(inverse_ptr + rows_m)[:, None]
-                        out -= y_p * tl.load(radial_ptr + rows_m)[:, None]
-                    out = cast(out, rows.ptr.dtype.element_ty)
+                        out -= tl.load(radial_ptr + rows_m)[:, None] * (tl.load(inverse_ptr + rows_m)[:, None] * y_p)
+                    out = cast(dot(operand, tl.trans(w), out, TILE.EPILOGUE_PRECISION), rows.ptr.dtype.element_ty)
                     tl.store(pointers(rows, z, rows_m, offs_p, TILE.WIDE), out, mask=mask)
                 if dw_blocks_ptr is not None:
                     channel_p = offs_p
@@ -255,10 +254,14 @@ def partial_sums(
     features = x.dtype if scaling is None else scaling.dtype
     tf32 = True if features in (torch.float16, torch.bfloat16) else None
     config = choice.choose("gradient", x.device, product_dtype, M, N, D, kernel_block, batch, tf32=tf32)
-    if scaling is not None and kernel_block and overwrites_operands(architecture(x.device)):
-        # Products of few rows are safe. They hold all of their operands in registers.
+    if scaling is not None and kernel_block:
+        arch = architecture(x.device)
         few = min(config.BLOCK_M, 32 if config.BLOCK_C <= 128 else 16)
-        config = replace(config, BLOCK_M=few, BLOCK_P=16, num_stages=2)
+        if overwrites_operands(arch):
+            # Products of few rows are safe. They hold all of their operands in registers.
+            config = replace(config, BLOCK_M=few, BLOCK_P=16, num_stages=2)
+        elif arch.startswith("sm_8"):
+            config = replace(config, BLOCK_M=few)  # else some spill what the scaling holds
     if config.rows_apart and needs_rows:
         R = x if p is None else torch.matmul(p.to(product_dtype), x.to(product_dtype))
         of_weights = False, needs_diag, needs_blocks
