@@ -36,7 +36,7 @@ def test_remembered_launches(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert len(found) == 13 and {name: fault for name, fault in found.items() if fault} == {}
+    assert len(found) == 14 and {name: fault for name, fault in found.items() if fault} == {}
 
 
 def _similarity(a: Tensor, b: Tensor, W_diag: Tensor, W_blocks: Tensor) -> Tensor:

@@ -227,6 +227,18 @@ def check_a_subclass_of_tensor() -> None:
         assert type(paired.paired(half, half, Metric(), False, X.dtype)) is Tensor
 
 
+def check_the_hinges_backward_pass() -> None:
+    """It gathers rows by indices that no kernel has written here: NaN's bits."""
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(4, 64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with driver():
+            gssf_triton.triplet_loss(a, b, torch.ones(64), backend="triton").backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert a.grad is not None
+
+
 def check_the_hinges_launches() -> None:
     """Whose vectors are those of both sides."""
     a = torch.randn(4, 64)
